@@ -1,0 +1,69 @@
+# Every target works from a fresh clone: it makes its own virtual environment when there is none.
+#   make test                      the fast test suite
+#   make test PYTHON=python3.12    with another interpreter (needed only once, when .venv is made)
+#   make test ARGS="-k skip -x"    with more pytest arguments
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+PYTEST = $(BIN)/python -m pytest
+
+.PHONY: help demo test test-slow test-distributed test-faults check format wheel ci clean
+
+help:
+	@echo "make demo              train Skip Tuning on the bundled models and data; results in outputs/demo"
+	@echo "make test              fast tests (under 8 minutes on 2 cores)"
+	@echo "make check             lint, format, types, docstrings, spelling"
+	@echo "make ci                check, wheel, then all tests that are not slow and need no GPU"
+	@echo "make wheel             build the wheel and try it outside the repository"
+	@echo "make test-slow         the slow tests; test-distributed and test-faults: those parts alone"
+	@echo "make format            apply the formatter and the safe lint fixes"
+	@echo "make clean             remove .venv, caches and build results (outputs/ is kept)"
+
+demo: $(STAMP)
+	@echo "Training and comparing on 2 cores takes about 10 minutes; results go to outputs/demo"
+	@$(BIN)/python examples/train_skip_tuning.py --preset demo $(ARGS)
+
+test: $(STAMP)
+	@$(PYTEST) --ignore=tests/distributed --ignore=tests/faults $(ARGS)
+
+test-slow: $(STAMP)
+	@echo "The slow tests take many minutes"
+	@$(PYTEST) -m "slow and not gpu" --timeout=3600 $(ARGS)
+
+test-distributed: $(STAMP)
+	@$(PYTEST) tests/distributed $(ARGS)
+
+test-faults: $(STAMP)
+	@$(PYTEST) tests/faults $(ARGS)
+
+check: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "pyright: about a minute" && PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/pydoclint peft_vlm
+	@$(BIN)/typos
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+wheel: $(STAMP)
+	@echo "Building the wheel and trying it outside the repository: about a minute"
+	@$(BIN)/python -m tests.wheel_check
+
+# One pytest run for the fast, distributed and fault tests, and last, so that its summary closes the output.
+ci: check wheel
+	@$(PYTEST) $(ARGS)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("peft_vlm needs Python 3.11 or newer, got " + sys.version.split()[0] + ": call `make PYTHON=/path/to/python3.11 ...`")'
+	@echo "Installing into $(VENV) (about 2 GB on disk): 1 to 5 minutes ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,140 @@
+"""What a method minimises: the `Objective` protocol that the trainer runs, and the facts a card needs about it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from peft_vlm.shapes import Batch
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from.
+
+    Args:
+        title: Title of the paper.
+        year: Year of publication.
+        arxiv_id: Identifier such as `"2412.11509"`.
+        venue: Conference or journal, with its year.
+        bibtex: Citation as it is printed on a model card.
+    """
+
+    title: str
+    year: int
+    arxiv_id: str
+    venue: str
+    bibtex: str
+
+    @property
+    def url(self) -> str:
+        """Address of the abstract."""
+        return f"https://arxiv.org/abs/{self.arxiv_id}"
+
+
+@dataclass
+class ObjectiveOutput:
+    """Loss terms and logits of one batch.
+
+    Args:
+        loss_terms: Named scalars, already weighted; the loss is their sum.
+        logits: Scaled logits that the loss was computed from.
+        labels: Column of `logits` that is right for each image. It differs from the batch's labels when the objective
+            works on a subset of the classes.
+    """
+
+    loss_terms: dict[str, Float[Tensor, ""]]
+    logits: Float[Tensor, "batch classes"]
+    labels: Int[Tensor, " batch"]
+
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        """Sum of the loss terms."""
+        return torch.stack(list(self.loss_terms.values())).sum()
+
+
+class Objective(ABC):
+    """Loss and logits of one method, plus the hooks by which it shapes the training run.
+
+    The trainer calls the hooks in this order: `prepare` once, `epoch_start` before each epoch, then the objective itself
+    per batch, and `predict` in evaluation. An objective holds no trainable tensors; a teacher is an argument of its
+    constructor, never a submodule of the trained model.
+    """
+
+    paper: Paper | None = None
+    #: False when training batches need no pixels because `epoch_start` has stored features (see `Batch.index`).
+    needs_pixels = True
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
+        """Loss terms and logits of a training batch; runs inside the module that the trainer wraps for DDP."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
+        """Logits over all classes, as a user of the trained model gets them."""
+
+    @abstractmethod
+    def config_dict(self) -> dict[str, Any]:
+        """The settings of this objective as JSON values, for the card and the training summary."""
+
+    def prepare(self, model: nn.Module, dataset: Dataset) -> None:  # noqa: B027 - an optional hook
+        """Called once before the first step, with the model on its device and the initial adapter."""
+
+    def epoch_start(self, model: nn.Module, dataset: Dataset, epoch: int) -> None:  # noqa: B027 - an optional hook
+        """Called before each epoch (also the one a resumed run continues); builds caches."""
+
+    def batch_sampler(self, dataset: Dataset, *, batch_size: int, seed: int) -> "EpochBatchSampler | None":
+        """Batches of dataset positions for methods that compose their batches themselves; None for shuffled ones."""
+        return None
+
+    def param_groups(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
+        """Split the trainable parameters into named learning-rate groups (`"text"`, `"vision"`, `"all"`, ...)."""
+        return {"all": [parameter for _, parameter in named_parameters]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume needs beyond the adapter: tensors and JSON values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave.
+
+        Args:
+            state: The mapping of `state_dict`.
+
+        Raises:
+            ValueError: If the state is of another objective.
+        """
+        if state:
+            raise ValueError(f"`{type(self).__name__}` has no state, got {sorted(state)!r}.")
+
+
+class EpochBatchSampler(ABC):
+    """Batches of dataset positions, drawn anew each epoch from (seed, epoch) alone, so that a resumed run repeats them.
+
+    Args:
+        batch_size: Images per batch at most.
+        seed: Seed of the run.
+    """
+
+    #: Read by Accelerate, which shards batch samplers over processes.
+    drop_last = False
+
+    def __init__(self, *, batch_size: int, seed: int) -> None:
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.epoch = epoch
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[list[int]]:
+        """Lists of dataset positions."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of batches in an epoch."""

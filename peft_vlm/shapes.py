@@ -1,0 +1,31 @@
+"""Names of tensor axes, used in every annotation of the package, and the batch that datasets hand to objectives.
+
+| axis     | meaning                                                      |
+|----------|--------------------------------------------------------------|
+| batch    | images of one step                                           |
+| classes  | class prompts; rows of the class features                    |
+| kept     | the classes that a sampling or skipping rule leaves in a step |
+| prompts  | tokenised texts (templates x classes)                        |
+| tokens   | positions of one sequence, text or patches                   |
+| width    | hidden size of one tower                                     |
+| dim      | size of the space that image and text features share         |
+| images   | all images of a dataset or a cache                           |
+| channels, rows, cols | pixels                                           |
+"""
+
+from typing import TypedDict
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Batch(TypedDict, total=False):
+    """One batch as collated by the data side; an objective reads the columns it names in its Requirements.
+
+    `pixel_values` are normalised with the mean and standard deviation of the model's image processor; `labels` index the
+    class names; `index` is the position in the training dataset, which caches use as their key.
+    """
+
+    pixel_values: Float[Tensor, "batch channels rows cols"]
+    labels: Int[Tensor, " batch"]
+    index: Int[Tensor, " batch"]

@@ -42,7 +42,7 @@ check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@echo "pyright: about a minute" && PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
-	@$(BIN)/pydoclint peft_vlm
+	@$(BIN)/flake8 peft_vlm
 	@$(BIN)/typos
 
 format: $(STAMP)

@@ -1,0 +1,239 @@
+"""Labelled images with class names: the one dataset type that training and evaluation read."""
+
+import copy
+import hashlib
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
+
+import torch
+from datasets import Dataset as HFDataset
+from datasets import Image as ImageFeature
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from peft_vlm.data.images import read_image
+from peft_vlm.data.transforms import ImageTransform
+from peft_vlm.errors import DataError
+from peft_vlm.shapes import Batch
+
+
+class Item(TypedDict):
+    """One image as a transform left it, its label, and its position in the dataset."""
+
+    pixel_values: NotRequired[Float[Tensor, "channels rows cols"]]
+    labels: int
+    index: int
+
+
+class ImageClassificationDataset(Dataset):
+    """Images, labels and class names.
+
+    Images are opened when they are asked for and nothing is kept, so memory does not grow with the dataset. What a
+    random transform draws depends on (`seed`, `epoch`, position) alone: the number of workers changes nothing, and a
+    resumed run sees the pictures of the run it continues.
+
+    Args:
+        source: A `datasets.Dataset`, or a sequence of mappings, with an image and a label column. Images may be
+            whatever `read_image` opens.
+        class_names: Name of label 0, 1, ...
+        transform: Makes the pixels of an item; None until one is set.
+        image_column: Column of the image.
+        label_column: Column of the label, integers from 0.
+        seed: Seed of the random transforms.
+    """
+
+    def __init__(
+        self,
+        source: HFDataset | Sequence[Mapping[str, Any]],
+        class_names: Sequence[str],
+        *,
+        transform: ImageTransform | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+        seed: int = 0,
+    ) -> None:
+        check_columns(source, (image_column, label_column))
+        if isinstance(source, HFDataset):
+            source = source.with_format(None)
+            if isinstance(source.features[image_column], ImageFeature):
+                source = source.cast_column(image_column, ImageFeature(decode=False))
+        self.source, self.image_column = source, image_column
+        self.class_names = tuple(class_names)
+        self.labels: list[int] = _checked_labels(source, label_column, self.class_names)
+        self.transform, self.seed = transform, seed
+        self._rows: Sequence[int] = range(len(labels))
+        # In shared memory, because workers that live on between epochs hold a copy of the dataset.
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """Epoch whose augmentation is drawn, from 0."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentation of another epoch from now on, in running workers too."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def image(self, index: int) -> Image.Image:
+        """The picture at a position, in RGB and without the transform.
+
+        Args:
+            index: Position in this dataset.
+
+        Raises:
+            DataError: If the image cannot be read; the message names position, row of the source, and file.
+        """
+        row = self._rows[index]
+        where = f"image {index}" if row == index else f"image {index} (row {row} of the source)"
+        return read_image(self.source[row][self.image_column], where=where)
+
+    def __getitem__(self, index: int) -> Item:
+        if self.transform is None:
+            raise DataError(
+                "The dataset has no transform and its images have no common size. Set `dataset.transform`, for "
+                "example to `EvalTransform(image_processor)`."
+            )
+        pixels = self.transform(self.image(index), self._generator(index))
+        return {"pixel_values": pixels, "labels": self.labels[index], "index": index}
+
+    def without_pixels(self) -> "LabelDataset":
+        """Labels and positions only, for objectives that read stored features."""
+        return LabelDataset(self)
+
+    def with_transform(self, transform: ImageTransform | None) -> "ImageClassificationDataset":
+        """The same images under another transform; this dataset keeps its own."""
+        other = self.select(range(len(self)))
+        other.transform = transform
+        return other
+
+    def select(self, indices: Sequence[int]) -> "ImageClassificationDataset":
+        """The images at some positions, in that order, with the same classes.
+
+        Args:
+            indices: Positions in this dataset; one may come several times.
+
+        Raises:
+            DataError: If a position is out of range.
+        """
+        wrong = [i for i in indices if not 0 <= i < len(self)]
+        if wrong:
+            raise DataError(f"Expected positions from 0 to {len(self) - 1}, got {wrong[:5]!r}.")
+        return self._subset(indices, [self.labels[i] for i in indices], self.class_names)
+
+    def restrict(self, class_ids: Sequence[int]) -> "ImageClassificationDataset":
+        """The images of some classes, relabelled from 0 in the order given.
+
+        Args:
+            class_ids: Labels of this dataset; the first becomes class 0.
+
+        Raises:
+            DataError: If a class does not exist or comes twice.
+        """
+        wrong = [c for c in class_ids if not 0 <= c < len(self.class_names)]
+        if wrong or len(set(class_ids)) != len(class_ids):
+            raise DataError(
+                f"Expected different class ids from 0 to {len(self.class_names) - 1}, got {list(class_ids)!r}."
+            )
+        new_label = {old: new for new, old in enumerate(class_ids)}
+        kept = [i for i, label in enumerate(self.labels) if label in new_label]
+        names = tuple(self.class_names[c] for c in class_ids)
+        return self._subset(kept, [new_label[self.labels[i]] for i in kept], names)
+
+    def _subset(
+        self, indices: Sequence[int], labels: list[int], names: tuple[str, ...]
+    ) -> "ImageClassificationDataset":
+        other = copy.copy(self)
+        other._rows = [self._rows[i] for i in indices]
+        other.labels, other.class_names = labels, names
+        other._epoch = self._epoch.clone().share_memory_()
+        return other
+
+    def _generator(self, index: int) -> torch.Generator:
+        digest = hashlib.blake2b(f"{self.seed},{self.epoch},{index}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+class LabelDataset(Dataset):
+    """Labels and positions of an image dataset.
+
+    Args:
+        images: The dataset that the positions refer to.
+    """
+
+    def __init__(self, images: ImageClassificationDataset) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Item:
+        return {"labels": self.images.labels[index], "index": index}
+
+
+def collate(items: Sequence[Item]) -> Batch:
+    """Stack items to a batch; without pixels when the items have none.
+
+    Args:
+        items: What a dataset gave, all with pixels or all without.
+
+    Returns:
+        `labels` and `index` as int64, `pixel_values` as float32.
+
+    Raises:
+        DataError: If the images differ in size.
+    """
+    batch: Batch = {
+        "labels": torch.tensor([item["labels"] for item in items]),
+        "index": torch.tensor([item["index"] for item in items]),
+    }
+    pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
+    if not pixels:
+        return batch
+    shapes = {tuple(p.shape) for p in pixels}
+    if len(shapes) > 1:
+        raise DataError(
+            f"Expected images of one size, got {sorted(shapes)!r}. Use a transform with a fixed size, such as "
+            "`EvalTransform` with an image processor that crops or resizes to a square."
+        )
+    batch["pixel_values"] = torch.stack(pixels)
+    return batch
+
+
+def check_columns(source: HFDataset | Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Refuse a source without rows or without some column.
+
+    Args:
+        source: A `datasets.Dataset` or a sequence of mappings.
+        names: Columns that must be there.
+
+    Raises:
+        DataError: Naming the missing column and those that are there.
+    """
+    if not len(source):
+        raise DataError("The dataset has no rows. Check the split name and the path.")
+    columns = source.column_names if isinstance(source, HFDataset) else list(source[0])
+    missing = [name for name in names if name not in columns]
+    if missing:
+        raise DataError(
+            f"Expected the columns {list(names)!r}, got {columns!r}. Name the right ones with `image_column` and "
+            "`label_column`."
+        )
+
+
+def _checked_labels(
+    source: HFDataset | Sequence[Mapping[str, Any]], column: str, class_names: Sequence[str]
+) -> list[int]:
+    labels = source[column][:] if isinstance(source, HFDataset) else [row[column] for row in source]
+    for index, label in enumerate(labels):
+        if not isinstance(label, numbers.Integral) or not 0 <= label < len(class_names):
+            raise DataError(
+                f"Expected labels from 0 to {len(class_names) - 1} for {len(class_names)} class names, got {label!r} "
+                f"at image {index}. Give every class a name, and leave out unlabelled images."
+            )
+    return [int(label) for label in labels]

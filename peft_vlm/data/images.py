@@ -1,0 +1,101 @@
+"""Whatever stands for an image, as an RGB picture in memory."""
+
+import io
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from peft_vlm.errors import DataError
+
+logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+def read_image(value: Any, *, where: str = "image") -> Image.Image:
+    """Open an image and convert it to RGB.
+
+    Grey and palette images get three channels, transparent ones are laid over white, 16-bit grey is scaled to 8 bits,
+    and the EXIF orientation of photos is applied (as `datasets` does). What was converted is logged once per kind.
+
+    Args:
+        value: A path, file content as `bytes`, a mapping with `bytes` or `path` (an undecoded `datasets` image), a PIL
+            image, or an array of shape (rows, cols), (rows, cols, 1), (rows, cols, 3) or (rows, cols, 4) with integers
+            in [0, 255].
+        where: What the value is, for the error message, such as `"image 17"`.
+
+    Raises:
+        DataError: If there is no such file, it is no image or a damaged one, or the image has no pixels.
+    """
+    name = f"{where} ({_source_name(value)})"
+    try:
+        image = _open(value)
+        image.load()
+    except FileNotFoundError as error:
+        raise DataError(f"{name} does not exist. Check the path and the folder relative paths start from.") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{name} cannot be read as an image: {error}. Replace the file or take it out of the dataset."
+        ) from error
+    if 0 in image.size:
+        raise DataError(f"{name} has no pixels: its size is {image.size}. Take it out of the dataset.")
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _source_name(value: Any) -> str:
+    if isinstance(value, str | Path):
+        return f"file {str(value)!r}"
+    if isinstance(value, Mapping) and value.get("path"):
+        return f"file {value['path']!r}"
+    return type(value).__name__
+
+
+def _open(value: Any) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, str | Path):
+        return Image.open(value)
+    if isinstance(value, bytes):
+        return Image.open(io.BytesIO(value))
+    if isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path") is not None):
+        return _open(value["bytes"] if value.get("bytes") is not None else value["path"])
+    if isinstance(value, np.ndarray):
+        return _from_array(value)
+    raise DataError(
+        f"Expected an image as a path, bytes, PIL image or numpy array, got {type(value).__name__}. "
+        "Tensors: pass `tensor.permute(1, 2, 0).numpy()` with values from 0 to 255 as uint8."
+    )
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    is_picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
+    if array.dtype != np.uint8 or not is_picture:
+        raise DataError(
+            "Expected a uint8 array of shape (rows, cols) or (rows, cols, 1, 3 or 4), "
+            f"got {array.dtype} of shape {array.shape}. Scale to 0..255 and put the channels last."
+        )
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I;16") or image.mode == "I":
+        _say_once("16-bit grey images are scaled to 8 bits")
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        _say_once("transparent images are laid over white")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    _say_once(f"images of mode {image.mode} are converted to RGB")
+    return image.convert("RGB")
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.info("%s (said once)", message)

@@ -1,0 +1,17 @@
+"""Templates, class prompts as token ids, and the features of a class list."""
+
+from peft_vlm.text.class_features import ClassFeatureCache, encode_classes, evaluation_mode
+from peft_vlm.text.prompts import ClassPrompts, check_class_names, tokenize_classes
+from peft_vlm.text.templates import IMAGENET_ENSEMBLE, check_template, fill
+
+__all__ = [
+    "IMAGENET_ENSEMBLE",
+    "ClassFeatureCache",
+    "ClassPrompts",
+    "check_class_names",
+    "check_template",
+    "encode_classes",
+    "evaluation_mode",
+    "fill",
+    "tokenize_classes",
+]

@@ -1,0 +1,138 @@
+"""Class names and templates as token ids, cut to the longest prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from peft_vlm.errors import ClassNameError
+from peft_vlm.text.templates import check_template, fill, readable
+
+
+@dataclass(frozen=True, eq=False)
+class ClassPrompts:
+    """Tokenised prompts of a class list.
+
+    Args:
+        class_names: Names as the user gave them; labels index this tuple.
+        templates: Texts with `{}`.
+        input_ids: Row `t * len(class_names) + c` is template `t` filled with class `c`.
+    """
+
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    input_ids: Int[Tensor, "prompts tokens"]
+
+    def is_same(self, other: "ClassPrompts") -> bool:
+        """Whether both stand for the same token ids of the same classes in the same order."""
+        return (
+            self.class_names == other.class_names
+            and len(self.templates) == len(other.templates)
+            and torch.equal(self.input_ids, other.input_ids)
+        )
+
+
+def check_class_names(class_names: Sequence[object]) -> tuple[str, ...]:
+    """The names as a tuple, refused when a classifier could not tell them apart.
+
+    Args:
+        class_names: Label order; `_` counts as a space.
+
+    Raises:
+        ClassNameError: If there is no name, a name is empty or not a string, or two names read the same.
+    """
+    if isinstance(class_names, str) or not len(class_names):
+        raise ClassNameError(f"Expected a list of at least one class name, got {class_names!r}.")
+    seen: dict[str, int] = {}
+    for index, name in enumerate(class_names):
+        if not isinstance(name, str) or not readable(name):
+            raise ClassNameError(f"Class {index} has no name: got {name!r}. Give every class a non-empty string.")
+        first = seen.setdefault(readable(name), index)
+        if first != index:
+            raise ClassNameError(
+                f"Classes {first} and {index} have the same name {readable(name)!r}. Rename one, for example "
+                "'crane bird' and 'crane machine', or merge the classes."
+            )
+    return tuple(str(name) for name in class_names)
+
+
+def tokenize_classes(
+    tokenizer: PreTrainedTokenizerBase,
+    class_names: Sequence[str],
+    *,
+    template: str | Sequence[str],
+    max_length: int,
+    pad_to_max: bool = False,
+) -> ClassPrompts:
+    """Tokenise every class in every template.
+
+    Ids are cut to the longest prompt. For CLIP that changes no feature: the text tower is causal and pools at the end
+    of the text. SigLIP attends to its padding, so its prompts need the full length (`pad_to_max=True`).
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        class_names: Label order.
+        template: One text with `{}`, or several, whose features `encode_classes` averages.
+        max_length: Tokens the text tower takes, start and end token included.
+        pad_to_max: Pad to `max_length` instead of to the longest prompt.
+
+    Returns:
+        Names, templates and token ids, padded on the right.
+
+    Raises:
+        ClassNameError: If names are missing, empty or the same, a template has no `{}`, a prompt is longer than
+            `max_length`, two classes get the same tokens, or the tokenizer has no vocabulary or padding token.
+    """
+    names = check_class_names(class_names)
+    templates = (template,) if isinstance(template, str) else tuple(template)
+    if not templates:
+        raise ClassNameError("Expected at least one template, got none. Pass for example 'a photo of a {}.'.")
+    for text in templates:
+        check_template(text)
+    _check_tokenizer(tokenizer)
+    rows = tokenizer([fill(text, name) for text in templates for name in names], padding=False, truncation=False)
+    rows = rows["input_ids"]
+    _check_lengths(rows, names, templates, max_length)
+    _check_distinct(rows, names, templates)
+    length = max_length if pad_to_max else max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), length), tokenizer.pad_token_id, dtype=torch.long)
+    for row, ids in enumerate(rows):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+    return ClassPrompts(names, templates, input_ids)
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    # transformers 5 builds a CLIPTokenizer that knows only its special tokens when the folder has no vocabulary.
+    known = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    if known == 0:
+        raise ClassNameError(
+            f"The tokenizer of {tokenizer.name_or_path!r} knows only its special tokens: its vocabulary files were "
+            "not found. Load it from the folder of the model with `AutoTokenizer.from_pretrained`."
+        )
+    if tokenizer.pad_token_id is None:
+        raise ClassNameError("The tokenizer has no padding token. Set `tokenizer.pad_token` as the model expects it.")
+
+
+def _check_lengths(rows: list[list[int]], names: tuple[str, ...], templates: tuple[str, ...], max_length: int) -> None:
+    for row, ids in enumerate(rows):
+        if len(ids) > max_length:
+            template, name = templates[row // len(names)], names[row % len(names)]
+            raise ClassNameError(
+                f"Class {name!r} in template {template!r} needs {len(ids)} tokens, the limit of the text tower is "
+                f"{max_length}. Shorten the class name or the template."
+            )
+
+
+def _check_distinct(rows: list[list[int]], names: tuple[str, ...], templates: tuple[str, ...]) -> None:
+    for start in range(0, len(rows), len(names)):
+        seen: dict[tuple[int, ...], str] = {}
+        for name, ids in zip(names, rows[start : start + len(names)], strict=True):
+            first = seen.setdefault(tuple(ids), name)
+            if first != name:
+                raise ClassNameError(
+                    f"Classes {first!r} and {name!r} have the same tokens in template "
+                    f"{templates[start // len(names)]!r} (upper and lower case may count as one). Rename one of them."
+                )

@@ -1,0 +1,98 @@
+"""Tokenised class lists: order, cut, padding, and every refusal."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from peft_vlm.errors import ClassNameError
+from peft_vlm.text import ClassPrompts, check_class_names, tokenize_classes
+from tests.tiny import tiny_tokenizer
+
+START, END = 512, 513
+
+
+def tokenized(names: list[str], template: str | list[str] = "a {}.", max_length: int = 40, **kwargs) -> ClassPrompts:
+    """Prompts of the tiny tokenizer."""
+    return tokenize_classes(tiny_tokenizer(), names, template=template, max_length=max_length, **kwargs)
+
+
+def test_ids_equal_the_tokenizers_own_and_are_cut_to_the_longest() -> None:
+    """A row that lost its end token would be pooled at the wrong position."""
+    prompts = tokenized(["cat", "hamster"])
+    assert prompts.input_ids.shape == (2, 1 + 1 + 7 + 1 + 1)  # start, "a", one token per letter, ".", end
+    for row, text in zip(prompts.input_ids, ["a cat.", "a hamster."], strict=True):
+        ids = tiny_tokenizer()(text)["input_ids"]
+        assert row[: len(ids)].tolist() == ids
+        assert set(row[len(ids) :].tolist()) <= {END}
+        assert (ids[0], ids[-1]) == (START, END)
+
+
+def test_rows_go_template_by_template() -> None:
+    """`encode_classes` averages rows `t * classes + c`; class-major rows would mix the classes."""
+    prompts = tokenized(["cat", "dog"], ["a {}.", "the {}!"])
+    single = [tokenized([name], template).input_ids[0] for template in ("a {}.", "the {}!") for name in ("cat", "dog")]
+    assert prompts.input_ids.shape[0] == 4
+    for row, expected in zip(prompts.input_ids, single, strict=True):
+        assert row[: len(expected)].tolist() == expected.tolist()
+
+
+def test_padding_to_the_full_length_for_bidirectional_text_towers() -> None:
+    """SigLIP attends to padding: a cut prompt has other features."""
+    assert tokenized(["cat"], max_length=24, pad_to_max=True).input_ids.shape == (1, 24)
+
+
+def test_a_prompt_that_is_too_long_names_the_class_and_the_limit() -> None:
+    """Truncation would drop the end of the name, and CLIP's end token with it."""
+    with pytest.raises(ClassNameError, match=r"'hippopotamus' in template 'a \{\}.' needs 16 tokens.*is 10. Shorten"):
+        tokenized(["cat", "hippopotamus"], max_length=10)
+    assert tokenized(["cat", "hippopotamus"], max_length=16).input_ids.shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "at least one class name"),
+        ("cat", "list of at least one class name, got 'cat'"),
+        (["cat", " _"], "Class 1 has no name"),
+        (["cat", None], "Class 1 has no name: got None"),
+        (["sea_lion", "dog", "sea lion"], "Classes 0 and 2 have the same name 'sea lion'. Rename one"),
+        (["Crane", "crane"], "'Crane' and 'crane' have the same tokens"),
+    ],
+)
+def test_class_names_that_no_classifier_can_use_are_refused(names: list[str], message: str) -> None:
+    """Two equal names make one of the classes unreachable, and accuracy is lower without a visible reason."""
+    with pytest.raises(ClassNameError, match=message):
+        check_class_names(names)
+        tokenized(names)
+
+
+def test_no_template_is_refused() -> None:
+    """An empty ensemble has no average."""
+    with pytest.raises(ClassNameError, match="at least one template"):
+        tokenized(["cat"], [])
+
+
+def test_a_tokenizer_without_vocabulary_is_refused(tmp_path: Path) -> None:
+    """`CLIPTokenizer.from_pretrained` of a folder without tokenizer files returns one that knows no word."""
+    with pytest.raises(ClassNameError, match="vocabulary files were not found"):
+        tokenize_classes(CLIPTokenizer.from_pretrained(tmp_path), ["cat"], template="a {}.", max_length=40)
+
+
+def test_a_tokenizer_without_padding_token_is_refused() -> None:
+    """`None` would surface as a TypeError deep inside torch."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(ClassNameError, match="no padding token"):
+        tokenize_classes(tokenizer, ["cat"], template="a {}.", max_length=40)
+
+
+def test_prompts_compare_by_names_order_and_ids() -> None:
+    """The cache relies on it: the same names under another template are other prompts."""
+    prompts = tokenized(["cat", "dog"])
+    assert prompts.is_same(tokenized(["cat", "dog"]))
+    assert not prompts.is_same(tokenized(["dog", "cat"]))
+    assert not prompts.is_same(tokenized(["cat", "dog"], "b {}."))
+    assert not prompts.is_same(tokenized(["cat", "dog"], ["a {}.", "b {}."]))
+    assert prompts.input_ids.dtype == torch.long

@@ -67,6 +67,8 @@ class Objective(ABC):
     """
 
     paper: Paper | None = None
+    #: The class prompts (`peft_vlm.text.ClassPrompts`) that the trained adapter classifies with; None without classes.
+    prompts: Any = None
     #: False when training batches need no pixels because `epoch_start` has stored features (see `Batch.index`).
     needs_pixels = True
 
@@ -96,11 +98,11 @@ class Objective(ABC):
         """Split the trainable parameters into named learning-rate groups (`"text"`, `"vision"`, `"all"`, ...)."""
         return {"all": [parameter for _, parameter in named_parameters]}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What an exact resume needs beyond the adapter: tensors and JSON values."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """What an exact resume needs beyond the adapter; saved as safetensors in every checkpoint."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave.
 
         Args:

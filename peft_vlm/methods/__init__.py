@@ -1,0 +1,5 @@
+"""The methods, one folder each. Every one is imported here by name, which registers it with PEFT."""
+
+from peft_vlm.methods import skip_tuning
+
+__all__ = ["skip_tuning"]

@@ -1,0 +1,54 @@
+"""Configuration of a Skip Tuning adapter."""
+
+from dataclasses import dataclass, field
+from typing import no_type_check
+
+from peft import PeftType
+
+from peft_vlm.prompting.config import VLMConfig, check_dtype_name
+from peft_vlm.registry import extend_peft_type
+
+extend_peft_type("SKIP_TUNING")
+
+
+@no_type_check  # wrong types get the messages of `__post_init__`, in tests too
+@dataclass
+class SkipTuningConfig(VLMConfig):
+    """Which layers of a CLIP-like model are tuned; the adapter holds exactly their tensors.
+
+    Tuned are the transformer layers from `start_layer` on, the final norms and the projections of both towers. Frozen
+    are the embeddings, CLIP's first vision norm, the layers below, and the logit scale.
+
+    Args:
+        start_layer: First tuned layer, counted from 0; also the number of layers whose output can be cached. Paper:
+            omega; official flag `START_LAYER`, default 6 of 12 layers.
+        text_start_layer: First tuned text layer where the towers differ in depth; None means `start_layer`.
+        adapter_dtype: dtype in which the tuned tensors are kept and saved: `"float32"`, `"float16"`, `"bfloat16"`. None
+            follows PEFT: the base model's dtype, raised to float32 while training a half-precision base.
+
+    References:
+        Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves, 2025,
+        arXiv 2412.11509, Sec. 4.
+    """
+
+    start_layer: int = field(default=6)
+    text_start_layer: int | None = field(default=None)
+    adapter_dtype: str | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["SKIP_TUNING"]
+        check_dtype_name(self.adapter_dtype, field_name="adapter_dtype")
+        for name in ("start_layer", "text_start_layer"):
+            value = getattr(self, name)
+            if value is None and name == "text_start_layer":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"Expected `{name}` to be an integer, got {value!r}.")
+            if value < 0:
+                raise ValueError(f"Expected `{name}` to be 0 or more, got {value!r}.")
+
+    @property
+    def start_layers(self) -> tuple[int, int]:
+        """First tuned layer of the vision tower and of the text tower."""
+        return self.start_layer, self.start_layer if self.text_start_layer is None else self.text_start_layer

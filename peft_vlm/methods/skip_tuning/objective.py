@@ -1,0 +1,280 @@
+"""Skip Tuning's objective: cross-entropy over the kept classes, from cached hidden states upwards.
+
+Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves, 2025, arXiv 2412.11509.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.losses.class_skipping import kept_classes, num_top_classes, rank_classes, rank_keep_probability
+from peft_vlm.methods.skip_tuning.feature_cache import HiddenStateCache, fill, initial_prototypes, text_hidden_states
+from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
+from peft_vlm.objective import Objective, ObjectiveOutput, Paper
+from peft_vlm.shapes import Batch
+from peft_vlm.text.class_features import ClassFeatureCache
+from peft_vlm.text.prompts import ClassPrompts
+from peft_vlm.towers import image_features, towers_of
+
+PAPER = Paper(
+    title="Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves",
+    year=2025,
+    arxiv_id="2412.11509",
+    venue="CVPR 2025",
+    bibtex="""@inproceedings{wu2025skip,
+  title     = {Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves},
+  author    = {Wu, Shihan and Zhang, Ji and Zeng, Pengpeng and Gao, Lianli and Song, Jingkuan and Shen, Heng Tao},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2025}
+}""",
+)
+
+
+class SkipTuningObjective(Objective):
+    """Mean cross-entropy of scaled cosines over the classes that CSkip keeps, with LSkip's caches.
+
+    Formula: L = mean_i CE(exp(scale) * cos(f(x_i), t_c), y_i) over c in K, where K holds the `num_top` classes most similar
+    to the batch (by the initial text features) and a random tail.
+
+    Args:
+        prompts: Tokenised class prompts with a single template.
+        top_ratio: Share (up to 1) or number of classes always kept. Paper: r; official `TOP_RATIO`, 0.5.
+        max_top: Upper bound of that number; ignored when `top_ratio` is 1. Official `MAX_TOP`, 50.
+        tail_scale: Scale of the tail's exponential distribution. Paper: lambda; official `LAMBDA`, 0.3.
+        redraw_tail: When the kept tail ranks are drawn: `"never"` (once per run, as in the official code), `"epoch"` or
+            `"step"`.
+        image_cache: Where the image states of an epoch are kept: `"ram"`, `"disk"` (memory-mapped), or `"none"`, which runs
+            the lower layers per batch, with the same result.
+        cache_folder: Folder of the memory-mapped file; temporary by default.
+        cache_batch_size: Images per forward pass while caching.
+        num_workers: Processes that decode images while caching.
+        batch_composition: `"one_class"` batches (official for 4 or more shots) or `"random"` ones.
+        remainder: `"keep"` smaller last batches or `"drop"` them (official).
+        seed: Seed of the tail draw.
+
+    Requirements:
+        Batches with `index` and `labels` (and `pixel_values` when `image_cache` is `"none"`); a `PeftModel` with an active
+        Skip Tuning adapter; at least two classes.
+
+    Relations:
+        With `top_ratio=1` it is full cross-entropy; with `start_layer=0` and no cache it is fine-tuning of both towers
+        except embeddings and logit scale.
+
+    References:
+        arXiv 2412.11509, Sec. 4; batch rule, tail mask and cap from the official code.
+    """
+
+    paper = PAPER
+
+    def __init__(
+        self,
+        prompts: ClassPrompts,
+        *,
+        top_ratio: float | int = 0.5,
+        max_top: int = 50,
+        tail_scale: float = 0.3,
+        redraw_tail: Literal["never", "epoch", "step"] = "never",
+        image_cache: Literal["ram", "disk", "none"] = "ram",
+        cache_folder: str | Path | None = None,
+        cache_batch_size: int = 64,
+        num_workers: int = 0,
+        batch_composition: Literal["one_class", "random"] = "one_class",
+        remainder: Literal["keep", "drop"] = "keep",
+        seed: int = 0,
+    ) -> None:
+        if len(prompts.templates) != 1:
+            raise ValueError(
+                f"Expected class prompts with one template, got {len(prompts.templates)}: {prompts.templates!r}. "
+                "An ensemble of templates has no single prompt to train; evaluate with it instead."
+            )
+        _check_choice("redraw_tail", redraw_tail, ("never", "epoch", "step"))
+        _check_choice("image_cache", image_cache, ("ram", "disk", "none"))
+        _check_choice("batch_composition", batch_composition, ("one_class", "random"))
+        _check_choice("remainder", remainder, ("keep", "drop"))
+        self.prompts = prompts
+        num_classes = len(prompts.class_names)
+        self.settings: dict[str, Any] = {
+            "top_ratio": top_ratio,
+            "max_top": max_top,
+            "tail_scale": tail_scale,
+            "redraw_tail": redraw_tail,
+            "image_cache": image_cache,
+            "batch_composition": batch_composition,
+            "remainder": remainder,
+            "seed": seed,
+        }
+        self.num_top = num_top_classes(num_classes, top_ratio=top_ratio, max_top=max_top)
+        self.keep_probability = rank_keep_probability(num_classes, self.num_top, tail_scale=tail_scale)
+        self.redraw_tail, self.batch_composition, self.remainder = redraw_tail, batch_composition, remainder
+        self.cache = None if image_cache == "none" else HiddenStateCache(image_cache, folder=cache_folder)
+        self.cache_batch_size, self.num_workers = cache_batch_size, num_workers
+        self.needs_pixels = self.cache is None
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tail_uniform = torch.rand(num_classes, generator=self.generator)
+        self._class_features = ClassFeatureCache()
+        self._text: tuple[Tensor, Tensor, Tensor] | None = None
+        self._starts = (0, 0)
+
+    def config_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return dict(self.settings)
+
+    def prepare(self, model: nn.Module, dataset: ImageClassificationDataset) -> None:
+        """Run the frozen text layers and compute the prototypes, once per run.
+
+        Args:
+            model: `PeftModel` with the active Skip Tuning adapter.
+            dataset: Not used; the classes come from the prompts.
+        """
+        self._starts = model.active_peft_config.start_layers
+        towers, start = towers_of(model), self._starts[1]
+        ids = self.prompts.input_ids.to(next(towers.model.parameters()).device)
+        hidden = text_hidden_states(towers, ids, start=start)
+        self._text = (ids, hidden, initial_prototypes(model, towers, hidden, ids, start=start))
+
+    def epoch_start(self, model: nn.Module, dataset: ImageClassificationDataset, epoch: int) -> None:
+        """Fill the image cache with this epoch's augmented images and redraw the tail if asked to.
+
+        Args:
+            model: `PeftModel` with the active adapter.
+            dataset: Training images; its epoch is already set.
+            epoch: Number of the epoch, from 0.
+        """
+        if self.redraw_tail == "epoch" and epoch > 0:
+            self._draw_tail(epoch)
+        if self.cache is not None:
+            fill(
+                self.cache,
+                towers_of(model),
+                dataset,
+                start=self._starts[0],
+                batch_size=self.cache_batch_size,
+                num_workers=self.num_workers,
+            )
+
+    def batch_sampler(
+        self, dataset: ImageClassificationDataset, *, batch_size: int, seed: int
+    ) -> SkipTuningBatchSampler:
+        """Batches by the official rule.
+
+        Args:
+            dataset: Training images.
+            batch_size: Images per batch.
+            seed: Seed of the run.
+        """
+        return SkipTuningBatchSampler(
+            dataset.labels,
+            batch_size=batch_size,
+            seed=seed,
+            composition=self.batch_composition,
+            remainder=self.remainder,
+        )
+
+    def param_groups(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by tower, for staged learning rates.
+
+        Args:
+            named_parameters: Names and parameters that require a gradient.
+        """
+        groups: dict[str, list[nn.Parameter]] = {"text": [], "vision": []}
+        for name, parameter in named_parameters:
+            vision = "vision_model." in name or "visual_projection." in name
+            groups["vision" if vision else "text"].append(parameter)
+        return groups
+
+    def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
+        """Loss over the kept classes.
+
+        Args:
+            model: `PeftModel` with the active adapter.
+            batch: `labels`, and `index` into the cache or `pixel_values`.
+
+        Returns:
+            The term `cross_entropy` (mean over the batch) and logits over the kept classes, with remapped labels.
+
+        Raises:
+            RuntimeError: If `prepare` was not called.
+        """
+        if self._text is None:
+            raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
+        ids, text_hidden, prototypes = self._text
+        towers, labels = towers_of(model), batch["labels"]
+        image = towers.pool_image(towers.run_vision(self._image_hidden(model, batch), self._starts[0]))
+        kept = self._kept(image.detach(), prototypes, labels)
+        if kept is not None:
+            ids, text_hidden = ids[kept], text_hidden[kept]
+            labels = torch.searchsorted(kept, labels)
+        if towers.text_is_causal:  # states behind the last end-of-text token influence nothing
+            length = int(towers.pooled_positions(ids).max()) + 1
+            ids, text_hidden = ids[:, :length], text_hidden[:, :length]
+        text = towers.pool_text(towers.run_text(text_hidden, self._starts[1]), ids)
+        logits = towers.similarity_logits(image, text)
+        return ObjectiveOutput({"cross_entropy": nn.functional.cross_entropy(logits, labels)}, logits, labels)
+
+    def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
+        """Logits over all classes by the full model on pixels; class features are computed once per state of the model.
+
+        Args:
+            model: The model under evaluation.
+            batch: `pixel_values`.
+        """
+        features = self._class_features.get(model, self.prompts)
+        return towers_of(model).similarity_logits(image_features(model, batch["pixel_values"]), features)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tail draw and its generator."""
+        return {"tail_uniform": self.tail_uniform, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the tail draw.
+
+        Args:
+            state: Mapping of `state_dict`.
+
+        Raises:
+            ValueError: If the number of classes differs.
+        """
+        if state["tail_uniform"].shape != self.tail_uniform.shape:
+            raise ValueError(
+                f"Expected a state for {len(self.tail_uniform)} classes, got one for {len(state['tail_uniform'])}. "
+                "Resume with the class names of the interrupted run."
+            )
+        self.tail_uniform = state["tail_uniform"]
+        self.generator.set_state(state["generator"])
+
+    def _image_hidden(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch tokens width"]:
+        """What enters the first tuned vision layer, from the cache or computed without autograd."""
+        if self.cache is not None:
+            return self.cache.read(batch["index"], batch["labels"].device)
+        towers = towers_of(model)
+        with torch.no_grad():
+            return towers.run_vision(towers.embed_image(batch["pixel_values"]), 0, self._starts[0])
+
+    def _draw_tail(self, epoch: int | None = None) -> None:
+        """Draw anew; per epoch from (seed, epoch), so that a resumed run draws the same."""
+        if epoch is not None:
+            self.generator.manual_seed(self.settings["seed"] * 1_000_003 + epoch)
+        self.tail_uniform = torch.rand(len(self.tail_uniform), generator=self.generator)
+
+    def _kept(
+        self, image: Float[Tensor, "batch dim"], prototypes: Float[Tensor, "classes dim"], labels: Int[Tensor, " batch"]
+    ) -> Int[Tensor, " kept"] | None:
+        """Ids of the kept classes, ascending; None when nothing is skipped."""
+        if self.num_top == len(prototypes):
+            return None
+        if self.redraw_tail == "step":
+            self._draw_tail()
+        ranked = rank_classes(nn.functional.normalize(image.float(), dim=-1), prototypes, labels)
+        keep_rank = (self.tail_uniform < self.keep_probability).to(ranked.device)
+        return kept_classes(ranked, keep_rank, labels)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"Expected `{name}` to be one of {choices!r}, got {value!r}.")

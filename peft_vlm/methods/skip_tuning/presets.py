@@ -1,0 +1,78 @@
+"""Hyper-parameters of the official runs, by protocol, as keyword arguments for the three places settings live in."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of one official configuration.
+
+    Args:
+        config: For `SkipTuningConfig`.
+        objective: For `SkipTuningObjective`.
+        training: For `VLMTrainingArguments`.
+    """
+
+    config: dict[str, Any] = field(default_factory=lambda: {"start_layer": 6})
+    objective: dict[str, Any] = field(
+        default_factory=lambda: {"top_ratio": 0.5, "max_top": 50, "tail_scale": 0.3, "redraw_tail": "never"}
+    )
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+_SHARED = {"optim": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "per_device_train_batch_size": 4}
+
+PRESETS: dict[str, Preset] = {
+    # vit_b16_bs4.yaml: "text 2e-5, image 5e-6", one warm-up epoch at 1e-6 for both towers
+    "base_to_new": Preset(
+        training={
+            **_SHARED,
+            "learning_rate": 2e-5,
+            "vision_learning_rate": 5e-6,
+            "num_train_epochs": 20,
+            "warmup_epochs": 1,
+            "warmup_learning_rate": 1e-6,
+        }
+    ),
+    # vit_b16_bs4_cross_datasets.yaml
+    "cross_dataset": Preset(
+        training={
+            **_SHARED,
+            "learning_rate": 1e-5,
+            "vision_learning_rate": 1e-6,
+            "num_train_epochs": 20,
+            "warmup_epochs": 1,
+            "warmup_learning_rate": 1e-8,
+        }
+    ),
+    # vit_b16_bs4_few_shot.yaml: one learning rate, no warm-up
+    "few_shot": Preset(training={**_SHARED, "learning_rate": 1e-5, "num_train_epochs": 40, "warmup_epochs": 0}),
+}
+"""`base_to_new`, `cross_dataset` and `few_shot`; see `preset_for` for the data-dependent parts."""
+
+QUARTER_EPOCHS = ("imagenet", "sun397", "food101")
+"""Datasets on which the official scripts train a quarter of the epochs."""
+
+
+def preset_for(protocol: str, *, shots: int, quarter_epochs: bool = False) -> Preset:
+    """An official preset with the parts that depend on the data filled in.
+
+    Args:
+        protocol: Key of `PRESETS`.
+        shots: Images per class; below 4 the official batches are random instead of one-class.
+        quarter_epochs: Train `int(epochs / 4)` epochs, as the official scripts do on the `QUARTER_EPOCHS` datasets.
+
+    Raises:
+        ValueError: If the protocol is unknown.
+    """
+    if protocol not in PRESETS:
+        raise ValueError(f"Expected a protocol out of {sorted(PRESETS)}, got {protocol!r}.")
+    preset = PRESETS[protocol]
+    composition = "one_class" if shots >= 4 else "random"
+    epochs = preset.training["num_train_epochs"] // (4 if quarter_epochs else 1)
+    return Preset(
+        config=dict(preset.config),
+        objective={**preset.objective, "batch_composition": composition},
+        training={**preset.training, "num_train_epochs": epochs},
+    )

@@ -1,0 +1,1 @@
+"""Where trainable tensors enter a network. Knows layers, not methods."""

@@ -1,0 +1,165 @@
+"""The part of an adapter's configuration that every method shares, and the checks made when an adapter is loaded."""
+
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, no_type_check
+
+import torch
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from peft_vlm.errors import AdapterError
+
+FORMAT_VERSION = 1
+"""Layout of adapter folders that this release writes. Raised when an older release could misread a newer folder."""
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def installed_version() -> str:
+    """Version of the installed distribution, `"unknown"` when the package is used from a bare source tree."""
+    try:
+        return version("peft-vlm")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def check_adapter_file(folder: Path) -> None:
+    """Refuse a damaged weights file before PEFT builds a model around it.
+
+    Args:
+        folder: Local adapter folder. A folder without the file is left to PEFT, which names what is missing.
+
+    Raises:
+        AdapterError: If the file cannot be read as safetensors, for example because a download was cut off.
+    """
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            tensors.keys()
+    except SafetensorError as error:
+        raise AdapterError(
+            f"Expected a complete safetensors file, got {str(path)!r} with {path.stat().st_size} bytes, which cannot be "
+            f"read ({error}). The file is cut off or damaged: copy or download it again."
+        ) from error
+
+
+@no_type_check  # wrong types get the messages of `__post_init__`, in tests too
+@dataclass
+class VLMConfig(PeftConfig):
+    """Configuration that the adapters of all methods share; everything needed to rebuild and to use an adapter.
+
+    Args:
+        target_modules: Modules that carry adapter tensors, as a regular expression over module names. Filled in by the
+            method from its own settings; setting it by hand is refused.
+        exclude_modules: Not used by the methods of this package; PEFT expects the field.
+        modules_to_save: Further modules to train and store whole, by PEFT's own mechanism.
+        class_names: Names of the classes the adapter was trained on, in label order. Written by the trainer.
+        template: Text around a class name, with one `{}`; a list is an ensemble. Written by the trainer.
+        image_mean: Channel means of the image processor used in training, in [0, 1] pixel units.
+        image_std: Channel standard deviations of that processor.
+        image_size: Rows and columns of the images that the model saw.
+        base_architecture: Sizes of the base model. Recorded on creation; a base with other sizes is refused on loading.
+        init_weights: False starts from perturbed instead of initial values, which makes an untrained adapter change the
+            output. For tests.
+        format_version: Layout of the adapter folder.
+        peft_vlm_version: Release that wrote the adapter.
+    """
+
+    target_modules: str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+    class_names: list[str] | None = field(default=None)
+    template: str | list[str] | None = field(default=None)
+    image_mean: list[float] | None = field(default=None)
+    image_std: list[float] | None = field(default=None)
+    image_size: list[int] | None = field(default=None)
+    base_architecture: dict[str, Any] | None = field(default=None)
+    init_weights: bool = field(default=True)
+    format_version: int = field(default=FORMAT_VERSION)
+    peft_vlm_version: str = field(default_factory=installed_version)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format_version > FORMAT_VERSION:
+            raise AdapterError(
+                f"Expected an adapter of format version {FORMAT_VERSION} or older, got {self.format_version!r}, written "
+                f"by peft_vlm {self.peft_vlm_version}. Upgrade: pip install -U peft-vlm."
+            )
+        if self.task_type is not None:
+            raise ValueError(
+                f"Expected `task_type`=None, got {self.task_type!r}. PEFT's task wrappers pass arguments that "
+                "vision-language models do not accept; leave it out."
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
+        """Read a configuration as PEFT does; for a local folder the weights file beside it is checked first.
+
+        Args:
+            pretrained_model_name_or_path: Local folder or Hub id.
+            subfolder: Folder inside it.
+            **kwargs: Passed to PEFT.
+        """
+        check_adapter_file(Path(pretrained_model_name_or_path) / (subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def check_dtype_name(name: str | None, *, field_name: str) -> None:
+    """Refuse a dtype name that is not one of `DTYPES`.
+
+    Args:
+        name: Value of the field; None is accepted.
+        field_name: Name of the field, for the message.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"Expected `{field_name}` to be None or one of {sorted(DTYPES)}, got {name!r}.")
+
+
+def architecture_of(model_config: dict[str, Any]) -> dict[str, Any]:
+    """Sizes that decide whether an adapter fits a base model, as JSON values.
+
+    Args:
+        model_config: `model.config.to_dict()` of a two-tower model.
+    """
+    sizes: dict[str, Any] = {"model_type": model_config.get("model_type")}
+    for tower in ("text", "vision"):
+        tower_config = model_config.get(f"{tower}_config") or {}
+        for key in ("hidden_size", "num_hidden_layers", "intermediate_size"):
+            if key in tower_config:
+                sizes[f"{tower}_{key}"] = tower_config[key]
+    if "projection_dim" in model_config:
+        sizes["projection_dim"] = model_config["projection_dim"]
+    return sizes
+
+
+def check_architecture(config: VLMConfig, model_config: dict[str, Any]) -> None:
+    """Refuse a base model whose sizes differ from the one the adapter was made for.
+
+    Args:
+        config: Adapter configuration; `base_architecture` is None for a new adapter.
+        model_config: `model.config.to_dict()` of the base model at hand.
+
+    Raises:
+        AdapterError: If a size differs; the message lists each.
+    """
+    if config.base_architecture is None:
+        return
+    actual = architecture_of(model_config)
+    different = [
+        f"{key}: adapter {value!r}, this model {actual.get(key)!r}"
+        for key, value in config.base_architecture.items()
+        if actual.get(key) != value
+    ]
+    if different:
+        raise AdapterError(
+            f"The adapter was made for another base model ({'; '.join(different)}). Load it onto "
+            f"{config.base_model_name_or_path or 'the model it was trained on'!r}."
+        )

@@ -1,0 +1,95 @@
+"""Plumbing that every wrapper of this package shares on top of PEFT's `BaseTunerLayer`."""
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from peft_vlm.errors import AdapterError
+
+
+class PromptLayer(nn.Module, BaseTunerLayer):
+    """A wrapped layer that holds the tensors of any number of adapters, one of which may be active.
+
+    Subclasses name their `ParameterDict`s, keyed by adapter name, in `adapter_layer_names` and fill them in `add_adapter`.
+    Deeper nesting is avoided on purpose: PEFT strips an adapter name from a key only in the last two positions, and a
+    name that stays in the file makes the adapter load as random values under any other name.
+
+    Args:
+        base_layer: The frozen layer that is wrapped.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def add_adapter(self, adapter_name: str, config: Any) -> None:
+        """Create the tensors of a new adapter.
+
+        Args:
+            adapter_name: Key under which they are kept.
+            config: The method's configuration.
+        """
+        raise NotImplementedError
+
+    @property
+    def current_adapter(self) -> str | None:
+        """Name of the adapter this layer applies now; None when it must act as the base layer.
+
+        A layer without tensors of the active adapter (another adapter reaches fewer layers) acts as the base layer.
+        """
+        if self._disable_adapters or self.merged_adapters or not self.active_adapters:
+            return None
+        name = self.active_adapters[0]
+        return name if any(name in getattr(self, container) for container in self.adapter_layer_names) else None
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter.
+
+        Args:
+            adapter_names: A name, or a list with at most one.
+            inference_mode: True freezes the adapter.
+
+        Raises:
+            AdapterError: If several adapters are given: these methods replace tensors, which cannot be stacked.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise AdapterError(
+                f"Expected one active adapter, got {names!r}. Adapters of this kind replace tensors of the model and "
+                "cannot be active together; activate one with `set_adapter(name)`."
+            )
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse to merge; layers that can override it.
+
+        Args:
+            safe_merge: Ignored.
+            adapter_names: Ignored.
+
+        Raises:
+            AdapterError: Always.
+        """
+        raise AdapterError(
+            f"`{type(self).__name__}` adds tensors that no weight of the base model can hold, so it cannot be merged. "
+            "Keep the PeftModel, or call `unload()` to get the base model back."
+        )
+
+
+def replaced(parameter: torch.Tensor, *, init_weights: bool, dtype: torch.dtype | None) -> nn.Parameter:
+    """A trainable copy of a frozen tensor.
+
+    Args:
+        parameter: Tensor to copy.
+        init_weights: False adds Gaussian noise of 2 % of the tensor's scale, so that the copy acts differently.
+        dtype: dtype of the copy; None keeps the tensor's.
+    """
+    copy = parameter.detach().clone().to(dtype or parameter.dtype)
+    if not init_weights:
+        copy += 0.02 * (1.0 + copy.abs().mean()) * torch.randn_like(copy)
+    return nn.Parameter(copy)

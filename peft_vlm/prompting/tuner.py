@@ -1,0 +1,163 @@
+"""`VLMTuner`: PEFT's `BaseTuner` with what all methods of this package need. Overrides of PEFT internals live here."""
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from peft_vlm.errors import AdapterError
+from peft_vlm.prompting.config import VLMConfig, architecture_of, check_architecture
+from peft_vlm.prompting.layer import PromptLayer
+
+
+class VLMTuner(BaseTuner):
+    """Injects a method's layers into a model.
+
+    A method defines `target_pattern` (which modules) and `wrap` (by what). Its parameter prefix, the registered name plus
+    an underscore, is the class attribute `prefix`.
+    """
+
+    tuner_layer_cls = PromptLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    @abstractmethod
+    def target_pattern(self, config: Any) -> str:
+        """Check the configuration against the base model and name the modules to wrap.
+
+        Args:
+            config: The method's configuration.
+
+        Returns:
+            Regular expression that the full names of the wrapped modules match.
+        """
+
+    @abstractmethod
+    def wrap(self, target: nn.Module) -> PromptLayer:
+        """The method's layer around one matched module.
+
+        Args:
+            target: Module of the base model.
+        """
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Refuse adapter names that PEFT would confuse with module names, which loses tensors on saving."""
+        components = {part for name, _ in model.named_modules() for part in name.split(".")}
+        if adapter_name in components:
+            raise AdapterError(
+                f"Expected an adapter name that is no part of a module name, got {adapter_name!r}. PEFT strips adapter "
+                "names from keys and would lose tensors; choose another name."
+            )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection, with the adapter-name check for adapters added later."""
+        self._pre_injection_hook(model, self.peft_config[adapter_name], adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> VLMConfig:
+        """Fill `target_modules` and record, or check, the sizes of the base model."""
+        check_architecture(peft_config, model_config)
+        pattern = self.target_pattern(peft_config)
+        if peft_config.target_modules not in (None, pattern):
+            raise ValueError(
+                f"Expected `target_modules` to be left out, got {peft_config.target_modules!r}. The method chooses its "
+                "modules from its own settings."
+            )
+        peft_config.target_modules = pattern
+        peft_config.base_architecture = architecture_of(model_config)
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Wrap a module, or add the adapter's tensors to the wrapper that another adapter has put there."""
+        layer = target if isinstance(target, PromptLayer) else self.wrap(target)
+        if layer is not target:
+            layer._active_adapter = [adapter_name]
+        layer.add_adapter(adapter_name, peft_config)
+        layer.set_adapter(layer.active_adapters)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a module in place. PEFT's version copies `.weight`, which composite layers do not have."""
+        if isinstance(new_module, PromptLayer):
+            new_module.train(child.training)
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep the dtype that the configuration asks for; PEFT's default is to raise half precision to float32."""
+        if not getattr(self.peft_config[adapter_name], "adapter_dtype", None):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse mixed batches, which PEFT would otherwise run silently with the active adapter."""
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError(
+                "Expected no `adapter_names`: one forward pass uses one adapter, because these methods replace tensors "
+                "that the whole batch shares. Call `set_adapter(name)` and run a batch per adapter."
+            )
+        yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Map file keys to model keys, and refuse a file with missing, unknown or misshapen tensors.
+
+        PEFT itself only warns about missing keys and goes on with initial values.
+        """
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = cls._own_tensors(model, adapter_name)
+        saved_modules = tuple(config.modules_to_save or ())
+        unknown = [
+            key for key in mapped if key not in own and not any(re.search(rf"\b{m}\b", key) for m in saved_modules)
+        ]
+        missing = [key for key in own if key not in mapped]
+        misshapen = [
+            f"{key}: model {tuple(own[key].shape)}, file {tuple(mapped[key].shape)}"
+            for key in own
+            if key in mapped and own[key].shape != mapped[key].shape
+        ]
+        if missing or unknown or misshapen:
+            raise AdapterError(
+                f"Expected the {len(own)} tensors of this adapter, got {len(state_dict)}: missing {_some(missing)}; "
+                f"unknown {_some(unknown)}; other shape {_some(misshapen)}. The weights file does not belong to this "
+                "adapter_config.json, or the base model is another one."
+            )
+        return mapped
+
+    @staticmethod
+    def _own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+        """Tensors of one adapter under their names in the model."""
+        own = {}
+        for name, module in model.named_modules():
+            if isinstance(module, PromptLayer):
+                for container in module.adapter_layer_names + module.other_param_names:
+                    tensors = getattr(module, container)
+                    if adapter_name in tensors and isinstance(tensors[adapter_name], torch.Tensor):
+                        own[f"{name}.{container}.{adapter_name}" if name else f"{container}.{adapter_name}"] = tensors[
+                            adapter_name
+                        ]
+        return own
+
+
+def _some(items: list[str], limit: int = 3) -> str:
+    """The first few items of a list for a message."""
+    shown = ", ".join(items[:limit]) or "none"
+    return shown + (f" and {len(items) - limit} more" if len(items) > limit else "")
+

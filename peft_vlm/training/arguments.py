@@ -1,0 +1,58 @@
+"""Settings needed to run a training: Hugging Face's `TrainingArguments` with the defaults and additions of this field."""
+
+from dataclasses import dataclass, field
+from typing import no_type_check
+
+from transformers import TrainingArguments
+
+
+@no_type_check  # transformers converts the types of its fields itself
+@dataclass
+class VLMTrainingArguments(TrainingArguments):
+    """`TrainingArguments` whose defaults follow prompt-tuning practice; every other field works as in transformers.
+
+    Changed defaults: SGD, weight decay 5e-4 on every trained tensor, no gradient clipping, learning rate 2e-3, batch 4, a
+    checkpoint per epoch of which two are kept, and non-finite losses are errors instead of being averaged away.
+
+    Args:
+        vision_learning_rate: Learning rate of the objective's `vision` parameter group; None uses `learning_rate`.
+        momentum: Momentum of `optim="sgd"`.
+        lr_schedule: `"epoch_cosine"` changes the rate once per epoch: `warmup_epochs` at `warmup_learning_rate`, then
+            0.5 lr (1 + cos(pi (e - warmup_epochs) / num_train_epochs)). The period is not shortened by the warm-up, as in
+            the Dassl toolbox of the official codes, so the last rate is not 0. `"transformers"` uses `lr_scheduler_type`.
+        warmup_epochs: Epochs at the warm-up rate.
+        warmup_learning_rate: Constant rate of the warm-up epochs, the same for every parameter group.
+    """
+
+    vision_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of vision parameters."})
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of optim='sgd'."})
+    lr_schedule: str = field(default="epoch_cosine", metadata={"help": "'epoch_cosine' or 'transformers'."})
+    warmup_epochs: int = field(default=1, metadata={"help": "Epochs at the constant warm-up rate."})
+    warmup_learning_rate: float = field(default=1e-5, metadata={"help": "Rate of the warm-up epochs."})
+
+    optim: str = field(default="sgd", metadata={"help": "Optimizer, any that transformers knows."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Initial learning rate."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of every trained tensor."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 switches it off."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Images per process and step."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per process in evaluation."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When checkpoints are written."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Objectives choose their columns."})
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Label column."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every trained tensor is used."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr_schedule not in ("epoch_cosine", "transformers"):
+            raise ValueError(f"Expected `lr_schedule` 'epoch_cosine' or 'transformers', got {self.lr_schedule!r}.")
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError(
+                "Expected fp16=True only on a GPU, got a CPU run, where it is silently ignored. Use bf16=True, or neither."
+            )
+        if self.warmup_epochs < 0 or self.warmup_learning_rate < 0:
+            raise ValueError(
+                f"Expected `warmup_epochs` and `warmup_learning_rate` of 0 or more, got {self.warmup_epochs!r} and "
+                f"{self.warmup_learning_rate!r}."
+            )

@@ -1,0 +1,106 @@
+"""The files a finished run leaves: metrics, summary and the training curve."""
+
+import json
+import platform
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peft_vlm.prompting.config import installed_version
+from peft_vlm.training.plots import training_curve_png
+
+SUMMARY_NAME = "training_summary.json"
+METRICS_NAME = "metrics.json"
+CURVE_NAME = "training_curve.png"
+
+REPORTED_ARGUMENTS = (
+    *("learning_rate", "vision_learning_rate", "lr_schedule", "warmup_epochs", "warmup_learning_rate", "optim", "momentum"),
+    *("weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("world_size", "seed", "fp16", "bf16", "gradient_checkpointing", "max_grad_norm"),
+)
+
+
+def environment() -> dict[str, str]:
+    """Versions that a result depends on."""
+    packages = ("torch", "transformers", "peft", "accelerate", "datasets")
+    return {
+        "peft_vlm": installed_version(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON through a temporary file, so that a reader never sees half of it.
+
+    Args:
+        path: Target.
+        value: JSON value.
+    """
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+class ArtifactsCallback(TrainerCallback):
+    """Writes the final adapter and the reports into `output_dir` when training ends.
+
+    Args:
+        trainer: The trainer it belongs to.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save the adapter, `metrics.json`, `training_summary.json` and, with matplotlib, the curve."""
+        self.trainer.save_model(_internal_call=True)
+        if not args.should_save:
+            return
+        folder = Path(args.output_dir)
+        write_json(folder / METRICS_NAME, {"final": final_metrics(state), "history": state.log_history})
+        write_json(folder / SUMMARY_NAME, self.summary(args, state))
+        if find_spec("matplotlib") is not None:
+            training_curve_png(state.log_history, folder / CURVE_NAME)
+
+    def summary(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        """Everything about the run that is not needed to rebuild the adapter.
+
+        Args:
+            args: Settings of the run.
+            state: State at its end.
+        """
+        objective, dataset = self.trainer.objective, self.trainer.train_dataset
+        return {
+            "method": type(objective).__name__.removesuffix("Objective"),
+            "paper": objective.paper and {"title": objective.paper.title, "url": objective.paper.url},
+            "objective": objective.config_dict(),
+            "training": {name: _plain(getattr(args, name)) for name in REPORTED_ARGUMENTS},
+            "data": {"num_images": len(dataset), "num_classes": len(dataset.class_names)},
+            "steps": state.global_step,
+            "best_checkpoint": state.best_model_checkpoint and Path(state.best_model_checkpoint).name,
+            "metrics": final_metrics(state),
+            "environment": environment(),
+        }
+
+
+def final_metrics(state: TrainerState) -> dict[str, float]:
+    """The last value of every logged quantity.
+
+    Args:
+        state: State of the trainer.
+    """
+    last: dict[str, float] = {}
+    for entry in state.log_history:
+        last |= entry
+    return last
+
+
+def _plain(value: Any) -> Any:
+    """An argument as a JSON value."""
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

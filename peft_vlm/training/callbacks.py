@@ -1,0 +1,36 @@
+"""Trainer callbacks: the objective's epoch hooks, and the files that a finished run leaves behind."""
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peft_vlm.training.module import TrainingModule
+
+
+class ObjectiveCallback(TrainerCallback):
+    """Calls `prepare` once and `epoch_start` before each epoch, and tells the dataset its epoch.
+
+    Args:
+        module: Model and objective.
+        dataset: Training dataset.
+        autocast: Context manager factory of the run's mixed precision, so that caches hold what training would compute.
+    """
+
+    def __init__(self, module: TrainingModule, dataset: Any, autocast: Any) -> None:
+        self.module, self.dataset, self.autocast = module, dataset, autocast
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prepare the objective on the device of the run."""
+        with self.autocast():
+            self.module.objective.prepare(self.module.model, self.dataset)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Build the caches of the epoch that begins or, after a resume, goes on."""
+        epoch = int((state.epoch or 0.0) + 1e-6)
+        self.dataset.set_epoch(epoch)
+        with self.autocast():
+            self.module.objective.epoch_start(self.module.model, self.dataset, epoch)

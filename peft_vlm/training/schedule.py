@@ -1,0 +1,49 @@
+"""The learning-rate schedule of the Dassl toolbox, on which the official codes of this field are built."""
+
+import math
+
+import torch
+
+
+def epoch_cosine(epoch: int, *, learning_rate: float, num_epochs: int, warmup_epochs: int, warmup_rate: float) -> float:
+    """Learning rate of an epoch: constant warm-up, then a cosine whose period is not shortened by the warm-up.
+
+    Args:
+        epoch: Number of the epoch, from 0.
+        learning_rate: Rate right after the warm-up.
+        num_epochs: All epochs of the run, the period of the cosine.
+        warmup_epochs: Epochs at the warm-up rate.
+        warmup_rate: Rate of those epochs.
+    """
+    if epoch < warmup_epochs:
+        return warmup_rate
+    return 0.5 * learning_rate * (1 + math.cos(math.pi * (epoch - warmup_epochs) / num_epochs))
+
+
+def epoch_cosine_scheduler(
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps_per_epoch: int,
+    num_epochs: int,
+    warmup_epochs: int,
+    warmup_rate: float,
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A scheduler that is stepped per update and changes the rate per epoch; each group starts from its own rate.
+
+    Args:
+        optimizer: Optimizer whose groups carry their initial rates.
+        steps_per_epoch: Updates per epoch.
+        num_epochs: All epochs of the run.
+        warmup_epochs: Epochs at the warm-up rate.
+        warmup_rate: Rate of those epochs, the same for all groups.
+    """
+
+    def factor(rate: float, step: int) -> float:
+        epoch = step // steps_per_epoch
+        value = epoch_cosine(
+            epoch, learning_rate=rate, num_epochs=num_epochs, warmup_epochs=warmup_epochs, warmup_rate=warmup_rate
+        )
+        return value / rate if rate else 0.0
+
+    rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step, r=rate: factor(r, step) for rate in rates])

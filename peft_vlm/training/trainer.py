@@ -1,0 +1,269 @@
+"""`VLMTrainer`: Hugging Face's Trainer around one module of model and objective. Overrides of its internals live here."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, Trainer, TrainerCallback
+
+from peft_vlm.data.dataset import ImageClassificationDataset, collate
+from peft_vlm.errors import PeftVLMError
+from peft_vlm.objective import EpochBatchSampler, Objective
+from peft_vlm.training.arguments import VLMTrainingArguments
+from peft_vlm.training.artifacts import ArtifactsCallback
+from peft_vlm.training.callbacks import ObjectiveCallback
+from peft_vlm.training.checkpoint import load_objective_state, load_weights, save_objective_state, save_weights
+from peft_vlm.training.module import TrainingModule
+from peft_vlm.training.schedule import epoch_cosine_scheduler
+
+
+class VLMTrainer(Trainer):
+    """Trains an adapter (or, for baselines, a whole model) by an objective.
+
+    Checkpoints hold the adapter only, plus what an exact resume needs. At the end `output_dir` holds the adapter,
+    `metrics.json`, `training_summary.json` and, when matplotlib is installed, `training_curve.png`.
+
+    Args:
+        model: `PeftModel` with the adapter to train active, or a plain model.
+        objective: What is minimised.
+        args: Settings of the run.
+        train_dataset: Training images.
+        eval_dataset: Validation images with the same classes; never the test split, since the best checkpoint may be
+            chosen on it.
+        compute_metrics: Metrics from predicted class ids and labels; accuracy in percent by default.
+        callbacks: Further callbacks.
+        **kwargs: Passed to `transformers.Trainer`.
+
+    Raises:
+        PeftVLMError: If nothing is trainable.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        args: VLMTrainingArguments,
+        *,
+        train_dataset: ImageClassificationDataset,
+        eval_dataset: ImageClassificationDataset | None = None,
+        compute_metrics: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise PeftVLMError(
+                "Expected trainable parameters, got none. Load adapters for training with "
+                "`PeftModel.from_pretrained(..., is_trainable=True)`."
+            )
+        if args.n_gpu > 1:  # several visible GPUs without a launcher would mean torch.nn.DataParallel
+            args._n_gpu = 1
+        self.objective = objective
+        self.steps_per_epoch = 0
+        self._term_sums: dict[str, float] = {}
+        self._term_count = 0
+        super().__init__(
+            model=TrainingModule(model, objective),
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_metrics=compute_metrics or accuracy_metric,
+            preprocess_logits_for_metrics=predicted_classes,
+            callbacks=callbacks,
+            **kwargs,
+        )
+        self.callback_handler.callbacks.insert(0, ObjectiveCallback(self.model, train_dataset, self.accelerator.autocast))
+        self.add_callback(ArtifactsCallback(self))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches as the objective composes them, else shuffled; without pixels when the objective caches features."""
+        dataset = self.train_dataset if self.objective.needs_pixels else self.train_dataset.without_pixels()
+        sampler = self.objective.batch_sampler(dataset, batch_size=self._train_batch_size, seed=self.args.seed)
+        if sampler is None:
+            return self._get_dataloader(
+                dataset, "Training", self._train_batch_size, sampler_fn=self._get_train_sampler, is_training=True
+            )
+        if self.args.world_size > 1:
+            sampler = ProcessShard(sampler, self.args.process_index, self.args.world_size)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.args.dataloader_num_workers if self.objective.needs_pixels else 0,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+        # already sharded: accelerator.prepare would shard again and mistreat batches of different sizes
+        return prepare_data_loader(loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[Any, ...]:
+        """The base class's values; the schedule needs the updates per epoch."""
+        values = super().set_initial_training_values(args, dataloader)
+        self.steps_per_epoch = values[1]
+        return values
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One parameter group per learning rate, weight decay on every trained tensor as in the official codes."""
+        if self.optimizer is not None:
+            return self.optimizer
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        groups = []
+        for name, parameters in self.objective.param_groups(named).items():
+            rate = self.args.vision_learning_rate if name == "vision" else None
+            groups.append({"params": parameters, "lr": self.args.learning_rate if rate is None else rate})
+        if str(self.args.optim) in ("sgd", "OptimizerNames.SGD"):
+            optimizer_class, options = torch.optim.SGD, {"momentum": self.args.momentum}
+        else:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options.pop("lr", None)
+        self.optimizer = optimizer_class(
+            [group for group in groups if group["params"]], lr=self.args.learning_rate, weight_decay=self.args.weight_decay, **options
+        )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The per-epoch cosine, or transformers' scheduler where `lr_schedule` says so."""
+        if self.args.lr_schedule == "transformers":
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            steps = self.steps_per_epoch or num_training_steps
+            self.lr_scheduler = epoch_cosine_scheduler(
+                optimizer or self.optimizer,
+                steps_per_epoch=steps,
+                num_epochs=math.ceil(num_training_steps / steps),
+                warmup_epochs=self.args.warmup_epochs,
+                warmup_rate=self.args.warmup_learning_rate,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of one batch through the wrapped module; sums up its terms for the log.
+
+        Raises:
+            FloatingPointError: If the loss is not finite; the message names the images.
+        """
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if not torch.isfinite(loss):
+            terms = {key: float(value) for key, value in outputs.items() if key.startswith("loss")}
+            raise FloatingPointError(
+                f"Expected a finite loss, got {terms!r} at step {self.state.global_step} for the images with dataset index "
+                f"{inputs['index'].tolist()!r}. Lower the learning rate, or use bf16 or float32 instead of fp16."
+            )
+        for key, value in outputs.items():
+            if key != "loss":
+                self._term_sums[key] = self._term_sums.get(key, 0.0) + float(value)
+        self._term_count += 1
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with the mean loss terms and training accuracy since the last log."""
+        if self._term_count and "loss" in logs:
+            logs |= {key: value / self._term_count for key, value in self._term_sums.items()}
+            self._term_sums, self._term_count = {}, 0
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss and logits over all classes, as a user of the trained model gets them."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.accelerator.autocast():
+            logits = self.model.predict(inputs)
+            loss = nn.functional.cross_entropy(logits.float(), inputs["labels"])
+        return (loss, None, None) if prediction_loss_only else (loss, logits, inputs["labels"])
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter, with everything needed to use it, from the main process."""
+        describe_adapter(self.model.model, self.objective, self.train_dataset)
+        super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write adapter weights and objective state; no pickled arguments."""
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.model, folder)
+        save_objective_state(self.objective, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Restore adapter and objective, whatever the adapter's name."""
+        load_weights(self.model, Path(resume_from_checkpoint))
+        load_objective_state(self.objective, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint's adapter under its own name; the base class would always load `default`."""
+        load_weights(self.model, Path(self.state.best_model_checkpoint))
+
+
+class ProcessShard(EpochBatchSampler):
+    """Every n-th batch of a sampler, for process `rank` of `world_size`.
+
+    All processes take the same number of steps: where the batches do not divide evenly, the first ones are repeated.
+
+    Args:
+        batches: Sampler that draws the same batches on every process.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, batches: EpochBatchSampler, rank: int, world_size: int) -> None:
+        super().__init__(batch_size=batches.batch_size, seed=batches.seed)
+        self.batches, self.rank, self.world_size = batches, rank, world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.batches.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.batches) / self.world_size)
+
+    def __iter__(self) -> Any:
+        batches = list(self.batches)
+        for step in range(len(self)):
+            yield batches[(step * self.world_size + self.rank) % len(batches)]
+
+
+def predicted_classes(logits: Tensor, labels: Tensor) -> Tensor:
+    """Class ids instead of logits, so that evaluation memory does not grow with images times classes."""
+    return logits.argmax(dim=-1)
+
+
+def accuracy_metric(prediction: EvalPrediction) -> dict[str, float]:
+    """Top-1 accuracy in percent."""
+    return {"accuracy": 100.0 * float((prediction.predictions == prediction.label_ids).mean())}
+
+
+def describe_adapter(model: nn.Module, objective: Objective, dataset: ImageClassificationDataset) -> None:
+    """Write classes, template and preprocessing into the adapter's configuration, so that its folder is enough to predict.
+
+    Args:
+        model: `PeftModel`; other models are left alone.
+        objective: Its class prompts, if it has any, name classes and template.
+        dataset: Its transform holds mean, standard deviation and size.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    config = model.active_peft_config
+    prompts = objective.prompts
+    if prompts is not None:
+        config.class_names = list(prompts.class_names)
+        config.template = prompts.templates[0] if len(prompts.templates) == 1 else list(prompts.templates)
+    transform = dataset.transform
+    if transform is not None:
+        config.image_mean, config.image_std = list(transform.image_mean), list(transform.image_std)
+        config.image_size = list(transform.image_size)

@@ -1,0 +1,341 @@
+"""Every promise of docs/architecture.md on every registered method."""
+
+import copy
+import json
+import pickle
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from peft_vlm import VLMTrainer, VLMTrainingArguments
+from peft_vlm.data.dataset import collate
+from peft_vlm.errors import AdapterError
+from peft_vlm.registry import METHODS
+from tests.cases import CASES, Case, base_model, class_prompts, images, perturb, prepared
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.method)
+def case(request) -> Case:
+    return request.param
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Pixels and class prompts for the model's own forward."""
+    dataset = images(per_class=1)
+    pixels = torch.stack([dataset[i]["pixel_values"] for i in range(4)])
+    return {"pixel_values": pixels, "input_ids": class_prompts().input_ids}
+
+
+def adapted(case: Case, *, name: str = "default", move: bool = True, **settings) -> PeftModel:
+    model = get_peft_model(base_model(), case.config(**settings), adapter_name=name)
+    if move:
+        perturb(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).logits_per_image
+
+
+def training_batch(dataset, indices) -> dict[str, torch.Tensor]:
+    return collate([dataset[i] for i in indices])
+
+
+def test_every_registered_method_has_a_case_and_a_module_and_documents():
+    """A method that slips past the contract would be promised but untested."""
+    assert len(CASES) >= 1
+    assert sorted(METHODS) == sorted(case.method for case in CASES)
+    folders = {p.name for p in resources.files("peft_vlm.methods").iterdir() if p.is_dir() and p.name[0] != "_"}
+    assert folders == set(METHODS)
+    for method in METHODS:
+        for path in (
+            f"tests/parity/test_{method}.py",
+            f"tests/methods/test_{method}.py",
+            f"examples/train_{method}.py",
+            f"docs/methods/{method}.md",
+        ):
+            assert (ROOT / path).is_file(), f"{method} lacks {path}"
+
+
+def test_adapter_acts_and_disabling_restores_the_base_bitwise(case, batch):
+    expected = logits(base_model(), batch)
+    model = adapted(case)
+    assert (logits(model, batch) - expected).abs().max() > 1e-3
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), expected)
+
+
+def test_only_adapter_tensors_train_and_each_gets_a_gradient(case):
+    """A dead tensor costs memory and file size and never learns."""
+    model = adapted(case)
+    dataset = images()
+    objective = prepared(case, model, dataset)
+    objective(model.train(), training_batch(dataset, range(0, 24, 3))).loss.backward()
+    own = set(get_peft_model_state_dict(model))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == len(own) > 0
+    for name, parameter in model.named_parameters():
+        if name not in trained:
+            assert parameter.grad is None, name
+        elif not any(name.removesuffix(".default").endswith(ending) for ending in case.zero_gradients):
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 1e-9, name
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_reload_is_bitwise_equal_under_any_name(case, batch, tmp_path, name, low_cpu_mem_usage):
+    """A name left in the keys loads as random values under another name, with only a warning."""
+    model = adapted(case)
+    expected, state = logits(model, batch), get_peft_model_state_dict(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base_model(), tmp_path, adapter_name=name, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(again, batch), expected)
+    reloaded = get_peft_model_state_dict(again, adapter_name=name)
+    assert state.keys() == reloaded.keys()
+    assert all(torch.equal(state[key], reloaded[key]) for key in state)
+
+
+def test_the_file_holds_adapter_tensors_only(case, tmp_path):
+    model = adapted(case)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert not list(tmp_path.glob("*.bin"))
+    assert len(stored) >= len(trained) > 0
+    assert not any("default" in key or "base_layer" in key for key in stored)
+    buffers = sum(t.numel() for t in stored.values()) - sum(p.numel() for p in trained)
+    assert buffers == 0 or len(stored) > len(trained)
+
+
+def test_two_adapters_coexist(case, batch):
+    model = adapted(case)
+    first = logits(model, batch)
+    model.add_adapter("second", case.config(init_weights=False, **(case.other_shape or {})))
+    assert torch.equal(logits(model, batch), first)
+    model.set_adapter("second")
+    second = logits(model.eval(), batch)
+    assert not torch.equal(first, second)
+    model.set_adapter("default")
+    assert torch.equal(logits(model, batch), first)
+    model.delete_adapter("second")
+    assert torch.equal(logits(model, batch), first)
+    assert torch.equal(logits(model.unload(), batch), logits(base_model(), batch))
+
+
+def test_deleting_the_active_adapter_falls_back_to_the_other(case, batch):
+    model = adapted(case)
+    first = logits(model, batch)
+    model.add_adapter("second", case.config(init_weights=False))
+    model.set_adapter("second")
+    with pytest.warns(UserWarning, match="second was active which is now deleted"):
+        model.delete_adapter("second")
+    assert torch.equal(logits(model, batch), first)
+
+
+def test_unload_leaves_no_trace(case, batch):
+    model = adapted(case).unload()
+    assert type(model) is type(base_model())
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in base_model().named_modules()]
+    assert torch.equal(logits(model, batch), logits(base_model(), batch))
+
+
+def test_several_active_adapters_are_refused(case):
+    model = adapted(case)
+    model.add_adapter("second", case.config())
+    with pytest.raises(AdapterError, match="one active adapter"):
+        model.base_model.set_adapter(["default", "second"])
+
+
+def test_mixed_batches_are_refused(case, batch):
+    """PEFT would drop the argument and run the active adapter for every row."""
+    model = adapted(case)
+    with pytest.raises(AdapterError, match="batch per adapter"):
+        model(**batch, adapter_names=["default"] * 4)
+
+
+def test_merging_is_exact_or_refused(case, batch):
+    model = adapted(case)
+    expected = logits(model, batch)
+    if not case.can_merge:
+        with pytest.raises(AdapterError, match="cannot be merged"):
+            model.merge_and_unload()
+        return
+    model.merge_adapter()
+    assert torch.equal(logits(model, batch), expected)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, batch), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), logits(base_model(), batch))
+    merged = model.merge_and_unload(safe_merge=True)
+    assert type(merged) is type(base_model())
+    assert torch.equal(logits(merged, batch), expected)
+
+
+def test_configuration_survives_json(case, tmp_path):
+    config = case.config()
+    config.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert type(again) is METHODS[case.method]
+    assert raw["peft_type"] == case.method.upper()
+    assert raw["format_version"] == 1
+    assert again.to_dict() == config.to_dict()
+
+
+def test_impossible_settings_name_value_and_range(case):
+    assert case.bad_settings
+    for settings, message in case.bad_settings:
+        with pytest.raises((ValueError, TypeError)) as caught:
+            get_peft_model(base_model(), case.config(**settings))
+        assert message in str(caught.value), settings
+
+
+def test_a_newer_format_is_refused(case, tmp_path):
+    case.config().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(AdapterError, match=r"got 99.*pip install -U"):
+        PeftConfig.from_pretrained(tmp_path)
+
+
+def test_adapter_names_that_peft_would_lose_are_refused(case):
+    """An adapter called like a module component loses tensors on saving."""
+    with pytest.raises(AdapterError, match="no part of a module name"):
+        adapted(case, name="layers")
+    model = adapted(case)
+    with pytest.raises(AdapterError, match="no part of a module name"):
+        model.add_adapter("encoder", case.config())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_bases_keep_shapes_and_dtypes(case, batch, dtype):
+    expected = logits(adapted(case), batch)
+    model = get_peft_model(base_model().to(dtype), case.config())
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    perturb(model)
+    half = batch | {"pixel_values": batch["pixel_values"].to(dtype)}
+    actual = logits(model, half)
+    assert actual.dtype == dtype
+    assert_close(actual.float(), expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))
+
+
+def test_bf16_autocast_keeps_the_loss(case):
+    model = adapted(case)
+    dataset = images()
+    exact = prepared(case, model, dataset)(model, training_batch(dataset, range(6))).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        objective = prepared(case, model, dataset)
+        loss = objective(model, training_batch(dataset, range(6))).loss
+    assert loss.dtype == torch.float32
+    assert_close(loss, exact, rtol=0.05, atol=0.05)
+
+
+def test_gradient_checkpointing_keeps_the_gradients(case):
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted(case).train()
+        if checkpointing:
+            model.get_base_model().activation_checkpointing_enable()
+        dataset = images()
+        prepared(case, model, dataset)(model, training_batch(dataset, range(6))).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
+
+
+def test_loss_terms_are_finite_scalars_that_sum_to_the_loss(case):
+    model = adapted(case)
+    dataset = images()
+    output = prepared(case, model, dataset)(model, training_batch(dataset, range(5)))
+    assert output.loss_terms
+    assert all(term.ndim == 0 and torch.isfinite(term) for term in output.loss_terms.values())
+    assert_close(output.loss, sum(output.loss_terms.values()))
+    assert output.logits.shape[0] == 5
+    assert (output.labels < output.logits.shape[1]).all()
+    assert not output.labels.is_floating_point()
+
+
+def test_predicted_logits_are_those_of_the_model(case, batch):
+    model = adapted(case)
+    dataset = images(per_class=1)
+    objective = prepared(case, model, dataset)
+    with torch.no_grad():
+        predicted = objective.predict(model, {"pixel_values": batch["pixel_values"]})
+    assert_close(predicted, logits(model, batch), rtol=1e-5, atol=1e-4)
+
+
+def test_pickle_and_deepcopy(case, batch):
+    model = adapted(case)
+    expected = logits(model, batch)
+    assert torch.equal(logits(copy.deepcopy(model), batch), expected)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), batch), expected)
+
+
+def run(case: Case, folder: Path, *, name: str = "default", epochs: int = 2, resume: str | None = None, seed: int = 3):
+    """A short training; the adapter's tensors at its end."""
+    torch.manual_seed(seed)
+    model = get_peft_model(base_model(), case.config(), adapter_name=name)
+    args = VLMTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        learning_rate=0.01,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=None,
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=seed,
+    )
+    dataset = images()
+    objective = case.objective(class_prompts())
+    trainer = VLMTrainer(model, objective, args, train_dataset=dataset, eval_dataset=images(per_class=1, seed=9))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, get_peft_model_state_dict(model, adapter_name=name)
+
+
+def test_equal_seeds_give_equal_tensors(case, tmp_path):
+    _, first = run(case, tmp_path / "a")
+    _, second = run(case, tmp_path / "b")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("step", [2, 6, 8])
+def test_a_resumed_run_ends_with_the_tensors_of_one_that_never_stopped(case, tmp_path, step):
+    """In mid-epoch (2, 8) and at the end of an epoch (6), momentum, schedule and batch order included."""
+    _, straight = run(case, tmp_path / "a")
+    trainer, resumed = run(case, tmp_path / "b", resume=str(tmp_path / "a" / f"checkpoint-{step}"))
+    assert trainer.state.global_step == 12
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+def test_an_adapter_of_any_name_resumes_and_reloads(case, tmp_path):
+    _, straight = run(case, tmp_path / "a", name="mine")
+    _, resumed = run(case, tmp_path / "b", name="mine", resume=str(tmp_path / "a" / "checkpoint-8"))
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+def test_a_finished_run_leaves_what_a_person_wants(case, batch, tmp_path):
+    trainer, _ = run(case, tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "metrics.json", "training_summary.json"} <= files
+    assert (tmp_path / "training_curve.png").stat().st_size > 5_000
+    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    assert summary["steps"] == 12
+    assert summary["objective"]
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert config.class_names == list(class_prompts().class_names)
+    assert config.template == "a {}."
+    assert config.image_size == [16, 16]
+    assert len(config.image_mean) == len(config.image_std) == 3
+    again = PeftModel.from_pretrained(base_model(), tmp_path)
+    assert torch.equal(logits(again, batch), logits(trainer.model.model.eval(), batch))
+    assert not list(tmp_path.rglob("*.bin"))

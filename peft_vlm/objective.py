@@ -1,7 +1,7 @@
 """What a method minimises: the `Objective` protocol that the trainer runs, and the facts a card needs about it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ class Objective(ABC):
     def epoch_start(self, model: nn.Module, dataset: Dataset, epoch: int) -> None:  # noqa: B027 - an optional hook
         """Called before each epoch (also the one a resumed run continues); builds caches."""
 
-    def batch_sampler(self, dataset: Dataset, *, batch_size: int, seed: int) -> "EpochBatchSampler | None":
+    def batch_sampler(self, labels: Sequence[int], *, batch_size: int, seed: int) -> "EpochBatchSampler | None":
         """Batches of dataset positions for methods that compose their batches themselves; None for shuffled ones."""
         return None
 

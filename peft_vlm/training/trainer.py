@@ -83,7 +83,9 @@ class VLMTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches as the objective composes them, else shuffled; without pixels when the objective caches features."""
         dataset = self.train_dataset if self.objective.needs_pixels else self.train_dataset.without_pixels()
-        sampler = self.objective.batch_sampler(dataset, batch_size=self._train_batch_size, seed=self.args.seed)
+        sampler = self.objective.batch_sampler(
+            self.train_dataset.labels, batch_size=self._train_batch_size, seed=self.args.seed
+        )
         if sampler is None:
             return self._get_dataloader(
                 dataset, "Training", self._train_batch_size, sampler_fn=self._get_train_sampler, is_training=True

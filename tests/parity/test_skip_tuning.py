@@ -83,7 +83,7 @@ def test_lskip_features_prototypes_loss_and_gradients(s1):
     assert_relative(prototypes, recorded["class_prototypes"])
     output = objective(model, batch_of(dataset, recorded["batch_index"].tolist()))
     assert_relative(output.logits, recorded["batch_logits"])
-    assert float(output.loss) == pytest.approx(info["loss"], rel=1e-5)
+    assert output.loss.item() == pytest.approx(info["loss"], rel=1e-5)
     output.loss.backward()
     gradients = {hf_name(n): p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert len(gradients) == 70

@@ -3,7 +3,7 @@
 Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves, 2025, arXiv 2412.11509.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,18 +157,16 @@ class SkipTuningObjective(Objective):
                 num_workers=self.num_workers,
             )
 
-    def batch_sampler(
-        self, dataset: ImageClassificationDataset, *, batch_size: int, seed: int
-    ) -> SkipTuningBatchSampler:
+    def batch_sampler(self, labels: Sequence[int], *, batch_size: int, seed: int) -> SkipTuningBatchSampler:
         """Batches by the official rule.
 
         Args:
-            dataset: Training images.
+            labels: Class of each training image.
             batch_size: Images per batch.
             seed: Seed of the run.
         """
         return SkipTuningBatchSampler(
-            dataset.labels,
+            labels,
             batch_size=batch_size,
             seed=seed,
             composition=self.batch_composition,

@@ -2,14 +2,35 @@
 
 from peft_vlm.data.dataset import ImageClassificationDataset, LabelDataset, collate
 from peft_vlm.data.images import read_image
+from peft_vlm.data.sources import load_image_dataset, read_class_names
+from peft_vlm.data.specs import SKIP_TUNING_TEMPLATES, SPECS, DatasetSpec
+from peft_vlm.data.splits import (
+    BaseToNewSplit,
+    base_and_new_classes,
+    base_to_new_split,
+    few_shot,
+    few_shot_indices,
+    read_zhou_split,
+)
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 
 __all__ = [
+    "SKIP_TUNING_TEMPLATES",
+    "SPECS",
+    "BaseToNewSplit",
+    "DatasetSpec",
     "EvalTransform",
     "ImageClassificationDataset",
     "ImageTransform",
     "LabelDataset",
     "TrainTransform",
+    "base_and_new_classes",
+    "base_to_new_split",
     "collate",
+    "few_shot",
+    "few_shot_indices",
+    "load_image_dataset",
+    "read_class_names",
     "read_image",
+    "read_zhou_split",
 ]

@@ -2,10 +2,10 @@
 
 import copy
 import hashlib
-import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
+import numpy as np
 import torch
 from datasets import Dataset as HFDataset
 from datasets import Image as ImageFeature
@@ -64,7 +64,7 @@ class ImageClassificationDataset(Dataset):
         self.class_names = tuple(class_names)
         self.labels: list[int] = _checked_labels(source, label_column, self.class_names)
         self.transform, self.seed = transform, seed
-        self._rows: Sequence[int] = range(len(labels))
+        self._rows: Sequence[int] = range(len(self.labels))
         # In shared memory, because workers that live on between epochs hold a copy of the dataset.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -231,7 +231,7 @@ def _checked_labels(
 ) -> list[int]:
     labels = source[column][:] if isinstance(source, HFDataset) else [row[column] for row in source]
     for index, label in enumerate(labels):
-        if not isinstance(label, numbers.Integral) or not 0 <= label < len(class_names):
+        if not isinstance(label, int | np.integer) or not 0 <= label < len(class_names):
             raise DataError(
                 f"Expected labels from 0 to {len(class_names) - 1} for {len(class_names)} class names, got {label!r} "
                 f"at image {index}. Give every class a name, and leave out unlabelled images."

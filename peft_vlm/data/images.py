@@ -34,15 +34,18 @@ def read_image(value: Any, *, where: str = "image") -> Image.Image:
     try:
         image = _open(value)
         image.load()
+        image = ImageOps.exif_transpose(image)
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"{name} does not exist. Check the path and the folder relative paths start from.") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them stumble over
         raise DataError(
             f"{name} cannot be read as an image: {error}. Replace the file or take it out of the dataset."
         ) from error
     if 0 in image.size:
         raise DataError(f"{name} has no pixels: its size is {image.size}. Take it out of the dataset.")
-    return _to_rgb(ImageOps.exif_transpose(image))
+    return _to_rgb(image)
 
 
 def _source_name(value: Any) -> str:

@@ -81,7 +81,7 @@ class EvalTransform:
             image: Any PIL image; the dataset hands in RGB.
             generator: Not used.
         """
-        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return self.processor(image, return_tensors="pt")["pixel_values"][0].float()
 
 
 class TrainTransform:

@@ -1,0 +1,106 @@
+"""Labelled images on disk: a folder per class, or a CSV file."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from peft_vlm.errors import DataError
+
+#: Rows {"image": path, "label": folder name or cell}, and the raw labels of all splits in the order of their ids.
+Rows = list[dict[str, str]]
+
+
+def read_image_folder(root: Path, *, split: str) -> tuple[Rows, list[str]]:
+    """Images of `root/<split>/<class>/...`, or of `root/<class>/...`, which has the split `train` only.
+
+    Files and classes are in sorted order (numerically when all class folders are numbers); hidden files and files that
+    are no images by their extension are left out. The classes are those of all splits together.
+
+    Args:
+        root: The folder.
+        split: Name of the part.
+
+    Raises:
+        DataError: If there is no such split, or no class folder with images.
+    """
+    splits = {folder.name: folder for folder in _folders(root) if _is_split(folder)}
+    if splits and split not in splits:
+        raise DataError(f"{str(root)!r} has the splits {sorted(splits)!r}, got `split`={split!r}.")
+    if not splits and split != "train":
+        raise DataError(
+            f"{str(root)!r} has no split folders, so all of it is the split 'train'; got `split`={split!r}. "
+            f"Make the folders {str(root / 'train')!r} and {str(root / split)!r}, each with one folder per class."
+        )
+    raw_labels = sort_labels({folder.name for part in splits.values() or [root] for folder in _folders(part)})
+    extensions = set(Image.registered_extensions())
+    rows = [
+        {"image": str(file), "label": folder.name}
+        for folder in _folders(splits.get(split, root))
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in extensions and not file.name.startswith(".")
+    ]
+    if not rows:
+        raise DataError(
+            f"No images in {str(splits.get(split, root))!r}. Expected one folder per class with images in it."
+        )
+    return rows, raw_labels
+
+
+def read_csv(path: Path, *, image_column: str, label_column: str) -> tuple[Rows, list[str]]:
+    """Rows of a CSV file with a header; image paths are relative to the file.
+
+    Args:
+        path: The file, UTF-8, separated by commas.
+        image_column: Column of the image paths.
+        label_column: Column of the labels: numbers, or names.
+
+    Raises:
+        DataError: If a column is not there, a cell is empty, or images are missing.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or [])
+        if not {image_column, label_column} <= set(columns):
+            raise DataError(
+                f"Expected the columns {[image_column, label_column]!r} in {str(path)!r}, got {columns!r}. Add a "
+                "header line, or name the columns with `image_column` and `label_column`."
+            )
+        cells = [(row[image_column], row[label_column]) for row in reader]
+    empty = [number for number, (image, label) in enumerate(cells, start=2) if not image or not label]
+    if empty:
+        raise DataError(f"Line {empty[0]} of {str(path)!r} has no image or no label.")
+    rows = [{"image": str(path.parent / image), "label": label} for image, label in cells]
+    check_files_exist([row["image"] for row in rows])
+    return rows, sort_labels({row["label"] for row in rows})
+
+
+def check_files_exist(paths: Sequence[str]) -> None:
+    """Refuse a list with missing files before hours of work reach them.
+
+    Args:
+        paths: Image files.
+
+    Raises:
+        DataError: Naming the first and counting all.
+    """
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(paths)} image files are missing, the first is {missing[0]!r}. "
+            "Check the folder that relative paths start from."
+        )
+
+
+def sort_labels(labels: set[str]) -> list[str]:
+    """Labels in the order of their ids: numerically when all are numbers (as ImageNet-V2's folders), else as text."""
+    return sorted(labels, key=(lambda label: (int(label), label)) if all(x.isdecimal() for x in labels) else None)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _is_split(folder: Path) -> bool:
+    return folder.name in {"train", "val", "valid", "validation", "test"} and bool(_folders(folder))

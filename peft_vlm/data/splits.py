@@ -1,0 +1,175 @@
+"""Few-shot samples and base/new halves by CoOp's protocol, and its published split files.
+
+The protocol (CoOp, arXiv 2109.01134; base-to-new: CoCoOp, arXiv 2203.05557; code: KaiyangZhou/CoOp and Dassl.pytorch):
+`k` images per class are drawn with Python's `random` under the seed, over *all* classes; base is the first
+`ceil(n / 2)` classes in label order; each half is relabelled from 0 and tested with its own class names only.
+
+What matches published runs, and what cannot: for the datasets with a `split_zhou_*.json`, `few_shot_indices` on its
+training part draws the images that the official code draws when it starts without a cached sample, because the seed is
+set right before. It cannot match where the order of the images is that of a file system (ImageNet), where the official
+code drew its training/validation split in the same run, or where authors shipped a
+`split_fewshot/shot_{k}-seed_{s}.pkl` made in another way; early versions of Dassl also repeated images of classes with
+fewer than `k`. Such pickles are not read here: they run code when loaded.
+"""
+
+import json
+import logging
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.folders import check_files_exist
+from peft_vlm.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def few_shot_indices(
+    labels: Sequence[int], *, shots: int, seed: int | random.Random, strict: bool = False
+) -> list[int]:
+    """Positions of `shots` images per class, drawn as CoOp's code does.
+
+    Classes come in the order in which they first appear, and each draws `random.sample` from its images in dataset
+    order. A class with fewer images gives all of them, which is logged with the counts.
+
+    Args:
+        labels: Label of every image.
+        shots: Images per class, at least 1.
+        seed: Seed of a new generator; or a generator to go on with, as CoOp does for its validation images
+            (`min(shots, 4)` per class, after the training images).
+        strict: Refuse classes with fewer images instead.
+
+    Returns:
+        Positions in `labels`, class by class.
+
+    Raises:
+        DataError: If `strict` and a class has fewer images than `shots`.
+        ValueError: If `shots` is below 1.
+    """
+    if shots < 1:
+        raise ValueError(f"Expected `shots` of at least 1, got {shots!r}. Use the whole dataset for no limit.")
+    positions: dict[int, list[int]] = defaultdict(list)
+    for position, label in enumerate(labels):
+        positions[label].append(position)
+    short = {label: len(items) for label, items in sorted(positions.items()) if len(items) < shots}
+    if short:
+        found = ", ".join(f"class {label}: {count}" for label, count in list(short.items())[:10])
+        more = ", ..." if len(short) > 10 else ""
+        message = f"{len(short)} of {len(positions)} classes have fewer than {shots} images ({found}{more})"
+        if strict:
+            raise DataError(f"{message}. Use at most {min(short.values())} shots, or `strict=False` to take them all.")
+        logger.warning("%s; all of their images are used.", message)
+    generator = seed if isinstance(seed, random.Random) else random.Random(seed)
+    chosen = (items if label in short else generator.sample(items, shots) for label, items in positions.items())
+    return [position for items in chosen for position in items]
+
+
+def base_and_new_classes(num_classes: int) -> tuple[list[int], list[int]]:
+    """Ids of the base classes, the first `ceil(n / 2)`, and of the new ones, the rest.
+
+    Args:
+        num_classes: At least 2.
+
+    Raises:
+        ValueError: If there is no new class.
+    """
+    if num_classes < 2:
+        raise ValueError(f"Expected at least 2 classes to part into base and new, got {num_classes!r}.")
+    num_base = math.ceil(num_classes / 2)
+    return list(range(num_base)), list(range(num_base, num_classes))
+
+
+class BaseToNewSplit(NamedTuple):
+    """Base-to-new data, relabelled from 0: training images of the base classes, test images of each half."""
+
+    train: ImageClassificationDataset
+    base: ImageClassificationDataset
+    new: ImageClassificationDataset
+
+
+def base_to_new_split(
+    train: ImageClassificationDataset,
+    test: ImageClassificationDataset,
+    *,
+    shots: int | None,
+    seed: int,
+    strict: bool = False,
+) -> BaseToNewSplit:
+    """Draw shots over all classes, then part the classes, in this order as CoOp does.
+
+    Args:
+        train: Training images of all classes.
+        test: Test images of the same classes.
+        shots: Images per class; None for all.
+        seed: Varies the shots; the halves stay the same.
+        strict: Refuse classes with fewer images than `shots`.
+
+    Raises:
+        DataError: If the two datasets have different classes.
+    """
+    if train.class_names != test.class_names:
+        raise DataError(
+            f"Expected the same classes in training and test data, got {len(train.class_names)} and "
+            f"{len(test.class_names)}; first difference: {_first_difference(train.class_names, test.class_names)}. "
+            "Load both with the same `class_names`."
+        )
+    base, new = base_and_new_classes(len(train.class_names))
+    shown = train if shots is None else few_shot(train, shots=shots, seed=seed, strict=strict)
+    return BaseToNewSplit(shown.restrict(base), test.restrict(base), test.restrict(new))
+
+
+def few_shot(
+    dataset: ImageClassificationDataset, *, shots: int, seed: int, strict: bool = False
+) -> ImageClassificationDataset:
+    """The dataset cut to `shots` images per class; see `few_shot_indices`."""
+    return dataset.select(few_shot_indices(dataset.labels, shots=shots, seed=seed, strict=strict))
+
+
+def read_zhou_split(path: str | Path, *, root: str | Path, split: str = "train") -> ImageClassificationDataset:
+    """Read one part of a `split_zhou_<Dataset>.json`, the split files that CoOp publishes.
+
+    Args:
+        path: The JSON file: lists `train`, `val` and `test` of [image path, label, class name].
+        root: Folder that the image paths start from (for Oxford Pets the folder `images`).
+        split: Part to read.
+
+    Returns:
+        The images in the file's order; class names in label order.
+
+    Raises:
+        DataError: If the file is no split file, has no such part, its labels have gaps or two names, or images are
+            missing.
+    """
+    try:
+        parts = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = _zhou_class_names([entry for part in parts.values() for entry in part])
+        rows = [{"image": str(Path(root) / file), "label": int(label)} for file, label, _ in parts[split]]
+    except KeyError as error:
+        raise DataError(f"{str(path)!r} has the parts {sorted(parts)!r}, got `split`={split!r}.") from error
+    except (AttributeError, TypeError, json.JSONDecodeError, OSError) as error:
+        raise DataError(
+            f"Expected {str(path)!r} to be a split file with lists of [image path, label, class name], got: {error}."
+        ) from error
+    check_files_exist([row["image"] for row in rows])
+    return ImageClassificationDataset(rows, names)
+
+
+def _zhou_class_names(entries: list[tuple[str, int, str]]) -> list[str]:
+    names: dict[int, str] = {}
+    for _, label, name in entries:
+        if names.setdefault(int(label), name) != name:
+            raise DataError(f"Label {label} has two class names, {names[int(label)]!r} and {name!r}.")
+    if sorted(names) != list(range(len(names))):
+        raise DataError(f"Expected labels 0 to {len(names) - 1} without gaps, got {sorted(names)[:20]!r}.")
+    return [names[label] for label in range(len(names))]
+
+
+def _first_difference(first: Sequence[str], second: Sequence[str]) -> str:
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return f"class {index} is {a!r} and {b!r}"
+    return f"class {min(len(first), len(second))} is missing in one"

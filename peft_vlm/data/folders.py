@@ -36,9 +36,9 @@ def read_image_folder(root: Path, *, split: str) -> tuple[Rows, list[str]]:
     raw_labels = sort_labels({folder.name for part in splits.values() or [root] for folder in _folders(part)})
     extensions = set(Image.registered_extensions())
     rows = [
-        {"image": str(file), "label": folder.name}
-        for folder in _folders(splits.get(split, root))
-        for file in sorted(folder.rglob("*"))
+        {"image": str(file), "label": label}
+        for label in raw_labels
+        for file in sorted((splits.get(split, root) / label).rglob("*"))
         if file.suffix.lower() in extensions and not file.name.startswith(".")
     ]
     if not rows:
@@ -68,6 +68,8 @@ def read_csv(path: Path, *, image_column: str, label_column: str) -> tuple[Rows,
                 "header line, or name the columns with `image_column` and `label_column`."
             )
         cells = [(row[image_column], row[label_column]) for row in reader]
+    if not cells:
+        raise DataError(f"{str(path)!r} has a header and no rows.")
     empty = [number for number, (image, label) in enumerate(cells, start=2) if not image or not label]
     if empty:
         raise DataError(f"Line {empty[0]} of {str(path)!r} has no image or no label.")

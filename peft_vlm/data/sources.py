@@ -60,9 +60,7 @@ def load_image_dataset(
     options: dict[str, Any] = {"transform": transform, "seed": seed}
     if path is not None and (path.suffix == ".csv" or (path.is_dir() and not _holds_tables(path))):
         if where:
-            raise DataError(
-                f"`where` needs a dataset with columns, got {str(path)!r}, with images and labels only."
-            )
+            raise DataError(f"`where` needs a dataset with columns, got {str(path)!r}, with images and labels only.")
         _check_exists(path)
         if path.suffix == ".csv":
             rows, raw_labels = read_csv(path, image_column=image_column, label_column=label_column)

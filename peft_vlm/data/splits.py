@@ -144,25 +144,30 @@ def read_zhou_split(path: str | Path, *, root: str | Path, split: str = "train")
         DataError: If the file is no split file, has no such part, its labels have gaps or two names, or images are
             missing.
     """
-    try:
-        parts = json.loads(Path(path).read_text(encoding="utf-8"))
-        names = _zhou_class_names([entry for part in parts.values() for entry in part])
-        rows = [{"image": str(Path(root) / file), "label": int(label)} for file, label, _ in parts[split]]
-    except KeyError as error:
-        raise DataError(f"{str(path)!r} has the parts {sorted(parts)!r}, got `split`={split!r}.") from error
-    except (AttributeError, TypeError, json.JSONDecodeError, OSError) as error:
-        raise DataError(
-            f"Expected {str(path)!r} to be a split file with lists of [image path, label, class name], got: {error}."
-        ) from error
+    parts = _zhou_parts(Path(path))
+    if split not in parts:
+        raise DataError(f"{str(path)!r} has the parts {sorted(parts)!r}, got `split`={split!r}.")
+    names = _zhou_class_names([entry for part in parts.values() for entry in part])
+    rows = [{"image": str(Path(root) / file), "label": label} for file, label, _ in parts[split]]
     check_files_exist([row["image"] for row in rows])
     return ImageClassificationDataset(rows, names)
+
+
+def _zhou_parts(path: Path) -> dict[str, list[tuple[str, int, str]]]:
+    try:
+        parts = json.loads(path.read_text(encoding="utf-8"))
+        return {name: [(file, int(label), text) for file, label, text in part] for name, part in parts.items()}
+    except (AttributeError, TypeError, ValueError, OSError) as error:
+        raise DataError(
+            f"Expected {str(path)!r} to be a split file with lists of [image path, label, class name]; got {error}."
+        ) from error
 
 
 def _zhou_class_names(entries: list[tuple[str, int, str]]) -> list[str]:
     names: dict[int, str] = {}
     for _, label, name in entries:
-        if names.setdefault(int(label), name) != name:
-            raise DataError(f"Label {label} has two class names, {names[int(label)]!r} and {name!r}.")
+        if names.setdefault(label, name) != name:
+            raise DataError(f"Label {label} has two class names, {names[label]!r} and {name!r}.")
     if sorted(names) != list(range(len(names))):
         raise DataError(f"Expected labels 0 to {len(names) - 1} without gaps, got {sorted(names)[:20]!r}.")
     return [names[label] for label in range(len(names))]

@@ -1,0 +1,41 @@
+"""Two processes on one machine train what one process trains."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.cases import CASES
+from tests.source_tree import ROOT
+
+METHODS = [case.method for case in CASES]
+
+
+def train(folder: Path, *, method: str, processes: int, accumulation: int) -> list[dict[str, torch.Tensor]]:
+    """Train with batches of two in one or more processes (gloo, CPU); the final tensors of each process."""
+    options = [str(folder), "--method", method, "--batch-size", "2", "--accumulation", str(accumulation)]
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command = [sys.executable, "-m", *(launcher if processes > 1 else []), "tests.short_run", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [load_file(folder / f"final-{rank}.safetensors") for rank in range(processes)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_what_one_with_accumulation_trains(tmp_path: Path, method: str) -> None:
+    """A call past the wrapped module skips gradient averaging: each process would train a model of its own.
+
+    Averaging twice, or summing, would change the learning rate. Both runs see the same pairs of batches per step.
+    """
+    assert len(METHODS) >= 1
+    first, second = train(tmp_path / "two", method=method, processes=2, accumulation=1)
+    assert len(first) >= 1
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    (one,) = train(tmp_path / "one", method=method, processes=1, accumulation=2)
+    # the same float32 sums in another order, over 12 steps of SGD
+    torch.testing.assert_close(first, one, rtol=1e-4, atol=1e-6)

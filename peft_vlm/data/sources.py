@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import ClassLabel, DatasetDict, load_dataset, load_from_disk
+from datasets import ClassLabel, load_dataset, load_from_disk
 from datasets import Dataset as HFDataset
 
 from peft_vlm.data.dataset import ImageClassificationDataset, check_columns
@@ -15,7 +15,7 @@ from peft_vlm.data.folders import read_csv, read_image_folder, sort_labels
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.errors import DataError
 
-Source = str | Path | HFDataset | DatasetDict
+Source = str | Path | HFDataset | Mapping[str, HFDataset]
 ClassNames = Sequence[str] | Mapping[str, str] | str | Path
 
 
@@ -39,7 +39,7 @@ def load_image_dataset(
             - a folder with `<split>.parquet` or `<split>-*.parquet` (also in its folder `data`), or one written by
               `save_to_disk`,
             - a `.csv` file with a header; image paths are relative to it,
-            - a `datasets.Dataset` or `DatasetDict`,
+            - a `datasets.Dataset`, or a `DatasetDict` or other mapping of splits,
             - the id of a dataset on the Hub, which is the only case that uses the network.
         split: Part to read; ignored for a single `Dataset` and a CSV file.
         image_column: Column of the image.
@@ -130,7 +130,7 @@ def _open_table(source: Source, path: Path | None, split: str) -> HFDataset:
         opened = load_from_disk(str(path))
     elif path is not None:
         opened = _load_from_hub(str(source), split)
-    if isinstance(opened, DatasetDict):
+    if isinstance(opened, Mapping):
         if split not in opened:
             raise DataError(f"The dataset has the splits {sorted(opened)!r}, got `split`={split!r}.")
         return opened[split]

@@ -1,7 +1,7 @@
 """Templates, class prompts as token ids, and the features of a class list."""
 
 from peft_vlm.text.class_features import ClassFeatureCache, encode_classes, evaluation_mode
-from peft_vlm.text.prompts import ClassPrompts, check_class_names, tokenize_classes
+from peft_vlm.text.prompts import ClassPrompts, check_class_names, tokenize_classes, tokenize_for_model
 from peft_vlm.text.templates import IMAGENET_ENSEMBLE, check_template, fill
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "evaluation_mode",
     "fill",
     "tokenize_classes",
+    "tokenize_for_model",
 ]

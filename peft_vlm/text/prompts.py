@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from peft_vlm.errors import ClassNameError
 from peft_vlm.text.templates import check_template, fill, readable
+from peft_vlm.towers import towers_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +103,28 @@ def tokenize_classes(
     for row, ids in enumerate(rows):
         input_ids[row, : len(ids)] = torch.tensor(ids)
     return ClassPrompts(names, templates, input_ids)
+
+
+def tokenize_for_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    class_names: Sequence[str],
+    *,
+    template: str | Sequence[str],
+) -> ClassPrompts:
+    """`tokenize_classes` with the length and padding that a model's text tower needs.
+
+    Args:
+        model: CLIP-like model, with or without adapters.
+        tokenizer: Its tokenizer.
+        class_names: Label order.
+        template: One text with `{}`, or several.
+    """
+    towers = towers_of(model)
+    limit = towers.model.config.text_config.max_position_embeddings
+    return tokenize_classes(
+        tokenizer, class_names, template=template, max_length=limit, pad_to_max=not towers.text_is_causal
+    )
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

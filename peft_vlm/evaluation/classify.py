@@ -1,0 +1,230 @@
+"""Classify a dataset in batches, without autograd and without keeping logits."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from peft_vlm.data.dataset import ImageClassificationDataset, collate
+from peft_vlm.data.transforms import TrainTransform
+from peft_vlm.errors import ClassNameError, DataError
+from peft_vlm.evaluation.metrics import accuracy, confusion_matrix, expected_calibration_error, per_class_accuracy
+from peft_vlm.text.class_features import ClassFeatureCache, evaluation_mode
+from peft_vlm.text.prompts import ClassPrompts, tokenize_for_model
+from peft_vlm.towers import image_features, similarity_logits
+
+#: Pixels of a batch, on any device -> scaled logits over a fixed class list.
+LogitsFn = Callable[[Float[Tensor, "batch channels rows cols"]], Float[Tensor, "batch classes"]]
+
+
+@dataclass(frozen=True, eq=False)
+class EvalResult:
+    """What a classifier said about each image of a dataset, and the metrics that follow; 24 bytes per image.
+
+    Args:
+        class_names: What labels index.
+        labels: True class of each image, in dataset order.
+        predicted: Class with the highest logit.
+        confidence: Its probability: the softmax over all class names, in [0, 1].
+    """
+
+    class_names: tuple[str, ...]
+    labels: Int[Tensor, " images"]
+    predicted: Int[Tensor, " images"]
+    confidence: Float[Tensor, " images"]
+
+    @property
+    def num_images(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1 accuracy in percent."""
+        return accuracy(self.predicted, self.labels)
+
+    @property
+    def per_class(self) -> dict[str, float | None]:
+        """Accuracy of each class in percent, by name; None for a class without images."""
+        values = per_class_accuracy(self.predicted, self.labels, num_classes=len(self.class_names)).tolist()
+        return {name: None if value != value else value for name, value in zip(self.class_names, values, strict=True)}
+
+    @property
+    def mean_class_accuracy(self) -> float:
+        """Mean of the accuracies of the classes that have images, in percent."""
+        return per_class_accuracy(self.predicted, self.labels, num_classes=len(self.class_names)).nanmean().item()
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error over 15 bins, in [0, 1]."""
+        return expected_calibration_error(self.confidence, self.predicted == self.labels)
+
+    @property
+    def confusion(self) -> Int[Tensor, "classes classes"]:
+        """Number of images per true class (row) and predicted class (column)."""
+        return confusion_matrix(self.predicted, self.labels, num_classes=len(self.class_names))
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """All logits of a dataset: images x classes numbers.
+
+    Args:
+        logits: Scaled logits in float32.
+        labels: True class of each image.
+    """
+
+    logits: Float[Tensor, "images classes"]
+    labels: Int[Tensor, " images"]
+
+
+@runtime_checkable
+class ImageClassifier(Protocol):
+    """What a protocol needs of a classifier: logits for any class list."""
+
+    def logits_for(self, class_names: Sequence[str], *, template: str | Sequence[str] | None = None) -> LogitsFn:
+        """A function from pixels to logits over the classes, under another template where one is given."""
+        ...
+
+
+class TextClassifier:
+    """Classifies by the cosine between image features and the features of class prompts.
+
+    Args:
+        model: CLIP-like model, with or without adapters.
+        tokenizer: Its tokenizer.
+        template: Text around a class name, or several to average.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, template: str | Sequence[str]) -> None:
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self._cache = ClassFeatureCache()
+
+    def logits_for(self, class_names: Sequence[str], *, template: str | Sequence[str] | None = None) -> LogitsFn:
+        """A function from pixels to logits over the classes, by the model as it is now.
+
+        Args:
+            class_names: Label order.
+            template: Used instead of the classifier's own.
+        """
+        chosen = self.template if template is None else template
+        prompts = tokenize_for_model(self.model, self.tokenizer, class_names, template=chosen)
+        return cosine_logits(self.model, self._cache.get(self.model, prompts))
+
+
+def cosine_logits(model: nn.Module, class_features: Float[Tensor, "classes dim"]) -> LogitsFn:
+    """A function from pixels to logits; pixels are moved to the model's device.
+
+    Args:
+        model: CLIP-like model, with or without adapters.
+        class_features: What `encode_classes` gave for it.
+    """
+
+    def logits(pixel_values: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch classes"]:
+        with torch.no_grad(), evaluation_mode(model):
+            pixels = pixel_values.to(class_features.device)
+            return similarity_logits(model, image_features(model, pixels), class_features)
+
+    return logits
+
+
+@torch.no_grad()
+def iterate_logits(
+    logits: LogitsFn,
+    dataset: ImageClassificationDataset,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> Iterator[tuple[Float[Tensor, "batch classes"], Int[Tensor, " batch"]]]:
+    """Logits and labels batch by batch, in dataset order, on the CPU.
+
+    Args:
+        logits: Classifier over the dataset's classes.
+        dataset: Images with a transform that is not random.
+        batch_size: Images per forward pass.
+        num_workers: Processes that read images.
+        progress: Show a progress bar.
+
+    Raises:
+        DataError: If the dataset's transform is one of training.
+    """
+    if isinstance(dataset.transform, TrainTransform):
+        raise DataError(
+            "Expected a transform of evaluation, got `TrainTransform`, whose random crops lower the accuracy. Use "
+            "`dataset.with_transform(EvalTransform(image_processor))`."
+        )
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
+    for batch in tqdm(loader, desc="classify", unit="batch", disable=not progress):
+        yield logits(batch["pixel_values"]).float().cpu(), batch["labels"]
+
+
+def classify(logits: LogitsFn, dataset: ImageClassificationDataset, **options: int | bool) -> EvalResult:
+    """Most likely class and its probability for each image.
+
+    Args:
+        logits: Classifier over the dataset's classes, in label order.
+        dataset: Images with a transform that is not random.
+        **options: Passed to `iterate_logits`.
+    """
+    labels, predicted, confidence = [], [], []
+    for batch_logits, batch_labels in iterate_logits(logits, dataset, **options):
+        best = batch_logits.softmax(dim=-1).max(dim=-1)
+        labels.append(batch_labels)
+        predicted.append(best.indices)
+        confidence.append(best.values)
+    return EvalResult(dataset.class_names, torch.cat(labels), torch.cat(predicted), torch.cat(confidence))
+
+
+def evaluate_classifier(
+    model: nn.Module,
+    dataset: ImageClassificationDataset,
+    prompts: ClassPrompts,
+    *,
+    cache: ClassFeatureCache | None = None,
+    **options: int | bool,
+) -> EvalResult:
+    """Classify a dataset with class prompts.
+
+    Args:
+        model: CLIP-like model, with or without adapters.
+        dataset: Images with a transform that is not random.
+        prompts: Tokenised class names of the dataset.
+        cache: Keeps the class features between calls.
+        **options: Passed to `iterate_logits`.
+
+    Raises:
+        ClassNameError: If prompts and dataset have different classes, so that labels would mean other names.
+    """
+    if prompts.class_names != dataset.class_names:
+        raise ClassNameError(
+            f"Expected prompts for the dataset's {len(dataset.class_names)} classes, beginning "
+            f"{list(dataset.class_names[:3])!r}, got {len(prompts.class_names)}, beginning "
+            f"{list(prompts.class_names[:3])!r}. Tokenise `dataset.class_names`."
+        )
+    features = (cache or ClassFeatureCache()).get(model, prompts)
+    return classify(cosine_logits(model, features), dataset, **options)
+
+
+def predict_logits(
+    model: nn.Module,
+    dataset: ImageClassificationDataset,
+    class_features: Float[Tensor, "classes dim"],
+    **options: int | bool,
+) -> Predictions:
+    """All logits of a dataset, for analyses that need more than the best class.
+
+    Args:
+        model: CLIP-like model, with or without adapters.
+        dataset: Images with a transform that is not random.
+        class_features: What `encode_classes` gave for it.
+        **options: Passed to `iterate_logits`.
+    """
+    batches = list(iterate_logits(cosine_logits(model, class_features), dataset, **options))
+    return Predictions(torch.cat([logits for logits, _ in batches]), torch.cat([labels for _, labels in batches]))

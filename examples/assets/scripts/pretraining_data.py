@@ -1,0 +1,53 @@
+"""Images and table of a pretraining run: the drawn corpus, or for smoke runs the committed evaluation images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+
+ASSETS = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class PretrainingImages:
+    """Images with their table rows.
+
+    Attributes:
+        images: uint8 (images, 48, 48, 4), straight alpha.
+        table: One row per image; see `build_corpus.py`.
+    """
+
+    images: np.ndarray
+    table: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        self._monochrome = torch.tensor(self.table["monochrome"].to_numpy(dtype=bool))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pixels(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """RGBA images (batch, 48, 48, 4) and whether each is a one-colour drawing (batch,)."""
+        return torch.from_numpy(self.images[indices]), self._monochrome[indices]
+
+
+def load_corpus(folder: Path) -> PretrainingImages:
+    """The pretraining side of the corpus that `build_corpus.py` wrote."""
+    table = pd.read_parquet(folder / "images.parquet")
+    rows = np.flatnonzero(table["side"] == "pretraining")
+    images = np.load(folder / "images.npy", mmap_mode="r")[rows]
+    return PretrainingImages(np.ascontiguousarray(images), table.iloc[rows].reset_index(drop=True))
+
+
+def load_smoke() -> PretrainingImages:
+    """The committed training shots of the icon set, with their class names as captions."""
+    shots = Dataset.from_parquet(str(ASSETS / "icons" / "train.parquet"))
+    images = np.zeros((len(shots), 48, 48, 4), dtype=np.uint8)
+    images[..., 3] = 255 - np.stack([np.asarray(image.convert("L")) for image in shots["image"]])
+    names = [shots.features["label"].int2str(label) for label in shots["label"]]
+    table = pd.DataFrame({"name": names, "monochrome": True, "kind": "icon", "subgroup": ""})
+    table["other_names"] = [[] for _ in names]
+    return PretrainingImages(images, table)

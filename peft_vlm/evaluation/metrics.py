@@ -69,7 +69,7 @@ def harmonic_mean(base: float, new: float) -> float:
 def expected_calibration_error(
     confidence: Float[Tensor, " images"], correct: Bool[Tensor, " images"], *, num_bins: int = 15
 ) -> float:
-    """Mean distance between confidence and accuracy over bins of equal width, weighted by the images in each; in [0, 1].
+    """Mean distance of confidence and accuracy over bins of equal width, weighted by the images in each; in [0, 1].
 
     Bins are open on the left and closed on the right, as in the paper; a confidence of 0 falls into the first.
 

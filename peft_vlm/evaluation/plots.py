@@ -1,0 +1,109 @@
+"""Evaluation results as PNG files. matplotlib is imported on use and comes with the extra `plots`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+
+#: Beyond this many classes neither names nor counts can be read, and only the picture is drawn.
+MAX_NAMED_CLASSES = 60
+MAX_COUNTED_CLASSES = 12
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure that no window or global state knows of.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib. Install it with: pip install 'peft-vlm[plots]'") from error
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def confusion_matrix_png(
+    confusion: Int[Tensor, "classes classes"], class_names: Sequence[str], path: str | Path, *, title: str = ""
+) -> None:
+    """Draw a confusion matrix, each row as shares of its true class.
+
+    Args:
+        confusion: Images per true class (row) and predicted class (column).
+        class_names: Names of rows and columns.
+        path: PNG file to write.
+        title: Text above.
+    """
+    counts = confusion.numpy()
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    number = len(class_names)
+    is_named = number <= MAX_NAMED_CLASSES
+    cells = max(3.0, (0.4 if number <= MAX_COUNTED_CLASSES else 0.2) * number) if is_named else 8.0
+    names = 0.085 * max(len(name) for name in class_names) if is_named else 0.3
+    figure = new_figure(cells + names + 1.6, cells + names + 0.8)
+    from matplotlib.colors import PowerNorm  # after `new_figure`, which explains a missing matplotlib
+
+    axes = figure.add_subplot()
+    # Under a square root a rare confusion is still visible beside the diagonal.
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    figure.colorbar(image, label="share of the true class (%)", shrink=0.8, ticks=[0, 5, 20, 40, 60, 80, 100])
+    if is_named:
+        axes.set_xticks(range(number), class_names, rotation=90, fontsize=8, parse_math=False)
+        axes.set_yticks(range(number), class_names, fontsize=8, parse_math=False)
+    if number <= MAX_COUNTED_CLASSES:
+        for row, column in np.argwhere(counts > 0):
+            colour = "white" if shares[row, column] > 35 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=8, color=colour)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.set_title(title, parse_math=False)
+    figure.savefig(Path(path))
+
+
+def bars_png(
+    values: Mapping[str, Mapping[str, float]],
+    path: str | Path,
+    *,
+    spread: Mapping[str, Mapping[str, float | None]] | None = None,
+    title: str = "",
+    label: str = "accuracy (%)",
+) -> None:
+    """Draw grouped bars, one colour per series, each with its value.
+
+    Args:
+        values: `{series: {group: value}}`, for example methods and the scores base, new and h. A series may lack
+            groups.
+        path: PNG file to write.
+        spread: Half-lengths of the error bars in the same layout; None draws none.
+        title: Text above.
+        label: Name and unit of the values.
+    """
+    groups = list(dict.fromkeys(group for series in values.values() for group in series))
+    width = 0.8 / max(len(values), 1)
+    figure = new_figure(min(max(4.0, 1.5 + 0.55 * len(groups) * len(values)), 20.0), 4.0)
+    axes = figure.add_subplot()
+    for position, (name, series) in enumerate(values.items()):
+        present = [index for index, group in enumerate(groups) if group in series]
+        left = np.array(present) + (position - (len(values) - 1) / 2) * width
+        heights = [series[groups[index]] for index in present]
+        axes.bar(left, heights, 0.92 * width, label=name)
+        for x, height, index in zip(left, heights, present, strict=True):
+            error = (spread or {}).get(name, {}).get(groups[index])
+            if error is not None:
+                axes.errorbar(x, height, yerr=error, color="black", capsize=3)
+            top = (x, height + (error or 0.0))
+            axes.annotate(f"{height:.1f}", top, (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_xticks(range(len(groups)), groups, parse_math=False)
+    axes.set_ylabel(label)
+    axes.set_title(title, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.12)
+    if len(values) > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    figure.savefig(Path(path))

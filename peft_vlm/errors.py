@@ -1,4 +1,7 @@
-"""Errors and warnings of peft_vlm. All errors are `ValueError`s, so that callers who know nothing of us still catch them."""
+"""Errors and warnings of peft_vlm.
+
+All errors are `ValueError`s, so that callers who know nothing of us still catch them.
+"""
 
 
 class PeftVLMError(ValueError):

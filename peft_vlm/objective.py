@@ -61,9 +61,9 @@ class ObjectiveOutput:
 class Objective(ABC):
     """Loss and logits of one method, plus the hooks by which it shapes the training run.
 
-    The trainer calls the hooks in this order: `prepare` once, `epoch_start` before each epoch, then the objective itself
-    per batch, and `predict` in evaluation. An objective holds no trainable tensors; a teacher is an argument of its
-    constructor, never a submodule of the trained model.
+    The trainer calls the hooks in this order: `prepare` once, `epoch_start` before each epoch, then the objective
+    itself per batch, and `predict` in evaluation. An objective holds no trainable tensors; a teacher is an argument
+    of its constructor, never a submodule of the trained model.
     """
 
     paper: Paper | None = None
@@ -116,7 +116,8 @@ class Objective(ABC):
 
 
 class EpochBatchSampler(ABC):
-    """Batches of dataset positions, drawn anew each epoch from (seed, epoch) alone, so that a resumed run repeats them.
+    """Batches of dataset positions, drawn anew each epoch from (seed, epoch) alone, so that a resumed run repeats
+    them.
 
     Args:
         batch_size: Images per batch at most.

@@ -1,7 +1,8 @@
 """Makes PEFT know our methods: extends `PeftType` and registers config and model classes.
 
-PEFT has no plug-in mechanism, and `register_peft_method` accepts only members of `PeftType`. A plain string would do for
-most calls but breaks `mixed=True` and transformers' own `load_adapter`, which read `.value`; so the enum gets real members.
+PEFT has no plug-in mechanism, and `register_peft_method` accepts only members of `PeftType`. A plain string would do
+for most calls but breaks `mixed=True` and transformers' own `load_adapter`, which read `.value`; so the enum gets real
+members.
 """
 
 from importlib.metadata import version
@@ -56,7 +57,8 @@ def register_method(name: str, *, config_cls: type, model_cls: type) -> None:
             else f"Use the method of that package, or a peft_vlm release that supports peft {version('peft')}."
         )
         raise PeftVLMError(
-            f"Cannot register the method {name!r}: the name belongs to `{known.__module__}.{known.__qualname__}`. {advice}"
+            f"Cannot register the method {name!r}: the name belongs to "
+            f"`{known.__module__}.{known.__qualname__}`. {advice}"
         )
     extend_peft_type(name.upper())
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)

@@ -22,8 +22,8 @@ from torch import Tensor
 class Batch(TypedDict, total=False):
     """One batch as collated by the data side; an objective reads the columns it names in its Requirements.
 
-    `pixel_values` are normalised with the mean and standard deviation of the model's image processor; `labels` index the
-    class names; `index` is the position in the training dataset, which caches use as their key.
+    `pixel_values` are normalised with the mean and standard deviation of the model's image processor; `labels` index
+    the class names; `index` is the position in the training dataset, which caches use as their key.
     """
 
     pixel_values: Float[Tensor, "batch channels rows cols"]

@@ -11,6 +11,7 @@ The whole chain gives the same tensors as the model's own forward.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -40,7 +41,7 @@ class Towers:
     text_is_causal = True
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model  # its attributes differ by family
 
     @property
     def text_layers(self) -> nn.ModuleList:
@@ -158,7 +159,7 @@ FAMILIES: dict[type[PreTrainedModel], type[Towers]] = {CLIPModel: Towers, Siglip
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside a `PeftModel` (its layers keep the injected adapters); others are returned as is."""
+    """The Hugging Face model inside a `PeftModel`, whose layers keep the injected adapters; others as they are."""
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model

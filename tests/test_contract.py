@@ -12,7 +12,6 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from peft_vlm import VLMTrainer, VLMTrainingArguments
 from peft_vlm.data.dataset import collate
 from peft_vlm.errors import AdapterError
 from peft_vlm.registry import METHODS
@@ -278,64 +277,3 @@ def test_pickle_and_deepcopy(case, batch):
     expected = logits(model, batch)
     assert torch.equal(logits(copy.deepcopy(model), batch), expected)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model)), batch), expected)
-
-
-def run(case: Case, folder: Path, *, name: str = "default", epochs: int = 2, resume: str | None = None, seed: int = 3):
-    """A short training; the adapter's tensors at its end."""
-    torch.manual_seed(seed)
-    model = get_peft_model(base_model(), case.config(), adapter_name=name)
-    args = VLMTrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=epochs,
-        learning_rate=0.01,
-        save_strategy="steps",
-        save_steps=2,
-        save_total_limit=None,
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=seed,
-    )
-    dataset = images()
-    objective = case.objective(class_prompts())
-    trainer = VLMTrainer(model, objective, args, train_dataset=dataset, eval_dataset=images(per_class=1, seed=9))
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer, get_peft_model_state_dict(model, adapter_name=name)
-
-
-def test_equal_seeds_give_equal_tensors(case, tmp_path):
-    _, first = run(case, tmp_path / "a")
-    _, second = run(case, tmp_path / "b")
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-@pytest.mark.parametrize("step", [2, 6, 8])
-def test_a_resumed_run_ends_with_the_tensors_of_one_that_never_stopped(case, tmp_path, step):
-    """In mid-epoch (2, 8) and at the end of an epoch (6), momentum, schedule and batch order included."""
-    _, straight = run(case, tmp_path / "a")
-    trainer, resumed = run(case, tmp_path / "b", resume=str(tmp_path / "a" / f"checkpoint-{step}"))
-    assert trainer.state.global_step == 12
-    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
-
-
-def test_an_adapter_of_any_name_resumes_and_reloads(case, tmp_path):
-    _, straight = run(case, tmp_path / "a", name="mine")
-    _, resumed = run(case, tmp_path / "b", name="mine", resume=str(tmp_path / "a" / "checkpoint-8"))
-    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
-
-
-def test_a_finished_run_leaves_what_a_person_wants(case, batch, tmp_path):
-    trainer, _ = run(case, tmp_path)
-    files = {path.name for path in tmp_path.iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "metrics.json", "training_summary.json"} <= files
-    assert (tmp_path / "training_curve.png").stat().st_size > 5_000
-    summary = json.loads((tmp_path / "training_summary.json").read_text())
-    assert summary["steps"] == 12
-    assert summary["objective"]
-    config = PeftConfig.from_pretrained(tmp_path)
-    assert config.class_names == list(class_prompts().class_names)
-    assert config.template == "a {}."
-    assert config.image_size == [16, 16]
-    assert len(config.image_mean) == len(config.image_std) == 3
-    again = PeftModel.from_pretrained(base_model(), tmp_path)
-    assert torch.equal(logits(again, batch), logits(trainer.model.model.eval(), batch))
-    assert not list(tmp_path.rglob("*.bin"))

@@ -96,6 +96,9 @@ class TrainTransform:
         ratio: Width over height of a crop, smallest and largest, drawn on a log scale.
         flip_probability: Chance of mirroring left and right. Use 0 where sides matter (arrows, text).
         colour_jitter: Largest relative change of brightness, contrast and saturation; 0 leaves the colours alone.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     def __init__(

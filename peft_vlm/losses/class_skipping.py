@@ -1,7 +1,7 @@
 """CSkip: which classes take part in a step of Skip Tuning.
 
-Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves, 2025, arXiv 2412.11509,
-Sec. 4 (class-wise skipping). Constants and edge cases follow the official code (`clip_skip_tuning`).
+Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves, 2025, arXiv
+2412.11509, Sec. 4 (class-wise skipping). Constants and edge cases follow the official code (`clip_skip_tuning`).
 """
 
 import math
@@ -36,8 +36,8 @@ def num_top_classes(num_classes: int, *, top_ratio: float | int, max_top: int) -
 def rank_keep_probability(num_classes: int, num_top: int, *, tail_scale: float) -> Float[Tensor, " classes"]:
     """Probability in [0, 1] that the class at each similarity rank is kept, rank 0 being the most similar.
 
-    1 for the first `num_top` ranks; behind them an exponential density, min-max normalised, so that the first tail rank
-    has probability 1 and the last 0.
+    1 for the first `num_top` ranks; behind them an exponential density, min-max normalised, so that the first tail
+    rank has probability 1 and the last 0.
 
     Args:
         num_classes: Number of classes C.
@@ -88,7 +88,8 @@ def kept_classes(
         keep_rank: Which ranks stay.
         labels: Right class of each image; always kept.
 
-    Deviation: The official code drops a label that lies beyond the kept ranks (more distinct labels in a batch than top
+    Deviation: The official code drops a label that lies beyond the kept ranks (more distinct labels in a batch than
+        top
     ranks) and then trains that image towards class 0.
     """
     keep = torch.zeros_like(keep_rank)

@@ -43,8 +43,8 @@ def check_adapter_file(folder: Path) -> None:
             tensors.keys()
     except SafetensorError as error:
         raise AdapterError(
-            f"Expected a complete safetensors file, got {str(path)!r} with {path.stat().st_size} bytes, which cannot be "
-            f"read ({error}). The file is cut off or damaged: copy or download it again."
+            f"Expected a complete safetensors file, got {str(path)!r} with {path.stat().st_size} bytes, "
+            f"which cannot be read ({error}). The file is cut off or damaged: copy or download it again."
         ) from error
 
 
@@ -63,9 +63,10 @@ class VLMConfig(PeftConfig):
         image_mean: Channel means of the image processor used in training, in [0, 1] pixel units.
         image_std: Channel standard deviations of that processor.
         image_size: Rows and columns of the images that the model saw.
-        base_architecture: Sizes of the base model. Recorded on creation; a base with other sizes is refused on loading.
-        init_weights: False starts from perturbed instead of initial values, which makes an untrained adapter change the
-            output. For tests.
+        base_architecture: Sizes of the base model. Recorded on creation; a base with other sizes is refused on
+            loading.
+        init_weights: False starts from perturbed instead of initial values, which makes an untrained adapter change
+            the output. For tests.
         format_version: Layout of the adapter folder.
         peft_vlm_version: Release that wrote the adapter.
     """
@@ -87,7 +88,8 @@ class VLMConfig(PeftConfig):
         super().__post_init__()
         if self.format_version > FORMAT_VERSION:
             raise AdapterError(
-                f"Expected an adapter of format version {FORMAT_VERSION} or older, got {self.format_version!r}, written "
+                f"Expected an adapter of format version {FORMAT_VERSION} or older, got "
+                f"{self.format_version!r}, written "
                 f"by peft_vlm {self.peft_vlm_version}. Upgrade: pip install -U peft-vlm."
             )
         if self.task_type is not None:
@@ -97,7 +99,9 @@ class VLMConfig(PeftConfig):
             )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
         """Read a configuration as PEFT does; for a local folder the weights file beside it is checked first.
 
         Args:

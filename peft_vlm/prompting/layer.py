@@ -12,9 +12,9 @@ from peft_vlm.errors import AdapterError
 class PromptLayer(nn.Module, BaseTunerLayer):
     """A wrapped layer that holds the tensors of any number of adapters, one of which may be active.
 
-    Subclasses name their `ParameterDict`s, keyed by adapter name, in `adapter_layer_names` and fill them in `add_adapter`.
-    Deeper nesting is avoided on purpose: PEFT strips an adapter name from a key only in the last two positions, and a
-    name that stays in the file makes the adapter load as random values under any other name.
+    Subclasses name their `ParameterDict`s, keyed by adapter name, in `adapter_layer_names` and fill them in
+    `add_adapter`. Deeper nesting is avoided on purpose: PEFT strips an adapter name from a key only in the last two
+    positions, and a name that stays in the file makes the adapter load as random values under any other name.
 
     Args:
         base_layer: The frozen layer that is wrapped.
@@ -33,8 +33,11 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: Key under which they are kept.
             config: The method's configuration.
+
+        Raises:
+            NotImplementedError: In this base class.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` does not define `add_adapter`.")
 
     @property
     def current_adapter(self) -> str | None:

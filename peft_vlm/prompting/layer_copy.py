@@ -31,7 +31,8 @@ class LayerCopy(PromptLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         if type(base_layer) not in (nn.Linear, nn.LayerNorm):
             raise UnsupportedModelError(
-                f"Expected an `nn.Linear` or `nn.LayerNorm` to copy, got `{type(base_layer).__name__}`. Selective tuning "
+                f"Expected an `nn.Linear` or `nn.LayerNorm` to copy, got `{type(base_layer).__name__}`. "
+                f"Selective tuning "
                 "needs the weights themselves: load the base model unquantised."
             )
         super().__init__(base_layer)
@@ -79,7 +80,8 @@ class LayerCopy(PromptLayer):
             return
         if len(names) + len(self.merged_adapters) > 1:
             raise AdapterError(
-                f"Expected one adapter to merge, got {self.merged_adapters + names!r}. Each replaces the whole layer, so "
+                f"Expected one adapter to merge, got {self.merged_adapters + names!r}. Each replaces the "
+                f"whole layer, so "
                 "merging a second one would discard the first; call `unmerge_adapter()` before."
             )
         tuned = {"weight": self.tuned_weight[names[0]]}

@@ -18,8 +18,8 @@ from peft_vlm.prompting.layer import PromptLayer
 class VLMTuner(BaseTuner):
     """Injects a method's layers into a model.
 
-    A method defines `target_pattern` (which modules) and `wrap` (by what). Its parameter prefix, the registered name plus
-    an underscore, is the class attribute `prefix`.
+    A method defines `target_pattern` (which modules) and `wrap` (by what). Its parameter prefix, the registered name
+    plus an underscore, is the class attribute `prefix`.
     """
 
     tuner_layer_cls = PromptLayer
@@ -49,7 +49,8 @@ class VLMTuner(BaseTuner):
         components = {part for name, _ in model.named_modules() for part in name.split(".")}
         if adapter_name in components:
             raise AdapterError(
-                f"Expected an adapter name that is no part of a module name, got {adapter_name!r}. PEFT strips adapter "
+                f"Expected an adapter name that is no part of a module name, got {adapter_name!r}. PEFT "
+                f"strips adapter "
                 "names from keys and would lose tensors; choose another name."
             )
 
@@ -64,7 +65,8 @@ class VLMTuner(BaseTuner):
         pattern = self.target_pattern(peft_config)
         if peft_config.target_modules not in (None, pattern):
             raise ValueError(
-                f"Expected `target_modules` to be left out, got {peft_config.target_modules!r}. The method chooses its "
+                f"Expected `target_modules` to be left out, got {peft_config.target_modules!r}. The method "
+                f"chooses its "
                 "modules from its own settings."
             )
         peft_config.target_modules = pattern
@@ -108,7 +110,8 @@ class VLMTuner(BaseTuner):
         """Refuse mixed batches, which PEFT would otherwise run silently with the active adapter."""
         if kwargs.get("adapter_names") is not None:
             raise AdapterError(
-                "Expected no `adapter_names`: one forward pass uses one adapter, because these methods replace tensors "
+                "Expected no `adapter_names`: one forward pass uses one adapter, because these methods "
+                "replace tensors "
                 "that the whole batch shares. Call `set_adapter(name)` and run a batch per adapter."
             )
         yield
@@ -160,4 +163,3 @@ def _some(items: list[str], limit: int = 3) -> str:
     """The first few items of a list for a message."""
     shown = ", ".join(items[:limit]) or "none"
     return shown + (f" and {len(items) - limit} more" if len(items) > limit else "")
-

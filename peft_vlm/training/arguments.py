@@ -1,4 +1,7 @@
-"""Settings needed to run a training: Hugging Face's `TrainingArguments` with the defaults and additions of this field."""
+"""
+
+ettings needed to run a training: Hugging Face's `TrainingArguments` with the defaults and additions of this field.
+"""
 
 from dataclasses import dataclass, field
 from typing import no_type_check
@@ -11,15 +14,16 @@ from transformers import TrainingArguments
 class VLMTrainingArguments(TrainingArguments):
     """`TrainingArguments` whose defaults follow prompt-tuning practice; every other field works as in transformers.
 
-    Changed defaults: SGD, weight decay 5e-4 on every trained tensor, no gradient clipping, learning rate 2e-3, batch 4, a
-    checkpoint per epoch of which two are kept, and non-finite losses are errors instead of being averaged away.
+    Changed defaults: SGD, weight decay 5e-4 on every trained tensor, no gradient clipping, learning rate 2e-3, batch
+    4, a checkpoint per epoch of which two are kept, and non-finite losses are errors instead of being averaged away.
 
     Args:
         vision_learning_rate: Learning rate of the objective's `vision` parameter group; None uses `learning_rate`.
         momentum: Momentum of `optim="sgd"`.
         lr_schedule: `"epoch_cosine"` changes the rate once per epoch: `warmup_epochs` at `warmup_learning_rate`, then
-            0.5 lr (1 + cos(pi (e - warmup_epochs) / num_train_epochs)). The period is not shortened by the warm-up, as in
-            the Dassl toolbox of the official codes, so the last rate is not 0. `"transformers"` uses `lr_scheduler_type`.
+            0.5 lr (1 + cos(pi (e - warmup_epochs) / num_train_epochs)). The period is not shortened by the warm-up,
+            as in the Dassl toolbox of the official codes, so the last rate is not 0. `"transformers"` uses
+            `lr_scheduler_type`.
         warmup_epochs: Epochs at the warm-up rate.
         warmup_learning_rate: Constant rate of the warm-up epochs, the same for every parameter group.
     """
@@ -49,7 +53,8 @@ class VLMTrainingArguments(TrainingArguments):
             raise ValueError(f"Expected `lr_schedule` 'epoch_cosine' or 'transformers', got {self.lr_schedule!r}.")
         if self.fp16 and self.device.type == "cpu":
             raise ValueError(
-                "Expected fp16=True only on a GPU, got a CPU run, where it is silently ignored. Use bf16=True, or neither."
+                "Expected fp16=True only on a GPU, got a CPU run, where it is silently ignored. Use "
+                "bf16=True, or neither."
             )
         if self.warmup_epochs < 0 or self.warmup_learning_rate < 0:
             raise ValueError(

@@ -17,7 +17,15 @@ METRICS_NAME = "metrics.json"
 CURVE_NAME = "training_curve.png"
 
 REPORTED_ARGUMENTS = (
-    *("learning_rate", "vision_learning_rate", "lr_schedule", "warmup_epochs", "warmup_learning_rate", "optim", "momentum"),
+    *(
+        "learning_rate",
+        "vision_learning_rate",
+        "lr_schedule",
+        "warmup_epochs",
+        "warmup_learning_rate",
+        "optim",
+        "momentum",
+    ),
     *("weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("world_size", "seed", "fp16", "bf16", "gradient_checkpointing", "max_grad_norm"),
 )

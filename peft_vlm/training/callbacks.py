@@ -13,7 +13,8 @@ class ObjectiveCallback(TrainerCallback):
     Args:
         module: Model and objective.
         dataset: Training dataset.
-        autocast: Context manager factory of the run's mixed precision, so that caches hold what training would compute.
+        autocast: Context manager factory of the run's mixed precision, so that caches hold what training would
+            compute.
     """
 
     def __init__(self, module: TrainingModule, dataset: Any, autocast: Any) -> None:

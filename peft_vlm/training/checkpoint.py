@@ -44,11 +44,12 @@ def load_weights(module: TrainingModule, folder: Path) -> None:
         state = AutoModel.from_pretrained(folder, local_files_only=True).state_dict()
         model.load_state_dict(state)
         return
-    name = model.active_adapter
+    (name,) = model.active_adapters
     folder = folder if name == "default" else folder / name
     if not (folder / "adapter_model.safetensors").is_file():
         raise AdapterError(
-            f"Expected the adapter {name!r} in {str(folder)!r}, got no adapter_model.safetensors there. The checkpoint is "
+            f"Expected the adapter {name!r} in {str(folder)!r}, got no adapter_model.safetensors there. The "
+            f"checkpoint is "
             "incomplete or of a run with another adapter name."
         )
     check_adapter_file(folder)
@@ -81,7 +82,8 @@ def load_objective_state(objective: Objective, folder: Path) -> None:
     if not path.is_file():
         if objective.state_dict():
             raise AdapterError(
-                f"Expected {OBJECTIVE_STATE_NAME!r} in {str(folder)!r}, got none. The checkpoint is incomplete or of another "
+                f"Expected {OBJECTIVE_STATE_NAME!r} in {str(folder)!r}, got none. The checkpoint is "
+                f"incomplete or of another "
                 "objective; an exact resume is not possible from it."
             )
         return

@@ -5,7 +5,9 @@ import math
 import torch
 
 
-def epoch_cosine(epoch: int, *, learning_rate: float, num_epochs: int, warmup_epochs: int, warmup_rate: float) -> float:
+def epoch_cosine(
+    epoch: int, *, learning_rate: float, num_epochs: int, warmup_epochs: int, warmup_rate: float
+) -> float:
     """Learning rate of an epoch: constant warm-up, then a cosine whose period is not shortened by the warm-up.
 
     Args:

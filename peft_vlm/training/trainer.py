@@ -1,4 +1,7 @@
-"""`VLMTrainer`: Hugging Face's Trainer around one module of model and objective. Overrides of its internals live here."""
+"""`VLMTrainer`: Hugging Face's Trainer around one module of model and objective.
+
+Overrides of its internals live here.
+"""
 
 import math
 from pathlib import Path
@@ -77,7 +80,9 @@ class VLMTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        self.callback_handler.callbacks.insert(0, ObjectiveCallback(self.model, train_dataset, self.accelerator.autocast))
+        self.callback_handler.callbacks.insert(
+            0, ObjectiveCallback(self.model, train_dataset, self.accelerator.autocast)
+        )
         self.add_callback(ArtifactsCallback(self))
 
     def get_train_dataloader(self) -> DataLoader:
@@ -100,7 +105,9 @@ class VLMTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
         # already sharded: accelerator.prepare would shard again and mistreat batches of different sizes
-        return prepare_data_loader(loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True)
+        return prepare_data_loader(
+            loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[Any, ...]:
         """The base class's values; the schedule needs the updates per epoch."""
@@ -123,7 +130,10 @@ class VLMTrainer(Trainer):
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             options.pop("lr", None)
         self.optimizer = optimizer_class(
-            [group for group in groups if group["params"]], lr=self.args.learning_rate, weight_decay=self.args.weight_decay, **options
+            [group for group in groups if group["params"]],
+            lr=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            **options,
         )
         return self.optimizer
 
@@ -150,6 +160,12 @@ class VLMTrainer(Trainer):
     ) -> Any:
         """Loss of one batch through the wrapped module; sums up its terms for the log.
 
+        Args:
+            model: The wrapped module.
+            inputs: Columns of `Batch`.
+            return_outputs: Also return the module's outputs.
+            num_items_in_batch: Not used; losses are means over a batch.
+
         Raises:
             FloatingPointError: If the loss is not finite; the message names the images.
         """
@@ -158,7 +174,8 @@ class VLMTrainer(Trainer):
         if not torch.isfinite(loss):
             terms = {key: float(value) for key, value in outputs.items() if key.startswith("loss")}
             raise FloatingPointError(
-                f"Expected a finite loss, got {terms!r} at step {self.state.global_step} for the images with dataset index "
+                f"Expected a finite loss, got {terms!r} at step {self.state.global_step} for the images "
+                f"with dataset index "
                 f"{inputs['index'].tolist()!r}. Lower the learning rate, or use bf16 or float32 instead of fp16."
             )
         for key, value in outputs.items():
@@ -251,7 +268,8 @@ def accuracy_metric(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def describe_adapter(model: nn.Module, objective: Objective, dataset: ImageClassificationDataset) -> None:
-    """Write classes, template and preprocessing into the adapter's configuration, so that its folder is enough to predict.
+    """Write classes, template and preprocessing into the adapter's configuration, so that its folder is enough to
+    predict.
 
     Args:
         model: `PeftModel`; other models are left alone.

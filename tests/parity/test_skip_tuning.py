@@ -1,6 +1,8 @@
-"""Skip Tuning against the official code: features, losses, gradients, class skipping, training steps, schedules, batches.
+"""Skip Tuning against the official code: features, losses, gradients, class skipping, training steps, schedules,
+batches.
 
-Tolerances: 1e-5 relative to the largest entry unless said; the recording itself was reproduced to 1e-6 (losses) and 8e-6
+Tolerances: 1e-5 relative to the largest entry unless said; the recording itself was reproduced to 1e-6 (losses) and
+    8e-6
 (gradients) with plain Hugging Face models.
 """
 
@@ -155,7 +157,8 @@ def test_ratio_one_ignores_the_cap_and_draws_nothing():
 def test_five_sgd_steps(run: str, through: str, tmp_path):
     """Losses, final tensors (to 1 % of their change) and evaluation logits after five steps on fixed batches.
 
-    Once with the objective and a plain loop, once through `VLMTrainer`, which adds its data loader, scheduler and loop.
+    Once with the objective and a plain loop, once through `VLMTrainer`, which adds its data loader, scheduler and
+    loop.
     """
     recorded, info = tensors("S3_sgd"), facts("S3_sgd")
     settings = info["runs"][run]["settings"]
@@ -181,7 +184,13 @@ def train(model, objective, dataset, batches, settings, through, folder) -> list
     """Five steps; losses before each."""
     rates = {"learning_rate": settings["lr"], "vision_learning_rate": settings.get("new_lr")}
     args = VLMTrainingArguments(
-        output_dir=str(folder), num_train_epochs=1, warmup_epochs=0, use_cpu=True, disable_tqdm=True, logging_steps=1, **rates
+        output_dir=str(folder),
+        num_train_epochs=1,
+        warmup_epochs=0,
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        **rates,
     )
     trainer = VLMTrainer(model, objective, args, train_dataset=dataset)
     if through == "trainer":
@@ -245,9 +254,7 @@ def test_presets_give_the_official_learning_rate_of_every_epoch(protocol: str, f
         assert ours == pytest.approx(rates, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    "name", ["16_shots_3_classes", "uneven_6_5_4", "random_10_of_bs4", "random_8_of_bs4"]
-)
+@pytest.mark.parametrize("name", ["16_shots_3_classes", "uneven_6_5_4", "random_10_of_bs4", "random_8_of_bs4"])
 def test_batches_equal_the_official_draw(name: str):
     example = facts("S4_batches")["examples"][name]
     sampler = SkipTuningBatchSampler(

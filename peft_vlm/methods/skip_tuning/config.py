@@ -23,8 +23,8 @@ class SkipTuningConfig(VLMConfig):
         start_layer: First tuned layer, counted from 0; also the number of layers whose output can be cached. Paper:
             omega; official flag `START_LAYER`, default 6 of 12 layers.
         text_start_layer: First tuned text layer where the towers differ in depth; None means `start_layer`.
-        adapter_dtype: dtype in which the tuned tensors are kept and saved: `"float32"`, `"float16"`, `"bfloat16"`. None
-            follows PEFT: the base model's dtype, raised to float32 while training a half-precision base.
+        adapter_dtype: dtype in which the tuned tensors are kept and saved: `"float32"`, `"float16"`, `"bfloat16"`.
+            None follows PEFT: the base model's dtype, raised to float32 while training a half-precision base.
 
     References:
         Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves, 2025,

@@ -3,7 +3,6 @@
 import logging
 import tempfile
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +25,7 @@ class HiddenStateCache:
         folder: Where the file goes; a temporary folder by default, removed with the cache.
     """
 
-    def __init__(self, storage: Literal["ram", "disk"], *, folder: str | Path | None = None) -> None:
+    def __init__(self, storage: str, *, folder: str | Path | None = None) -> None:
         self.storage, self.folder = storage, folder
         self.hidden: Tensor | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -50,24 +49,33 @@ class HiddenStateCache:
             return
         if self.folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="peft_vlm_cache_")
-        folder = Path(self.folder or self._temporary.name)
+            folder = Path(self._temporary.name)
+        else:
+            folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "skip_tuning_hidden_states.bin"
         flat = torch.from_file(str(path), shared=True, size=images * tokens * width, dtype=dtype)
         self.hidden = flat.view(shape)
 
     def write(self, index: Int[Tensor, " batch"], hidden: Float[Tensor, "batch tokens width"]) -> None:
-        """Store the states of some images."""
+        """Store the states of some images; `allocate` comes first."""
+        assert self.hidden is not None
         self.hidden[index] = hidden.to(self.hidden.device)
 
     def read(self, index: Int[Tensor, " batch"], device: torch.device) -> Float[Tensor, "batch tokens width"]:
         """States of some images on a device.
 
+        Args:
+            index: Positions in the dataset.
+            device: Where the states are wanted.
+
         Raises:
             AdapterError: If nothing was stored.
         """
         if self.hidden is None:
-            raise AdapterError("Expected a filled feature cache, got an empty one. Call `epoch_start` before training.")
+            raise AdapterError(
+                "Expected a filled feature cache, got an empty one. Call `epoch_start` before training."
+            )
         return self.hidden[index.cpu()].to(device)
 
 

@@ -42,7 +42,8 @@ class SkipTuningModel(VLMTuner):
             field = "text_start_layer" if tower == "text" and config.text_start_layer is not None else "start_layer"
             if start >= counts[tower]:
                 raise ValueError(
-                    f"Expected `{field}` from 0 to {counts[tower] - 1} for the {tower} tower, which has {counts[tower]} "
+                    f"Expected `{field}` from 0 to {counts[tower] - 1} for the {tower} tower, which has "
+                    f"{counts[tower]} "
                     f"layers, got {start!r}. `text_start_layer` sets the text tower apart where depths differ."
                 )
             layers = "|".join(str(index) for index in range(start, counts[tower]))

@@ -1,11 +1,12 @@
 """Skip Tuning's objective: cross-entropy over the kept classes, from cached hidden states upwards.
 
-Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves, 2025, arXiv 2412.11509.
+Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves, 2025, arXiv
+2412.11509.
 """
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -38,7 +39,8 @@ PAPER = Paper(
 class SkipTuningObjective(Objective):
     """Mean cross-entropy of scaled cosines over the classes that CSkip keeps, with LSkip's caches.
 
-    Formula: L = mean_i CE(exp(scale) * cos(f(x_i), t_c), y_i) over c in K, where K holds the `num_top` classes most similar
+    Formula: L = mean_i CE(exp(scale) * cos(f(x_i), t_c), y_i) over c in K, where K holds the `num_top` classes most
+        similar
     to the batch (by the initial text features) and a random tail.
 
     Args:
@@ -46,10 +48,10 @@ class SkipTuningObjective(Objective):
         top_ratio: Share (up to 1) or number of classes always kept. Paper: r; official `TOP_RATIO`, 0.5.
         max_top: Upper bound of that number; ignored when `top_ratio` is 1. Official `MAX_TOP`, 50.
         tail_scale: Scale of the tail's exponential distribution. Paper: lambda; official `LAMBDA`, 0.3.
-        redraw_tail: When the kept tail ranks are drawn: `"never"` (once per run, as in the official code), `"epoch"` or
-            `"step"`.
-        image_cache: Where the image states of an epoch are kept: `"ram"`, `"disk"` (memory-mapped), or `"none"`, which runs
-            the lower layers per batch, with the same result.
+        redraw_tail: When the kept tail ranks are drawn: `"never"` (once per run, as in the official code), `"epoch"`
+            or `"step"`.
+        image_cache: Where the image states of an epoch are kept: `"ram"`, `"disk"` (memory-mapped), or `"none"`,
+            which runs the lower layers per batch, with the same result.
         cache_folder: Folder of the memory-mapped file; temporary by default.
         cache_batch_size: Images per forward pass while caching.
         num_workers: Processes that decode images while caching.
@@ -58,12 +60,15 @@ class SkipTuningObjective(Objective):
         seed: Seed of the tail draw.
 
     Requirements:
-        Batches with `index` and `labels` (and `pixel_values` when `image_cache` is `"none"`); a `PeftModel` with an active
-        Skip Tuning adapter; at least two classes.
+        Batches with `index` and `labels` (and `pixel_values` when `image_cache` is `"none"`); a `PeftModel` with an
+        active Skip Tuning adapter; at least two classes.
 
     Relations:
         With `top_ratio=1` it is full cross-entropy; with `start_layer=0` and no cache it is fine-tuning of both towers
         except embeddings and logit scale.
+
+    Raises:
+        ValueError: If a setting is not among its choices, or the prompts have more than one template.
 
     References:
         arXiv 2412.11509, Sec. 4; batch rule, tail mask and cap from the official code.
@@ -78,13 +83,13 @@ class SkipTuningObjective(Objective):
         top_ratio: float | int = 0.5,
         max_top: int = 50,
         tail_scale: float = 0.3,
-        redraw_tail: Literal["never", "epoch", "step"] = "never",
-        image_cache: Literal["ram", "disk", "none"] = "ram",
+        redraw_tail: str = "never",
+        image_cache: str = "ram",
         cache_folder: str | Path | None = None,
         cache_batch_size: int = 64,
         num_workers: int = 0,
-        batch_composition: Literal["one_class", "random"] = "one_class",
-        remainder: Literal["keep", "drop"] = "keep",
+        batch_composition: str = "one_class",
+        remainder: str = "keep",
         seed: int = 0,
     ) -> None:
         if len(prompts.templates) != 1:
@@ -215,7 +220,8 @@ class SkipTuningObjective(Objective):
         return ObjectiveOutput({"cross_entropy": nn.functional.cross_entropy(logits, labels)}, logits, labels)
 
     def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
-        """Logits over all classes by the full model on pixels; class features are computed once per state of the model.
+        """Logits over all classes by the full model on pixels; class features are computed once per state of the
+        model.
 
         Args:
             model: The model under evaluation.
@@ -260,7 +266,10 @@ class SkipTuningObjective(Objective):
         self.tail_uniform = torch.rand(len(self.tail_uniform), generator=self.generator)
 
     def _kept(
-        self, image: Float[Tensor, "batch dim"], prototypes: Float[Tensor, "classes dim"], labels: Int[Tensor, " batch"]
+        self,
+        image: Float[Tensor, "batch dim"],
+        prototypes: Float[Tensor, "classes dim"],
+        labels: Int[Tensor, " batch"],
     ) -> Int[Tensor, " kept"] | None:
         """Ids of the kept classes, ascending; None when nothing is skipped."""
         if self.num_top == len(prototypes):

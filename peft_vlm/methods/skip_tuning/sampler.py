@@ -3,7 +3,6 @@
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 from peft_vlm.errors import DataError
 from peft_vlm.objective import EpochBatchSampler
@@ -38,8 +37,8 @@ class SkipTuningBatchSampler(EpochBatchSampler):
         *,
         batch_size: int,
         seed: int,
-        composition: Literal["one_class", "random"],
-        remainder: Literal["keep", "drop"] = "keep",
+        composition: str,
+        remainder: str = "keep",
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
         self.composition, self.remainder = composition, remainder

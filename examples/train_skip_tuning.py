@@ -1,0 +1,150 @@
+"""Skip Tuning against zero-shot, linear probe and full fine-tuning: base-to-new and few-shot, several seeds.
+
+Paper: Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves, arXiv
+    2412.11509.
+Hardware and time: the demo preset takes about ten minutes on 2 CPU cores (numbers: docs/methods/skip_tuning.md).
+
+    python examples/train_skip_tuning.py --preset demo                      # bundled CLIP and data, no network
+    python examples/train_skip_tuning.py --model openai/clip-vit-base-patch16 --dataset <Hub id or folder> \
+        --preset base_to_new --template "a photo of a {}."                   # the paper's settings
+
+Everything is written below --output_dir: metrics.json, table.md, results.png, and per run the adapter with its own
+reports.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+import peft_vlm
+from peft_vlm.baselines import FullFineTuningObjective
+from peft_vlm.data.sources import load_image_dataset
+from peft_vlm.data.transforms import EvalTransform, TrainTransform
+from peft_vlm.experiment import Experiment, LinearProbeLearner, Task, TrainerLearner, ZeroShot
+from peft_vlm.experiment_report import markdown_table, results_png
+from peft_vlm.methods.skip_tuning.presets import preset_for
+
+ASSETS = Path(__file__).parent / "assets"
+
+# Ours, for the bundled 48 px CLIP (6 vision and 4 text layers); the official presets are for ViT-B/16.
+DEMO = {
+    "config": {"start_layer": 3, "text_start_layer": 2},
+    "objective": {"top_ratio": 0.5, "max_top": 50, "batch_composition": "random"},
+    "training": {
+        "learning_rate": 4e-3,
+        "num_train_epochs": 8,
+        "warmup_epochs": 1,
+        "warmup_learning_rate": 1e-4,
+        "per_device_train_batch_size": 32,
+    },
+    "augmentation": {"scale": (0.7, 1.0), "flip_probability": 0.0},  # arrows and text must not be mirrored
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ASSETS / "clip_student"), help="CLIP: folder or Hub id")
+    parser.add_argument("--dataset", help="folder, CSV or Hub id with image and label; the bundled sets by default")
+    parser.add_argument("--template", default="a {} icon", help="text around a class name, with one {}")
+    parser.add_argument("--preset", choices=["demo", "base_to_new", "cross_dataset", "few_shot"], default="demo")
+    parser.add_argument(
+        "--protocol", choices=["base_to_new", "few_shot"], help="for --dataset; default: by the preset"
+    )
+    parser.add_argument("--shots", type=int, default=16, help="images per class")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--epochs", type=int, help="instead of the preset's number")
+    parser.add_argument("--methods", nargs="+", help="rows of the table; all four by default")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    return parser.parse_args()
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the preset: for the adapter, the objective, the training and the augmentation."""
+    if args.preset == "demo":
+        settings = {key: dict(value) for key, value in DEMO.items()}
+    else:
+        preset = preset_for(args.preset, shots=args.shots)
+        settings = {"config": preset.config, "objective": preset.objective, "training": preset.training}
+        settings["augmentation"] = {"scale": (0.08, 1.0), "flip_probability": 0.5}
+    if args.epochs is not None:
+        settings["training"]["num_train_epochs"] = args.epochs
+    settings["training"] |= {"use_cpu": args.use_cpu, "dataloader_num_workers": args.num_workers}
+    settings["objective"]["num_workers"] = args.num_workers
+    return settings
+
+
+def tasks_of(args: argparse.Namespace) -> list[Task]:
+    """The bundled icons and emoji, or the dataset of the command line."""
+
+    def task(name: str, source: str, protocol: Any, template: str) -> Task:
+        train, test = (load_image_dataset(source, split=split) for split in ("train", "test"))
+        return Task(name, protocol, train, test, template=template, shots=args.shots)
+
+    if args.dataset is not None:
+        protocol = args.protocol or ("few_shot" if args.preset == "few_shot" else "base_to_new")
+        return [task(Path(args.dataset).name, args.dataset, protocol, args.template)]
+    return [
+        task("icons", str(ASSETS / "icons"), "base_to_new", args.template),
+        task("emoji", str(ASSETS / "emoji"), "few_shot", "{} emoji"),
+    ]
+
+
+def learners_of(settings: dict[str, Any], processor: Any) -> list[Any]:
+    """The rows of the table; both trained ones make the same number of steps."""
+    learners = [
+        ZeroShot(),
+        LinearProbeLearner(EvalTransform(processor)),
+        TrainerLearner(
+            "full_finetuning",
+            wrap=lambda model: model,
+            objective=lambda prompts, seed: FullFineTuningObjective(prompts),
+            training=settings["training"],
+        ),
+        TrainerLearner(
+            "skip_tuning",
+            wrap=lambda model: get_peft_model(model, peft_vlm.SkipTuningConfig(**settings["config"])),
+            objective=lambda prompts, seed: peft_vlm.SkipTuningObjective(prompts, seed=seed, **settings["objective"]),
+            training=settings["training"],
+        ),
+    ]
+    return learners
+
+
+def main() -> None:
+    """Run the experiment and say what was written."""
+    args = parse_arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    settings = settings_of(args)
+    processor = AutoImageProcessor.from_pretrained(args.model)
+    model_config = CLIPModel.config_class.from_pretrained(args.model)
+    experiment = Experiment(
+        load_model=lambda: CLIPModel.from_pretrained(args.model),
+        tokenizer=AutoTokenizer.from_pretrained(args.model),
+        max_length=model_config.text_config.max_position_embeddings,
+        train_transform=TrainTransform(processor, **settings["augmentation"]),
+        test_transform=EvalTransform(processor),
+        output_dir=args.output_dir,
+    )
+    learners = [one for one in learners_of(settings, processor) if not args.methods or one.name in args.methods]
+    tasks = tasks_of(args)
+    report = experiment.run(tasks, learners, args.seeds)
+    table = markdown_table(report)
+    (args.output_dir / "table.md").write_text(table, encoding="utf-8")
+    results_png(report, args.output_dir / "results.png")
+    adapter = args.output_dir / tasks[0].name / "skip_tuning" / f"seed{args.seeds[-1]}"
+    print(f"\n{table}\nWritten to {args.output_dir}/: metrics.json, table.md, results.png, and each run's adapter.")
+    print(
+        "\nUse an adapter:\n  import peft_vlm\n  from peft_vlm import PromptedClassifier\n"
+        f"  PromptedClassifier.from_pretrained({str(adapter)!r}).predict('picture.png')"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Tables and plots of an experiment's `metrics.json`."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SCORES = {"base": "base %", "new": "new %", "h": "H %", "accuracy": "accuracy %"}
+COSTS = {"seconds": "seconds", "peak_memory_mb": "peak MB"}
+
+
+def sections(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Results by task name, the first task included.
+
+    Args:
+        report: What `Experiment.run` returned.
+    """
+    return {report["task"]: report["methods"], **{name: task["methods"] for name, task in report["tasks"].items()}}
+
+
+def markdown_table(report: Mapping[str, Any]) -> str:
+    """One Markdown table per task: mean and standard deviation over the seeds, costs, and the paired gain over
+    zero-shot.
+
+    The gain is the mean over seeds of (method - zero-shot), with the standard deviation of those differences.
+
+    Args:
+        report: What `Experiment.run` returned.
+    """
+    parts = []
+    for name, methods in sections(report).items():
+        scores = [key for key in SCORES if any(row.get(key) for row in methods.values())]
+        headline = "base" if "base" in scores else scores[0]
+        header = [
+            "method",
+            *(SCORES[key] for key in scores),
+            f"gain in {headline}",
+            "trained numbers",
+            *COSTS.values(),
+        ]
+        lines = [f"### {name}, {len(report['seeds'])} seeds", "", _row(header), _row(["---"] * len(header))]
+        for method, row in methods.items():
+            cells = [method.replace("_", " "), *(_mean_std(row.get(key)) for key in scores)]
+            cells += [_gain(row.get(headline), methods.get("zero_shot", {}).get(headline))]
+            cells += [f"{row['trainable_parameters']:,}", *(_mean_std(row.get(key)) for key in COSTS)]
+            lines.append(_row(cells))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def results_png(report: Mapping[str, Any], path: Path) -> None:
+    """Bars of the scores of every method, one panel per task, every seed as a dot.
+
+    Args:
+        report: What `Experiment.run` returned.
+        path: PNG file to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = sections(report)
+    figure = Figure(figsize=(6 * len(tasks), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, methods) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
+        scores = [key for key in SCORES if any(row.get(key) for row in methods.values())]
+        width = 0.8 / len(scores)
+        for offset, key in enumerate(scores):
+            rows = [(x, row[key]) for x, row in enumerate(methods.values()) if row.get(key)]
+            places = [x + (offset - (len(scores) - 1) / 2) * width for x, _ in rows]
+            axes.bar(places, [statistics.mean(v) for _, v in rows], width, label=SCORES[key].removesuffix(" %"))
+            for place, (_, values) in zip(places, rows, strict=True):
+                axes.plot([place] * len(values), values, "k.", markersize=4)
+        axes.set_xticks(range(len(methods)), [method.replace("_", "\n") for method in methods])
+        axes.set_title(f"{name} ({len(report['seeds'])} seeds)")
+        axes.set_ylabel("top-1 accuracy (%)")
+        axes.grid(axis="y", alpha=0.3)
+        if len(scores) > 1:
+            axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _row(cells: Sequence[str]) -> str:
+    """A table row."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def _mean_std(values: Sequence[float] | None) -> str:
+    """Mean and sample standard deviation over seeds; a dash where a method has no answer."""
+    if not values:
+        return "-"
+    spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def _gain(values: Sequence[float] | None, baseline: Sequence[float] | None) -> str:
+    """Mean paired difference to zero-shot with its standard deviation over the seeds."""
+    if not values or not baseline or values is baseline:
+        return "-"
+    differences = [value - other for value, other in zip(values, baseline, strict=True)]
+    spread = f" +- {statistics.stdev(differences):.1f}" if len(differences) > 1 else ""
+    return f"{statistics.mean(differences):+.1f}{spread}"

@@ -1,0 +1,237 @@
+"""Registration with PEFT, and the traps of PEFT and transformers that an out-of-tree method meets."""
+
+import copy
+import importlib
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModel, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from transformers import AutoModelForZeroShotImageClassification, pipeline
+
+import peft_vlm
+from peft_vlm import SkipTuningConfig, SkipTuningModel
+from peft_vlm.errors import AdapterError, PeftVLMError, UnsupportedModelError
+from peft_vlm.registry import METHODS, extend_peft_type, register_method
+from tests.cases import CASES, base_model, class_prompts, images, perturb, processor
+
+
+def test_the_new_members_are_ordinary_members():
+    """A plain string in PEFT's tables breaks `.value`, `mixed=True` and transformers' loader."""
+    assert METHODS
+    for name in METHODS:
+        member = PeftType[name.upper()]
+        assert member is PeftType(name.upper()) is getattr(PeftType, name.upper())
+        assert member in list(PeftType)
+        assert member.value == name.upper()
+        assert hash(member) == hash(name.upper())
+        assert pickle.loads(pickle.dumps(member)) is member is copy.deepcopy(member)
+        assert json.loads(json.dumps(member)) == name.upper()
+        assert PEFT_TYPE_TO_PREFIX_MAPPING[member] == name + "_"
+    assert extend_peft_type("SKIP_TUNING") is PeftType["SKIP_TUNING"]
+
+
+def test_registering_the_same_classes_again_changes_nothing():
+    register_method("skip_tuning", config_cls=SkipTuningConfig, model_cls=SkipTuningModel)
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType["SKIP_TUNING"]] is SkipTuningConfig
+
+
+def test_a_reload_is_refused_with_advice():
+    """Reloaded classes would not match the objects made before."""
+    code = (
+        "import importlib, peft_vlm\n"
+        "import peft_vlm.methods.skip_tuning.config as config\n"
+        "import peft_vlm.methods.skip_tuning as method\n"
+        "importlib.reload(config)\n"
+        "importlib.reload(method)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "Restart Python instead of reloading peft_vlm" in result.stderr
+
+
+def test_a_name_that_peft_owns_is_refused():
+    """What a later PEFT with a method of the same name would look like."""
+    with pytest.raises(PeftVLMError, match=r"'lora': the name belongs to `peft\..*Use the method of that package"):
+        register_method("lora", config_cls=SkipTuningConfig, model_cls=SkipTuningModel)
+
+
+def test_without_the_import_peft_does_not_know_the_type(tmp_path):
+    """Why every card begins with `import peft_vlm`."""
+    SkipTuningConfig().save_pretrained(tmp_path)
+    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
+    without = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "KeyError: 'SKIP_TUNING'" in without.stderr
+    with_import = subprocess.run([sys.executable, "-c", "import peft_vlm;" + code], capture_output=True, text=True)
+    assert with_import.returncode == 0, with_import.stderr
+
+
+def test_a_pickled_configuration_loads_in_a_fresh_process(tmp_path):
+    """Spawned data-loader workers unpickle configurations without our import."""
+    path = tmp_path / "config.pkl"
+    path.write_bytes(pickle.dumps(SkipTuningConfig(start_layer=2)))
+    code = f"import pickle; print(pickle.load(open({str(path)!r}, 'rb')).start_layer)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "2", result.stderr
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.method)
+def saved(request, tmp_path):
+    """A perturbed adapter on disk, its base model's folder, and the logits."""
+    base = tmp_path / "base"
+    model = base_model()
+    model.save_pretrained(base)
+    processor().save_pretrained(base)
+    model = type(model).from_pretrained(base)
+    adapted = get_peft_model(model, request.param.config())
+    perturb(adapted)
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        logits = adapted(**inputs()).logits_per_image
+    return request.param, base, tmp_path / "adapter", logits
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    dataset = images(per_class=1)
+    pixels = torch.stack([dataset[i]["pixel_values"] for i in range(3)])
+    return {"pixel_values": pixels, "input_ids": class_prompts().input_ids}
+
+
+@torch.no_grad()
+def test_auto_classes_find_the_base(saved):
+    _, _, adapter, expected = saved
+    auto = AutoPeftModel.from_pretrained(adapter)
+    assert isinstance(auto, PeftModel)
+    assert torch.equal(auto(**inputs()).logits_per_image, expected)
+    plain = AutoModelForZeroShotImageClassification.from_pretrained(adapter)
+    assert torch.equal(plain(**inputs()).logits_per_image, expected)
+
+
+@torch.no_grad()
+def test_transformers_own_loader_and_switch(saved):
+    _, base, adapter, expected = saved
+    model = base_model()
+    before = model(**inputs()).logits_per_image
+    model.load_adapter(str(adapter), adapter_name="tuned")
+    assert torch.equal(model(**inputs()).logits_per_image, expected)
+    model.disable_adapters()
+    assert torch.equal(model(**inputs()).logits_per_image, before)
+    model.enable_adapters()
+    assert torch.equal(model(**inputs()).logits_per_image, expected)
+
+
+def test_a_new_process_gives_bitwise_the_same_logits(saved, tmp_path):
+    """Weights, configuration and buffers are all in the folder; nothing hides in the process."""
+    _, base, adapter, expected = saved
+    torch.save({"inputs": inputs()}, tmp_path / "inputs.pt")
+    code = (
+        "import sys, torch, peft_vlm\n"
+        "from peft import PeftModel\n"
+        "from transformers import CLIPModel\n"
+        "base, adapter, folder = sys.argv[1:]\n"
+        "model = PeftModel.from_pretrained(CLIPModel.from_pretrained(base), adapter, adapter_name='again').eval()\n"
+        "inputs = torch.load(folder + '/inputs.pt', weights_only=True)['inputs']\n"
+        "with torch.no_grad(): torch.save(model(**inputs).logits_per_image, folder + '/logits.pt')\n"
+    )
+    command = [sys.executable, "-c", code, str(base), str(adapter), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+
+
+def test_the_zero_shot_pipeline_gives_the_adapters_scores(saved):
+    _, base, adapter, _ = saved
+    model = AutoPeftModel.from_pretrained(adapter)
+    tools = processor()
+    classify = pipeline(
+        "zero-shot-image-classification",
+        model=model.get_base_model(),
+        tokenizer=tools.tokenizer,
+        image_processor=tools.image_processor,
+    )
+    image, names = images(per_class=1).image(0), ["red", "green", "blue"]
+    scores = {row["label"]: row["score"] for row in classify(image, names, hypothesis_template="a {}.")}
+    prompts = class_prompts(names)
+    pixels = tools.image_processor(image, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = model(pixel_values=pixels, input_ids=prompts.input_ids).logits_per_image
+    expected = dict(zip(names, logits.softmax(-1)[0].tolist(), strict=True))
+    assert scores == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_adapter_of_another_base_is_refused_with_the_sizes(saved):
+    """PEFT's own message is a list of size mismatches, or nothing at all when sizes agree but depth does not."""
+    _, _, adapter, _ = saved
+    with pytest.raises(AdapterError, match=r"text_num_hidden_layers: adapter 3, this model 4"):
+        PeftModel.from_pretrained(base_model(layers=4), adapter)
+    with pytest.raises(AdapterError, match=r"projection_dim: adapter 16, this model 24"):
+        PeftModel.from_pretrained(base_model(dim=24), adapter)
+
+
+def test_a_truncated_weights_file_is_named(saved):
+    _, _, adapter, _ = saved
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors.*cut off or damaged"):
+        PeftModel.from_pretrained(base_model(), adapter)
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_a_weights_file_that_does_not_fit_is_refused(saved, change):
+    """PEFT warns about missing keys and goes on with initial values."""
+    from safetensors.torch import load_file, save_file
+
+    _, _, adapter, _ = saved
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = sorted(tensors)[0]
+    tensor = tensors.pop(key)
+    if change != "missing":
+        tensors[key + ".extra" if change == "unknown" else key] = torch.zeros(3, *tensor.shape)
+    save_file(tensors, path)
+    with pytest.raises(AdapterError, match={"shape": r"other shape .*file \(3,"}.get(change, rf"{change} base_model")):
+        PeftModel.from_pretrained(base_model(), adapter)
+
+
+def test_resumed_training_needs_is_trainable(saved, tmp_path):
+    from peft_vlm import VLMTrainer, VLMTrainingArguments
+
+    case, _, adapter, _ = saved
+    model = PeftModel.from_pretrained(base_model(), adapter)
+    args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(PeftVLMError, match="is_trainable=True"):
+        VLMTrainer(model, case.objective(class_prompts()), args, train_dataset=images())
+    model = PeftModel.from_pretrained(base_model(), adapter, is_trainable=True)
+    assert sum(p.requires_grad for p in model.parameters()) == len(get_peft_model_state_dict(model))
+
+
+def test_quantised_layers_are_refused():
+    """Selective tuning copies weights; a quantised layer has none to copy."""
+    from peft_vlm.prompting.layer_copy import LayerCopy
+
+    with pytest.raises(UnsupportedModelError, match="load the base model unquantised"):
+        LayerCopy(torch.nn.Conv2d(3, 3, 1))
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path):
+    """Accelerate ignores it there without a word."""
+    with pytest.raises(ValueError, match="silently ignored"):
+        peft_vlm.VLMTrainingArguments(output_dir=str(tmp_path), fp16=True, use_cpu=True)
+
+
+def test_the_package_imports_without_optional_dependencies():
+    code = (
+        "import sys\n"
+        "for name in ('matplotlib', 'tensorboard', 'torchvision', 'sklearn'): sys.modules[name] = None\n"
+        "import peft_vlm, peft_vlm.experiment\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_twice_is_harmless():
+    assert importlib.import_module("peft_vlm") is peft_vlm

@@ -61,7 +61,7 @@ CASES = [
         objective=skip_tuning_objective,
         other_shape={"start_layer": 2},
         can_merge=True,
-        zero_gradients={"k_proj.tuned_bias": "softmax does not change when all keys shift alike"},
+        zero_gradients={"k_proj.skip_tuning_bias": "softmax does not change when all keys shift alike"},
         batch_dependent="CSkip chooses the classes by the whole batch",
         bad_settings=(
             ({"start_layer": -1}, "0 or more, got -1"),

@@ -214,7 +214,7 @@ def test_quantised_layers_are_refused():
     from peft_vlm.prompting.layer_copy import LayerCopy
 
     with pytest.raises(UnsupportedModelError, match="load the base model unquantised"):
-        LayerCopy(torch.nn.Conv2d(3, 3, 1))
+        LayerCopy(torch.nn.Conv2d(3, 3, 1), prefix="skip_tuning_")
 
 
 def test_fp16_on_a_cpu_is_refused(tmp_path):

@@ -145,6 +145,19 @@ class ImageClassificationDataset(Dataset):
         names = tuple(self.class_names[c] for c in class_ids)
         return self._subset(kept, [new_label[self.labels[i]] for i in kept], names)
 
+    def group_by(self, column: str) -> dict[str, "ImageClassificationDataset"]:
+        """One dataset per value of a further column of the source, such as a domain; all keep all class names.
+
+        Args:
+            column: Name of the column.
+        """
+        check_columns(self.source, (column,))
+        cells = _cells(self.source, column)
+        groups: dict[str, list[int]] = {}
+        for position, row in enumerate(self._rows):
+            groups.setdefault(str(cells[row]), []).append(position)
+        return {name: self.select(positions) for name, positions in sorted(groups.items())}
+
     def _subset(
         self, indices: Sequence[int], labels: list[int], names: tuple[str, ...]
     ) -> "ImageClassificationDataset":
@@ -226,10 +239,14 @@ def check_columns(source: HFDataset | Sequence[Mapping[str, Any]], names: Sequen
         )
 
 
+def _cells(source: HFDataset | Sequence[Mapping[str, Any]], column: str) -> list[Any]:
+    return source[column][:] if isinstance(source, HFDataset) else [row[column] for row in source]
+
+
 def _checked_labels(
     source: HFDataset | Sequence[Mapping[str, Any]], column: str, class_names: Sequence[str]
 ) -> list[int]:
-    labels = source[column][:] if isinstance(source, HFDataset) else [row[column] for row in source]
+    labels = _cells(source, column)
     for index, label in enumerate(labels):
         if not isinstance(label, int | np.integer) or not 0 <= label < len(class_names):
             raise DataError(

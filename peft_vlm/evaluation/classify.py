@@ -105,6 +105,7 @@ class TextClassifier:
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, template: str | Sequence[str]) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self._cache = ClassFeatureCache()
+        self._prompts: ClassPrompts | None = None
 
     def logits_for(self, class_names: Sequence[str], *, template: str | Sequence[str] | None = None) -> LogitsFn:
         """A function from pixels to logits over the classes, by the model as it is now.
@@ -114,8 +115,10 @@ class TextClassifier:
             template: Used instead of the classifier's own.
         """
         chosen = self.template if template is None else template
-        prompts = tokenize_for_model(self.model, self.tokenizer, class_names, template=chosen)
-        return cosine_logits(self.model, self._cache.get(self.model, prompts))
+        wanted = tuple(class_names), (chosen,) if isinstance(chosen, str) else tuple(chosen)
+        if self._prompts is None or (self._prompts.class_names, self._prompts.templates) != wanted:
+            self._prompts = tokenize_for_model(self.model, self.tokenizer, class_names, template=chosen)
+        return cosine_logits(self.model, self._cache.get(self.model, self._prompts))
 
 
 def cosine_logits(model: nn.Module, class_features: Float[Tensor, "classes dim"]) -> LogitsFn:

@@ -21,14 +21,13 @@ class LayerCopy(PromptLayer):
 
     Args:
         base_layer: The frozen layer.
+        prefix: The method's parameter prefix; transformers' own adapter loader finds tensors by it.
 
     Raises:
         UnsupportedModelError: For other layer types, quantised ones included.
     """
 
-    adapter_layer_names = ("tuned_weight", "tuned_bias")
-
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, *, prefix: str) -> None:
         if type(base_layer) not in (nn.Linear, nn.LayerNorm):
             raise UnsupportedModelError(
                 f"Expected an `nn.Linear` or `nn.LayerNorm` to copy, got `{type(base_layer).__name__}`. "
@@ -36,9 +35,20 @@ class LayerCopy(PromptLayer):
                 "needs the weights themselves: load the base model unquantised."
             )
         super().__init__(base_layer)
-        self.tuned_weight = nn.ParameterDict()
-        self.tuned_bias = nn.ParameterDict()
+        self.adapter_layer_names = (f"{prefix}weight", f"{prefix}bias")
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
         self._base_tensors: dict[str, Tensor] = {}
+
+    @property
+    def tuned_weight(self) -> nn.ParameterDict:
+        """Weights by adapter name."""
+        return getattr(self, self.adapter_layer_names[0])
+
+    @property
+    def tuned_bias(self) -> nn.ParameterDict:
+        """Biases by adapter name; empty for layers without one."""
+        return getattr(self, self.adapter_layer_names[1])
 
     def add_adapter(self, adapter_name: str, config: Any) -> None:
         """Copy the base tensors for a new adapter.

@@ -13,14 +13,15 @@ from clip_forward import ParallelTowers, contrastive_loss
 from clip_model import build_model, grow
 from optimiser import orthogonalise
 from tests.source_tree import ROOT
-from train_clip import Pretraining, prepare, run
+from train_clip import SMOKE_LEARNING_RATES, Pretraining, prepare, run
 
 STUDENT = ROOT / "examples" / "assets" / "clip_student"
 
 
-def tiny_run(output: Path, *, pairs: int) -> Pretraining:
+def tiny_run(output: Path, *, pairs: int, workers: int = 2) -> Pretraining:
     """A tiny model on the committed icon shots."""
-    options = dict.fromkeys(("masked_share", "muon_lr", "adam_lr", "constant_share", "emoji_repeats", "minutes"))
+    options = dict.fromkeys(("masked_share", "constant_share", "emoji_repeats", "minutes"))
+    options |= dict(zip(("muon_lr", "adam_lr"), SMOKE_LEARNING_RATES, strict=True))
     arguments = Namespace(
         smoke=True,
         corpus=None,
@@ -30,6 +31,7 @@ def tiny_run(output: Path, *, pairs: int) -> Pretraining:
         pairs=pairs,
         batch_size=64,
         seed=0,
+        workers=workers,
         **options,
     )
     return prepare(arguments)
@@ -46,11 +48,11 @@ def _restore_threads() -> object:
 
 def test_smoke_training_lowers_the_loss_and_exports_a_model(tmp_path: Path) -> None:
     """The whole path from images to a folder that `CLIPModel` loads, on a few hundred steps."""
-    log = run(tiny_run(tmp_path, pairs=160 * 64), tmp_path, checkpoint_minutes=10)
+    log = run(tiny_run(tmp_path, pairs=120 * 64), tmp_path, checkpoint_minutes=10)
     losses = [entry["loss"] for entry in log.entries]
-    assert len(losses) == 8
-    assert losses[-1] < losses[0] - 0.15
-    assert log.entries[-1]["accuracy"] > 2 * log.entries[0]["accuracy"]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 0.2
+    assert log.entries[-1]["accuracy"] > log.entries[0]["accuracy"]
     model, tokenizer = CLIPModel.from_pretrained(tmp_path / "model"), CLIPTokenizer.from_pretrained(tmp_path / "model")
     assert len(tokenizer) == model.config.text_config.vocab_size
     assert (tmp_path / "training_curve.png").stat().st_size > 1000
@@ -58,12 +60,12 @@ def test_smoke_training_lowers_the_loss_and_exports_a_model(tmp_path: Path) -> N
 
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
     """Order, captions, augmentation, momenta and master weights all go on where they were."""
-    whole = tiny_run(tmp_path / "whole", pairs=640)
+    whole = tiny_run(tmp_path / "whole", pairs=640, workers=1)
     run(whole, tmp_path / "whole", checkpoint_minutes=10)
-    first = tiny_run(tmp_path / "cut", pairs=640)
+    first = tiny_run(tmp_path / "cut", pairs=640, workers=1)
     log = run_steps(first, tmp_path / "cut", steps=4)
     assert first.step == 4
-    second = tiny_run(tmp_path / "cut", pairs=640)
+    second = tiny_run(tmp_path / "cut", pairs=640, workers=1)
     run(second, tmp_path / "cut", checkpoint_minutes=10)
     assert log is not None
     assert second.step == whole.step == 10

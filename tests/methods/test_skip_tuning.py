@@ -269,7 +269,7 @@ def test_siglip_trains_its_upper_layers_and_heads():
     model = get_peft_model(tiny_siglip(), SkipTuningConfig(start_layer=1))
     prompts = tokenize_classes(tiny_tokenizer(), ["red", "blue"], template="{}", max_length=24, pad_to_max=True)
     names = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert any("text_model.head.tuned_weight" in name for name in names)
+    assert any("text_model.head.skip_tuning_weight" in name for name in names)
     assert not any("head.attention" in name or "probe" in name for name in names)
     dataset = images(per_class=2).restrict([0, 1])
     objective = SkipTuningObjective(prompts, batch_composition="random", top_ratio=1)

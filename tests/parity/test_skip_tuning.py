@@ -73,7 +73,7 @@ def test_trainable_and_frozen_tensors_are_the_official_ones(s1):
 def hf_name(name: str) -> str:
     """Name of the base tensor that an adapter tensor stands for."""
     name = name.removeprefix("base_model.model.").removesuffix(".default")
-    return name.replace("tuned_", "")
+    return name.replace("skip_tuning_", "")
 
 
 def test_lskip_features_prototypes_loss_and_gradients(s1):

@@ -56,4 +56,4 @@ class SkipTuningModel(VLMTuner):
         Args:
             target: `Linear` or `LayerNorm` of the base model.
         """
-        return LayerCopy(target)
+        return LayerCopy(target, prefix=self.prefix)

@@ -1,0 +1,173 @@
+"""`PromptedClassifier`: images in, labels with probabilities out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+from peft_vlm.data.images import read_image
+from peft_vlm.data.transforms import EvalTransform
+from peft_vlm.errors import ClassNameError
+from peft_vlm.evaluation.classify import LogitsFn, TextClassifier
+from peft_vlm.evaluation.loading import load_model
+
+#: One image: a path, file content, a PIL image, or a uint8 array (rows, cols, channels).
+ImageInput = str | Path | bytes | Image.Image | np.ndarray
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A label and how likely it is.
+
+    Args:
+        label: Class name.
+        probability: Softmax over all class names of the call, in [0, 1]; the best few need not sum to 1.
+    """
+
+    label: str
+    probability: float
+
+
+class PromptedClassifier:
+    """Classifies images with a CLIP-like model, with or without an adapter.
+
+    Args:
+        model: CLIP-like model in evaluation mode.
+        tokenizer: Its tokenizer.
+        image_processor: Its image processor.
+        class_names: Classes to choose from when a call names none.
+        template: Text around a class name, or several, whose features are averaged.
+
+    Example:
+        ```python
+        import peft_vlm
+
+        classifier = peft_vlm.PromptedClassifier.from_pretrained("outputs/demo/adapter")
+        print(classifier.predict("photo.png", top_k=3)[0].label)
+        ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor,
+        *,
+        class_names: Sequence[str] | None = None,
+        template: str | Sequence[str] = "a photo of a {}.",
+    ) -> None:
+        self.class_names = None if class_names is None else tuple(class_names)
+        self._text = TextClassifier(model, tokenizer, template=template)
+        self._transform = EvalTransform(image_processor)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter: str | Path | None,
+        *,
+        base_model: str | Path | None = None,
+        class_names: Sequence[str] | None = None,
+        template: str | Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+    ) -> "PromptedClassifier":
+        """Load an adapter with its base model, class names and template.
+
+        Args:
+            adapter: Folder or Hub id; None for the base model alone (zero-shot).
+            base_model: Folder or id of the base model; None for the one the adapter records.
+            class_names: Used instead of the classes the adapter records.
+            template: Used instead of the template the adapter records.
+            device: Where the model runs; None takes a GPU if there is one.
+            dtype: Data type of the base model's weights.
+            revision: Branch, tag or commit of the adapter on the Hub.
+        """
+        loaded = load_model(adapter, base_model=base_model, device=device, dtype=dtype, revision=revision)
+        return cls(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.image_processor,
+            class_names=loaded.class_names if class_names is None else class_names,
+            template=template or loaded.template or "a photo of a {}.",
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, for example to switch adapters; class features follow it."""
+        return self._text.model
+
+    @overload
+    def predict(
+        self,
+        images: ImageInput,
+        *,
+        class_names: Sequence[str] | None = None,
+        top_k: int = 5,
+        batch_size: int = 32,
+    ) -> list[Prediction]: ...
+
+    @overload
+    def predict(
+        self,
+        images: Sequence[ImageInput],
+        *,
+        class_names: Sequence[str] | None = None,
+        top_k: int = 5,
+        batch_size: int = 32,
+    ) -> list[list[Prediction]]: ...
+
+    def predict(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        *,
+        class_names: Sequence[str] | None = None,
+        top_k: int = 5,
+        batch_size: int = 32,
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """Most likely labels of one image or several.
+
+        Args:
+            images: One image or a list; see `read_image` for what counts as one.
+            class_names: Choose among these instead of the classifier's own; the text side makes new classes possible
+                without training.
+            top_k: How many labels per image, at most; fewer when there are fewer classes.
+            batch_size: Images per forward pass.
+
+        Returns:
+            A list of `Prediction`, best first, for one image; a list of such lists for a list of images.
+
+        Raises:
+            ClassNameError: If there are no class names.
+            ValueError: If `top_k` is below 1.
+        """
+        if top_k < 1:
+            raise ValueError(f"Expected `top_k` of at least 1, got {top_k!r}.")
+        names = tuple(class_names) if class_names is not None else self.class_names
+        if names is None:
+            raise ClassNameError("The adapter records no class names. Pass `class_names=` to `predict`.")
+        inputs = [images] if isinstance(images, ImageInput) else list(images)
+        logits = self._text.logits_for(names)
+        results: list[list[Prediction]] = []
+        for start in range(0, len(inputs), batch_size):
+            results += self._predict_batch(
+                inputs, range(start, min(start + batch_size, len(inputs))), logits, names, top_k
+            )
+        return results[0] if isinstance(images, ImageInput) else results
+
+    def _predict_batch(
+        self, inputs: list[ImageInput], positions: range, logits: LogitsFn, names: tuple[str, ...], top_k: int
+    ) -> list[list[Prediction]]:
+        pixels = [self._transform(read_image(inputs[position], where=f"image {position}")) for position in positions]
+        probabilities = logits(torch.stack(pixels)).softmax(dim=-1)
+        best = probabilities.topk(min(top_k, len(names)), dim=-1)
+        return [
+            [Prediction(names[index], value) for index, value in zip(indices, values, strict=True)]
+            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]

@@ -1,0 +1,149 @@
+"""An evaluation from start to finish: load, classify, write the report and the plots."""
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.sources import load_image_dataset
+from peft_vlm.data.transforms import EvalTransform
+from peft_vlm.errors import DataError
+from peft_vlm.evaluation import protocols
+from peft_vlm.evaluation.classify import EvalResult, TextClassifier
+from peft_vlm.evaluation.loading import load_model
+from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png, require_matplotlib
+from peft_vlm.evaluation.protocols import ProtocolResult
+from peft_vlm.evaluation.report import EvalReport
+
+#: Protocols on one dataset, and on several named ones.
+SINGLE: dict[str, Callable[..., ProtocolResult]] = {
+    "zero-shot": protocols.zero_shot,
+    "few-shot": protocols.few_shot,
+    "base-to-new": protocols.base_to_new,
+}
+SEVERAL: dict[str, Callable[..., ProtocolResult]] = {
+    "cross-dataset": protocols.cross_dataset,
+    "domain-shift": protocols.domain_shift,
+}
+
+
+@dataclass
+class EvaluationArguments:
+    """Settings of one evaluation, as `HfArgumentParser` reads them from flags or a file; documented by their help."""
+
+    protocol: str = field(metadata={"help": f"One of {', '.join([*SINGLE, *SEVERAL])}."})
+    dataset: list[str] = field(
+        metadata={"help": "Folder, CSV file or Hub id of the test images; several for cross-dataset and domain-shift."}
+    )
+    output_dir: str = field(metadata={"help": "Folder for report.json, the plots and predictions.csv."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id; none: the base model alone."})
+    model: str | None = field(default=None, metadata={"help": "Base model; none: the one the adapter records."})
+    split: str = field(default="test", metadata={"help": "Part of the dataset."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
+    class_names: str | None = field(default=None, metadata={"help": "File with class names."})
+    domain_column: str | None = field(
+        default=None, metadata={"help": "For domain-shift on one dataset: the column that names the domain."}
+    )
+    template: list[str] | None = field(
+        default=None, metadata={"help": "Text around a class name, with {}; several are averaged."}
+    )
+    shots: int | None = field(default=None, metadata={"help": "Training images per class, for the report."})
+    seed: int | None = field(default=None, metadata={"help": "Seed of the training, for the report."})
+    note: str = field(default="", metadata={"help": "Remark for the report."})
+    batch_size: int = field(default=64, metadata={"help": "Images per forward pass."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
+    device: str | None = field(default=None, metadata={"help": "Device; none: a GPU if there is one."})
+    save_predictions: bool = field(default=False, metadata={"help": "Write predictions.csv, one row per image."})
+    plots: bool = field(default=True, metadata={"help": "Write the PNG files."})
+
+
+def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
+    """Evaluate and write `report.json`, `scores.png`, one `confusion_<part>.png` per part, and `predictions.csv`.
+
+    Args:
+        arguments: Settings.
+
+    Returns:
+        The report that was written.
+
+    Raises:
+        DataError: If the protocol is unknown, or does not fit the number of datasets.
+    """
+    _check_arguments(arguments)
+    if arguments.plots:
+        require_matplotlib()
+    loaded = load_model(arguments.adapter, base_model=arguments.model, device=arguments.device)
+    template = tuple(arguments.template or ()) or loaded.template or "a photo of a {}."
+    classifier = TextClassifier(loaded.model, loaded.tokenizer, template=template)
+    datasets = _load_datasets(arguments, EvalTransform(loaded.image_processor))
+    options = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, "progress": True}
+    if arguments.protocol in SINGLE:
+        result = SINGLE[arguments.protocol](classifier, *datasets.values(), **options)
+    else:
+        result = SEVERAL[arguments.protocol](classifier, datasets, **options)
+    report = EvalReport.from_result(
+        result,
+        model=loaded.base_model,
+        adapter=arguments.adapter,
+        dataset=", ".join(f"{source} ({arguments.split})" for source in arguments.dataset),
+        template=(template,) if isinstance(template, str) else template,
+        **{name: getattr(arguments, name) for name in ("shots", "seed", "note")},
+    )
+    _write(report, result, arguments)
+    return report
+
+
+def _check_arguments(arguments: EvaluationArguments) -> None:
+    known = [*SINGLE, *SEVERAL]
+    if arguments.protocol not in known:
+        raise DataError(f"Expected `protocol` to be one of {known!r}, got {arguments.protocol!r}.")
+    if arguments.protocol in SINGLE and len(arguments.dataset) != 1:
+        raise DataError(f"The protocol {arguments.protocol!r} takes one dataset, got {arguments.dataset!r}.")
+    if arguments.domain_column and (arguments.protocol != "domain-shift" or len(arguments.dataset) != 1):
+        raise DataError("`domain_column` parts one dataset for the protocol 'domain-shift'. Leave it out.")
+
+
+def _load_datasets(arguments: EvaluationArguments, transform: EvalTransform) -> dict[str, ImageClassificationDataset]:
+    options: dict[str, Any] = {
+        name: getattr(arguments, name) for name in ("split", "image_column", "label_column", "class_names")
+    }
+    datasets = {
+        Path(source).stem: load_image_dataset(source, transform=transform, **options) for source in arguments.dataset
+    }
+    if len(datasets) != len(arguments.dataset):
+        raise DataError(f"Expected datasets with different last parts of their paths, got {arguments.dataset!r}.")
+    if arguments.domain_column:
+        (dataset,) = datasets.values()
+        return dataset.group_by(arguments.domain_column)
+    return datasets
+
+
+def _write(report: EvalReport, result: ProtocolResult, arguments: EvaluationArguments) -> None:
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    report.save(folder / "report.json")
+    if arguments.save_predictions:
+        _write_predictions(result.parts, folder / "predictions.csv")
+    if not arguments.plots:
+        return
+    name = Path(arguments.adapter or report.model).name
+    bars_png({name: report.scores}, folder / "scores.png", title=f"{name}: {report.protocol}, {report.dataset}")
+    for part, evaluated in result.parts.items():
+        path = folder / f"confusion_{part.replace('/', '_')}.png"
+        confusion_matrix_png(
+            evaluated.confusion, evaluated.class_names, path, title=f"{name}: {report.protocol}, {part}"
+        )
+
+
+def _write_predictions(parts: dict[str, EvalResult], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["part", "position", "label", "predicted", "confidence"])
+        for part, result in parts.items():
+            rows = zip(result.labels.tolist(), result.predicted.tolist(), result.confidence.tolist(), strict=True)
+            for position, (label, predicted, confidence) in enumerate(rows):
+                names = result.class_names[label], result.class_names[predicted]
+                writer.writerow([part, position, *names, f"{confidence:.6f}"])

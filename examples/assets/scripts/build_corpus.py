@@ -10,8 +10,8 @@ import argparse
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ import design_families as families
 from downloads import npm_package
 from emoji_names import Emoji, read_emoji
 from icon_names import CLASS_OF_NAME, words_of
-from rasterise import draw_bitmap, draw_svg, on_white, svg_of
+from pixels import on_white
+from rasterise import draw_bitmap, draw_svg, svg_of
 
 MAX_RENDERINGS = {"pretraining": 3, "evaluation": 2}
 MIN_FAMILIES_PER_NAME = 2
@@ -48,41 +49,54 @@ def _choose_renderings(icon_names: list[str], limit: int) -> list[str]:
     return chosen
 
 
+def _icons_by_name(icons: dict[str, dict]) -> dict[str, list[str]]:
+    """Icons of one collection that show the same thing, by its name; icons without a name are left out."""
+    by_name = defaultdict(list)
+    for icon_name, icon in icons.items():
+        name = words_of(icon_name)
+        if name and not icon.get("hidden"):
+            by_name[name].append(icon_name)
+    return by_name
+
+
+def _collection_rows(package: Path, prefix: str, info: dict, held_out: frozenset[str]) -> Iterator[dict]:
+    """Rows of one collection: the chosen renderings of everything that it names."""
+    family = families.family_of(prefix)
+    side = "pretraining" if family in families.PRETRAINING_FAMILIES else "evaluation"
+    data, extra = read_collection(package, prefix)
+    for name, icon_names in _icons_by_name(data["icons"]).items():
+        for icon_name in _choose_renderings(icon_names, MAX_RENDERINGS[side]):
+            others = sorted({word for word in extra[icon_name] if word and word != name} - held_out)
+            yield {
+                "set": prefix,
+                "icon": icon_name,
+                "family": family,
+                "side": side,
+                "kind": "icon",
+                "domain": families.domain_of(prefix),
+                "monochrome": not info.get("palette"),
+                "licence": info["license"]["spdx"],
+                "author": info["author"]["name"],
+                "name": name,
+                "other_names": others[:8],
+                "subgroup": "",
+                "svg": svg_of(data["icons"][icon_name], data),
+            }
+
+
 def list_icons(package: Path, held_out: frozenset[str]) -> list[dict]:
-    """Rows (without pixels) of all icons that one of the two sides uses."""
+    """Rows (without pixels) of all icons that one of the two sides uses.
+
+    Pretraining takes the names that at least `MIN_FAMILIES_PER_NAME` of its families draw and that are no held-out
+    emoji concept; evaluation takes the names of its classes.
+    """
     information = json.loads((package / "collections.json").read_text())
     rows, families_of_name = [], defaultdict(set)
     for prefix, info in sorted(information.items()):
-        if not families.is_icon_set_usable(prefix, info):
-            continue
-        family = families.family_of(prefix)
-        side = "pretraining" if family in families.PRETRAINING_FAMILIES else "evaluation"
-        data, extra = read_collection(package, prefix)
-        by_name = defaultdict(list)
-        for icon_name, icon in data["icons"].items():
-            if words_of(icon_name) and not icon.get("hidden"):
-                by_name[words_of(icon_name)].append(icon_name)
-        for name, icon_names in by_name.items():
-            families_of_name[side, name].add(family)
-            for icon_name in _choose_renderings(icon_names, MAX_RENDERINGS[side]):
-                others = sorted({word for word in extra[icon_name] if word and word != name} - held_out)
-                rows.append(
-                    {
-                        "set": prefix,
-                        "icon": icon_name,
-                        "family": family,
-                        "side": side,
-                        "kind": "icon",
-                        "domain": families.domain_of(prefix),
-                        "monochrome": not info.get("palette"),
-                        "licence": info["license"]["spdx"],
-                        "author": info["author"]["name"],
-                        "name": name,
-                        "other_names": others[:8],
-                        "subgroup": "",
-                        "svg": svg_of(data["icons"][icon_name], data),
-                    }
-                )
+        if families.is_icon_set_usable(prefix, info):
+            for row in _collection_rows(package, prefix, info, held_out):
+                families_of_name[row["side"], row["name"]].add(row["family"])
+                rows.append(row)
 
     def is_used(row: dict) -> bool:
         if row["side"] == "evaluation":
@@ -141,7 +155,7 @@ def build(cache: Path, output: Path, processes: int) -> pd.DataFrame:
     held_out = frozenset(entry.name for entry in emoji.values() if entry.held_out)
     rows = list_icons(iconify, held_out) + list_emoji(iconify, npm_package("fluent-3d", cache), emoji, held_out)
     with ProcessPoolExecutor(processes) as pool:
-        images = np.stack(list(pool.map(partial(_draw), rows, chunksize=256)))
+        images = np.stack(list(pool.map(_draw, rows, chunksize=256)))
     table = pd.DataFrame([{key: row[key] for key in row if key not in ("svg", "bitmap")} for row in rows])
     visible = on_white(images).reshape(len(images), -1).std(axis=1) > 2
     images, table = images[visible], table[visible].reset_index(drop=True)

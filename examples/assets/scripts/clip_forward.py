@@ -55,7 +55,8 @@ class ParallelTowers:
 
     On a shared CPU this is much faster than giving each operation several threads: there every operation waits for
     the slowest thread, here the workers meet twice per step. The features of all parts are gathered, the loss is
-    computed once, and each worker sends the gradient of its own features back through its own graph.
+    computed once, and each worker sends the gradient of its own features back through its own graph. Gradients of
+    several workers are added as they arrive: runs are equal to rounding, and bit for bit only with one worker.
 
     Args:
         model: Model in training mode, without dropout.
@@ -66,7 +67,7 @@ class ParallelTowers:
         self.model, self.workers = model, workers
         if workers > 1:
             torch.set_num_threads(1)
-        self.pool = ThreadPoolExecutor(workers)
+        self.pool = ThreadPoolExecutor(workers, initializer=torch.set_flush_denormal, initargs=(True,))
 
     def _encode(self, part: tuple[Tensor, Tensor | None, Tensor]) -> tuple[Tensor, Tensor]:
         pixels, kept, token_ids = part

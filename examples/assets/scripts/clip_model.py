@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-IMAGE_SIZE = 48
+from pixels import IMAGE_SIZE
+
 PATCH_SIZE = 8
 CONTEXT_LENGTH = 32
 # Of images over white after recolouring; close to the mean and spread of the pretraining batches.

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from rasterise import on_white
+from pixels import on_white
 
 THRESHOLD = 0.97
 SIDE = 24

@@ -35,8 +35,8 @@ def deal_concepts(table: pd.DataFrame) -> dict[str, str]:
     return split_of
 
 
-def build_emoji(candidates: pd.DataFrame, images: np.ndarray, folder: Path) -> None:
-    """Write `<split>.parquet` (flat), `<split>_3d.parquet` and `<split>_high_contrast.parquet` for each split."""
+def choose_emoji(candidates: pd.DataFrame, images: np.ndarray) -> tuple[pd.DataFrame, np.ndarray]:
+    """Rows of the set and the row of each one's image: subgroups with enough concepts, without twins."""
     chosen = np.flatnonzero((candidates["kind"] == "emoji") & ~candidates["subgroup"].isin(EXCLUDED_GROUPS))
     # Styles are drawn from one another, so twins are looked for within each style.
     kept = []
@@ -47,21 +47,24 @@ def build_emoji(candidates: pd.DataFrame, images: np.ndarray, folder: Path) -> N
     table = candidates.iloc[chosen].rename(columns={"domain": "style", "seen_concept": "seen"}).reset_index(drop=True)
     flat = table[table["style"] == "flat"]
     sizes = flat.groupby("subgroup").size()
-    groups = sorted(sizes.index[sizes >= MIN_CONCEPTS])
-    usable = table["subgroup"].isin(groups) & table["name"].isin(flat["name"])
-    table, chosen = table[usable], chosen[usable.to_numpy()]
+    usable = table["subgroup"].isin(sizes.index[sizes >= MIN_CONCEPTS]) & table["name"].isin(flat["name"])
+    return table[usable], chosen[usable.to_numpy()]
+
+
+def build_emoji(candidates: pd.DataFrame, images: np.ndarray, folder: Path) -> None:
+    """Write `<split>.parquet` (flat), `<split>_3d.parquet` and `<split>_high_contrast.parquet` for each split."""
+    table, image_rows = choose_emoji(candidates, images)
     split_of = deal_concepts(table)
-    concepts = sorted(split_of)
-    class_names = [group.replace("-", " ") for group in groups]
+    class_of = {group: group.replace("-", " ") for group in sorted(table["subgroup"].unique())}
     for style in STYLES:
         for split in ("train", "val", "test"):
             rows = np.flatnonzero((table["style"] == style) & (table["name"].map(split_of) == split))
             part = table.iloc[rows]
             labels = {
-                "label": ([group.replace("-", " ") for group in part["subgroup"]], class_names),
-                "concept": (list(part["name"]), concepts),
+                "label": (list(part["subgroup"].map(class_of)), list(class_of.values())),
+                "concept": (list(part["name"]), sorted(split_of)),
             }
-            pngs = [png_bytes(images[chosen[row]], grey=style == "high_contrast") for row in rows]
+            pngs = [png_bytes(images[image_rows[row]], grey=style == "high_contrast") for row in rows]
             suffix = "" if style == "flat" else f"_{style}"
             write_split(folder / f"{split}{suffix}.parquet", pngs, labels, part[list(COLUMNS)])
             per_class = part.groupby("subgroup").size()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from duplicates import fingerprints, nearest
 from parquet_files import png_bytes, write_split
-from rasterise import IMAGE_SIZE
+from pixels import IMAGE_SIZE
 
 CLASSES = ["t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
 IMAGES_PER_CLASS = {"train": 48, "val": 16, "test": 300}

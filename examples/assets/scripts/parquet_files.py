@@ -8,7 +8,7 @@ import pandas as pd
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from rasterise import on_white
+from pixels import on_white
 
 
 def png_bytes(image: np.ndarray, *, grey: bool) -> bytes:

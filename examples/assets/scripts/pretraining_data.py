@@ -42,9 +42,10 @@ def load_corpus(folder: Path) -> PretrainingImages:
     return PretrainingImages(np.ascontiguousarray(images), table.iloc[rows].reset_index(drop=True))
 
 
-def load_smoke() -> PretrainingImages:
-    """The committed training shots of the icon set, with their class names as captions."""
+def load_smoke(num_classes: int = 12) -> PretrainingImages:
+    """The committed training shots of the first classes of the icon set, with their class names as captions."""
     shots = Dataset.from_parquet(str(ASSETS / "icons" / "train.parquet"))
+    shots = shots.select([row for row, label in enumerate(shots["label"]) if label < num_classes])
     images = np.zeros((len(shots), 48, 48, 4), dtype=np.uint8)
     images[..., 3] = 255 - np.stack([np.asarray(image.convert("L")) for image in shots["image"]])
     names = [shots.features["label"].int2str(label) for label in shots["label"]]

@@ -7,7 +7,7 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
-IMAGE_SIZE = 48
+from pixels import IMAGE_SIZE
 
 
 def svg_of(icon: dict, defaults: dict) -> str:
@@ -35,9 +35,3 @@ def draw_bitmap(path: Path) -> np.ndarray:
     """RGBA image (48, 48, 4), uint8, of a bitmap file, resampled with Lanczos."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGBA").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS))
-
-
-def on_white(rgba: np.ndarray) -> np.ndarray:
-    """Images (..., 4) composed over white: uint8 RGB (..., 3)."""
-    alpha = rgba[..., 3:].astype(np.uint16)
-    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)

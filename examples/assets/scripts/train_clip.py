@@ -36,6 +36,8 @@ RECIPE_OPTIONS = {
     "emoji_repeats": int,
     "minutes": float,
 }
+# The tiny model of smoke runs bears larger steps than the real ones.
+SMOKE_LEARNING_RATES = (2e-2, 3e-3)
 NUM_PATCHES = (clip_model.IMAGE_SIZE // clip_model.PATCH_SIZE) ** 2
 
 
@@ -152,7 +154,7 @@ class Pretraining:
             "generator": self.generator.get_state(),
             "captions": self.captions.random.getstate(),
             "order": self.order.bit_generator.state,
-            "queue": self._queue,
+            "queue": torch.from_numpy(self._queue),
             "log": log.entries,
         }
         partial = path.with_suffix(".partial")
@@ -161,10 +163,10 @@ class Pretraining:
 
     def load_checkpoint(self, path: Path, log: RunLog) -> None:
         """Go on from a checkpoint of the same recipe."""
-        state = torch.load(path, weights_only=False)
+        state = torch.load(path, weights_only=True)
         if state["recipe"] != vars(self.recipe):
             raise ValueError(f"{path} is of another run: {state['recipe']} instead of {vars(self.recipe)}.")
-        self.step, self._queue = state["step"], state["queue"]
+        self.step, self._queue = state["step"], state["queue"].numpy()
         self.optimiser.load_state_dict(state["optimiser"])
         self.generator.set_state(state["generator"])
         self.captions.random.setstate(state["captions"])
@@ -223,7 +225,7 @@ def prepare(args: argparse.Namespace) -> Pretraining:
     for name in RECIPE_OPTIONS:
         if getattr(args, name) is not None:
             setattr(recipe, name, getattr(args, name))
-    return Pretraining(recipe, model, tokenizer=tokenizer, data=data)
+    return Pretraining(recipe, model, tokenizer=tokenizer, data=data, workers=args.workers)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -237,6 +239,7 @@ def parse_arguments() -> argparse.Namespace:
     for name, kind in RECIPE_OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="see Recipe")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="threads that share a batch on a CPU")
     parser.add_argument("--checkpoint-minutes", type=float, default=4)
     parser.add_argument("--smoke", action="store_true", help="30 seconds with a tiny model on the committed images")
     return parser.parse_args()
@@ -246,6 +249,7 @@ def main() -> None:
     args = parse_arguments()
     if args.smoke:
         args.architecture, args.pairs, args.batch_size, args.minutes = "tiny", 64_000, 64, 0.5
+        args.muon_lr, args.adam_lr = SMOKE_LEARNING_RATES
     log = run(prepare(args), args.output, checkpoint_minutes=args.checkpoint_minutes)
     print(f"loss {log.entries[0]['loss']:.3f} -> {log.entries[-1]['loss']:.3f}, log and model in {args.output}")
 

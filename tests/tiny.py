@@ -88,7 +88,7 @@ def colour_rows(per_class: int, *, classes: int = len(COLOURS), size: int = 20, 
     rng = np.random.default_rng(seed)
     rows = []
     for label in range(classes):
-        base = 255 * np.array(colorsys.hsv_to_rgb(label / classes, 0.8, 0.9))
+        base = 255 * np.array(colorsys.hsv_to_rgb(label / len(COLOURS), 0.8, 0.9))
         for _ in range(per_class):
             pixels = np.clip(base + rng.normal(0, 25, (size, size, 3)), 0, 255).astype(np.uint8)
             rows.append({"image": Image.fromarray(pixels), "label": label})

@@ -1,0 +1,103 @@
+"""An evaluation with plain arguments, from folders to a report with plots."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Features, Value
+from datasets import Dataset as HFDataset
+from datasets import Image as ImageFeature
+from transformers import HfArgumentParser
+
+from peft_vlm.errors import DataError
+from peft_vlm.evaluation import EvalReport
+from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
+from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model with tokenizer and image processor."""
+    folder = tmp_path_factory.mktemp("model") / "clip"
+    tiny_clip().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    clip_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four colours in two domains, saved to disk."""
+    rows = colour_rows(4, classes=4)
+    columns = {key: [row[key] for row in rows] for key in ("image", "label")}
+    columns["domain"] = [("flat", "3d")[index % 2] for index in range(len(rows))]
+    label = ClassLabel(names=list(colour_names(4)))
+    features = Features({"image": ImageFeature(), "label": label, "domain": Value("string")})
+    folder = tmp_path_factory.mktemp("data") / "colours"
+    HFDataset.from_dict(columns, features=features).save_to_disk(folder)
+    return folder
+
+
+def run(protocol: str, dataset: Path, model: Path, output: Path, **options: Any) -> EvalReport:
+    """One evaluation."""
+    return run_evaluation(
+        EvaluationArguments(
+            protocol=protocol, dataset=[str(dataset)], model=str(model), output_dir=str(output), **options
+        )
+    )
+
+
+def test_base_to_new_writes_report_plots_and_predictions(dataset: Path, model: Path, tmp_path: Path) -> None:
+    """Everything a reader of the result needs, in one folder."""
+    options: dict[str, Any] = {"template": ["a {}.", "the {}."], "shots": 16, "seed": 2, "note": "test"}
+    report = run("base-to-new", dataset, model, tmp_path / "out", save_predictions=True, **options)
+    assert EvalReport.load(tmp_path / "out" / "report.json") == report
+    assert set(report.scores) == {"base", "new", "h"}
+    assert report.template == ("a {}.", "the {}.")
+    assert (report.shots, report.seed, report.note, report.adapter) == (16, 2, "test", None)
+    assert report.dataset == f"{dataset} (test)"
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["confusion_base.png", "confusion_new.png", "predictions.csv", "report.json", "scores.png"]
+    with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16
+    base = [row for row in rows if row["part"] == "base"]
+    accuracy = 100 * sum(row["label"] == row["predicted"] for row in base) / len(base)
+    assert accuracy == pytest.approx(report.scores["base"])
+
+
+def test_domains_come_from_a_column(dataset: Path, model: Path, tmp_path: Path) -> None:
+    """One evaluation per value."""
+    report = run("domain-shift", dataset, model, tmp_path, domain_column="domain", plots=False)
+    assert list(report.scores) == ["3d", "flat", "average"]
+    assert [part["num_images"] for part in report.parts.values()] == [8, 8]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
+    assert report.template == ("a photo of a {}.",)
+
+
+def test_the_arguments_can_be_parsed_from_flags(dataset: Path, model: Path, tmp_path: Path) -> None:
+    """The command line is this dataclass."""
+    flags = ["--protocol", "zero-shot", "--dataset", str(dataset), "--model", str(model)]
+    (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(
+        [*flags, "--output_dir", str(tmp_path), "--no_plots"]
+    )
+    assert set(run_evaluation(arguments).scores) == {"accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options", "message"),
+    [
+        ("zeroshot", {}, r"one of \['zero-shot', .*got 'zeroshot'"),
+        ("zero-shot", {"dataset": ["a", "b"]}, "takes one dataset, got"),
+        ("zero-shot", {"domain_column": "domain"}, "`domain_column` parts one dataset"),
+        ("cross-dataset", {"dataset": ["a/test", "b/test"]}, "There is no 'a/test'|could not be loaded"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_explained(
+    protocol: str, options: dict[str, Any], message: str, model: Path, tmp_path: Path
+) -> None:
+    """Before anything is loaded, where that is possible."""
+    settings = {"dataset": ["x"], "model": str(model), "output_dir": str(tmp_path), **options}
+    with pytest.raises(DataError, match=message):
+        run_evaluation(EvaluationArguments(protocol=protocol, **settings))

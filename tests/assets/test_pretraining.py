@@ -13,15 +13,14 @@ from clip_forward import ParallelTowers, contrastive_loss
 from clip_model import build_model, grow
 from optimiser import orthogonalise
 from tests.source_tree import ROOT
-from train_clip import SMOKE_LEARNING_RATES, Pretraining, prepare, run
+from train_clip import Pretraining, prepare, run
 
 STUDENT = ROOT / "examples" / "assets" / "clip_student"
 
 
 def tiny_run(output: Path, *, pairs: int, workers: int = 2) -> Pretraining:
     """A tiny model on the committed icon shots."""
-    options = dict.fromkeys(("masked_share", "constant_share", "emoji_repeats", "minutes"))
-    options |= dict(zip(("muon_lr", "adam_lr"), SMOKE_LEARNING_RATES, strict=True))
+    options = dict.fromkeys(("muon_lr", "adam_lr", "constant_share", "emoji_repeats", "minutes"))
     arguments = Namespace(
         smoke=True,
         corpus=None,
@@ -30,6 +29,7 @@ def tiny_run(output: Path, *, pairs: int, workers: int = 2) -> Pretraining:
         grow_from=None,
         pairs=pairs,
         batch_size=64,
+        masked_share=0.0,
         seed=0,
         workers=workers,
         **options,
@@ -52,7 +52,7 @@ def test_smoke_training_lowers_the_loss_and_exports_a_model(tmp_path: Path) -> N
     losses = [entry["loss"] for entry in log.entries]
     assert len(losses) == 6
     assert losses[-1] < losses[0] - 0.2
-    assert log.entries[-1]["accuracy"] > log.entries[0]["accuracy"]
+    assert log.entries[-1]["accuracy"] > 1.3 * log.entries[0]["accuracy"]
     model, tokenizer = CLIPModel.from_pretrained(tmp_path / "model"), CLIPTokenizer.from_pretrained(tmp_path / "model")
     assert len(tokenizer) == model.config.text_config.vocab_size
     assert (tmp_path / "training_curve.png").stat().st_size > 1000

@@ -42,7 +42,7 @@ def load_corpus(folder: Path) -> PretrainingImages:
     return PretrainingImages(np.ascontiguousarray(images), table.iloc[rows].reset_index(drop=True))
 
 
-def load_smoke(num_classes: int = 12) -> PretrainingImages:
+def load_smoke(num_classes: int = 6) -> PretrainingImages:
     """The committed training shots of the first classes of the icon set, with their class names as captions."""
     shots = Dataset.from_parquet(str(ASSETS / "icons" / "train.parquet"))
     shots = shots.select([row for row, label in enumerate(shots["label"]) if label < num_classes])

@@ -36,8 +36,6 @@ RECIPE_OPTIONS = {
     "emoji_repeats": int,
     "minutes": float,
 }
-# The tiny model of smoke runs bears larger steps than the real ones.
-SMOKE_LEARNING_RATES = (2e-2, 3e-3)
 NUM_PATCHES = (clip_model.IMAGE_SIZE // clip_model.PATCH_SIZE) ** 2
 
 
@@ -249,7 +247,7 @@ def main() -> None:
     args = parse_arguments()
     if args.smoke:
         args.architecture, args.pairs, args.batch_size, args.minutes = "tiny", 64_000, 64, 0.5
-        args.muon_lr, args.adam_lr = SMOKE_LEARNING_RATES
+        args.masked_share = 0.0
     log = run(prepare(args), args.output, checkpoint_minutes=args.checkpoint_minutes)
     print(f"loss {log.entries[0]['loss']:.3f} -> {log.entries[-1]['loss']:.3f}, log and model in {args.output}")
 

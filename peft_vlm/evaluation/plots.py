@@ -1,5 +1,6 @@
 """Evaluation results as PNG files. matplotlib is imported on use and comes with the extra `plots`."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 #: Beyond this many classes neither names nor counts can be read, and only the picture is drawn.
-MAX_NAMED_CLASSES = 60
+MAX_NAMED_CLASSES = 120
 MAX_COUNTED_CLASSES = 12
 
 
@@ -32,6 +33,11 @@ def _new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
+def _set_title(axes: Any, title: str) -> None:
+    inches = axes.figure.get_size_inches()[0]
+    axes.set_title(textwrap.fill(title, width=int(9 * inches)), parse_math=False)
+
+
 def confusion_matrix_png(
     confusion: Int[Tensor, "classes classes"], class_names: Sequence[str], path: str | Path, *, title: str = ""
 ) -> None:
@@ -47,7 +53,7 @@ def confusion_matrix_png(
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     number = len(class_names)
     is_named = number <= MAX_NAMED_CLASSES
-    cells = max(3.0, (0.4 if number <= MAX_COUNTED_CLASSES else 0.2) * number) if is_named else 8.0
+    cells = max(3.0, (0.4 if number <= MAX_COUNTED_CLASSES else 0.17) * number) if is_named else 8.0
     names = 0.085 * max(len(name) for name in class_names) if is_named else 0.3
     figure = _new_figure(cells + names + 1.6, cells + names + 0.8)
     from matplotlib.colors import PowerNorm
@@ -64,7 +70,7 @@ def confusion_matrix_png(
             colour = "white" if shares[row, column] > 35 else "black"
             axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=8, color=colour)
     axes.set(xlabel="predicted class", ylabel="true class")
-    axes.set_title(title, parse_math=False)
+    _set_title(axes, title)
     figure.savefig(Path(path))
 
 
@@ -103,7 +109,7 @@ def bars_png(
             axes.annotate(f"{height:.1f}", top, (0, 3), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xticks(range(len(groups)), groups, parse_math=False)
     axes.set_ylabel(label)
-    axes.set_title(title, parse_math=False)
+    _set_title(axes, title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
     if len(values) > 1:

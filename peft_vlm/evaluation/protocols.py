@@ -6,6 +6,7 @@ Training is not their business: which images a classifier was trained on is deci
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.splits import base_and_new_classes
@@ -95,6 +96,7 @@ def domain_shift(
     classifier: ImageClassifier,
     targets: Mapping[str, ImageClassificationDataset],
     *,
+    source: str | None = None,
     templates: Mapping[str, str | Sequence[str]] | None = None,
     **options: int | bool,
 ) -> ProtocolResult:
@@ -105,10 +107,11 @@ def domain_shift(
     Args:
         classifier: Trained on the source domain.
         targets: Test images by domain.
+        source: The domain of the training images, where it is among the targets; left out of the average.
         templates: Template by domain; the classifier's own for the others.
         **options: Passed to `classify.iterate_logits`.
     """
-    return _on_targets("domain-shift", classifier, targets, templates, **options)
+    return _on_targets("domain-shift", classifier, targets, templates, source=source, **options)
 
 
 def _on_all_classes(
@@ -123,6 +126,7 @@ def _on_targets(
     classifier: ImageClassifier,
     targets: Mapping[str, ImageClassificationDataset],
     templates: Mapping[str, str | Sequence[str]] | None,
+    source: str | None = None,
     **options: int | bool,
 ) -> ProtocolResult:
     if not targets or "average" in targets:
@@ -130,9 +134,12 @@ def _on_targets(
     unknown = sorted(set(templates or {}) - set(targets))
     if unknown:
         raise DataError(f"Expected templates for the targets {list(targets)!r}, got some for {unknown!r}.")
+    averaged = [name for name in targets if name != source]
+    if not averaged or (source is not None and source not in targets):
+        raise DataError(f"Expected `source` to be one of several targets {list(targets)!r}, got {source!r}.")
     parts = {}
     for name, dataset in targets.items():
         logits = classifier.logits_for(dataset.class_names, template=(templates or {}).get(name))
         parts[name] = classify(logits, dataset, **options)
     scores = {name: part.accuracy for name, part in parts.items()}
-    return ProtocolResult(protocol, {**scores, "average": sum(scores.values()) / len(scores)}, parts)
+    return ProtocolResult(protocol, {**scores, "average": fmean(scores[name] for name in averaged)}, parts)

@@ -40,12 +40,18 @@ class EvaluationArguments:
     output_dir: str = field(metadata={"help": "Folder for report.json, the plots and predictions.csv."})
     adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id; none: the base model alone."})
     model: str | None = field(default=None, metadata={"help": "Base model; none: the one the adapter records."})
-    split: str = field(default="test", metadata={"help": "Part of the dataset."})
+    split: list[str] = field(
+        default_factory=lambda: ["test"],
+        metadata={"help": "Part of the dataset; for domain-shift on one dataset, several parts are the domains."},
+    )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
     class_names: str | None = field(default=None, metadata={"help": "File with class names."})
     domain_column: str | None = field(
         default=None, metadata={"help": "For domain-shift on one dataset: the column that names the domain."}
+    )
+    source_domain: str | None = field(
+        default=None, metadata={"help": "For domain-shift: the domain of training, left out of the average."}
     )
     template: list[str] | None = field(
         default=None, metadata={"help": "Text around a class name, with {}; several are averaged."}
@@ -79,7 +85,10 @@ def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
     template = tuple(arguments.template or ()) or loaded.template or "a photo of a {}."
     classifier = TextClassifier(loaded.model, loaded.tokenizer, template=template)
     datasets = _load_datasets(arguments, EvalTransform(loaded.image_processor))
-    options = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers, "progress": True}
+    options: dict[str, Any] = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
+    options["progress"] = True
+    if arguments.source_domain is not None:
+        options["source"] = arguments.source_domain
     if arguments.protocol in SINGLE:
         result = SINGLE[arguments.protocol](classifier, *datasets.values(), **options)
     else:
@@ -88,7 +97,7 @@ def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
         result,
         model=loaded.base_model,
         adapter=arguments.adapter,
-        dataset=", ".join(f"{source} ({arguments.split})" for source in arguments.dataset),
+        dataset=f"{', '.join(arguments.dataset)} ({', '.join(arguments.split)})",
         template=(template,) if isinstance(template, str) else template,
         **{name: getattr(arguments, name) for name in ("shots", "seed", "note")},
     )
@@ -102,17 +111,25 @@ def _check_arguments(arguments: EvaluationArguments) -> None:
         raise DataError(f"Expected `protocol` to be one of {known!r}, got {arguments.protocol!r}.")
     if arguments.protocol in SINGLE and len(arguments.dataset) != 1:
         raise DataError(f"The protocol {arguments.protocol!r} takes one dataset, got {arguments.dataset!r}.")
+    if arguments.source_domain and arguments.protocol != "domain-shift":
+        raise DataError("`source_domain` belongs to the protocol 'domain-shift'. Leave it out.")
+    if len(arguments.split) != 1 and (arguments.protocol != "domain-shift" or len(arguments.dataset) != 1):
+        raise DataError(
+            f"Expected one `split`, got {arguments.split!r}. Several are for 'domain-shift' on one dataset."
+        )
     if arguments.domain_column and (arguments.protocol != "domain-shift" or len(arguments.dataset) != 1):
         raise DataError("`domain_column` parts one dataset for the protocol 'domain-shift'. Leave it out.")
 
 
 def _load_datasets(arguments: EvaluationArguments, transform: EvalTransform) -> dict[str, ImageClassificationDataset]:
     options: dict[str, Any] = {
-        name: getattr(arguments, name) for name in ("split", "image_column", "label_column", "class_names")
+        name: getattr(arguments, name) for name in ("image_column", "label_column", "class_names")
     }
-    datasets = {
-        Path(source).stem: load_image_dataset(source, transform=transform, **options) for source in arguments.dataset
-    }
+    options["transform"] = transform
+    if len(arguments.split) > 1:
+        return {split: load_image_dataset(arguments.dataset[0], split=split, **options) for split in arguments.split}
+    split = arguments.split[0]
+    datasets = {Path(source).stem: load_image_dataset(source, split=split, **options) for source in arguments.dataset}
     if len(datasets) != len(arguments.dataset):
         raise DataError(f"Expected datasets with different last parts of their paths, got {arguments.dataset!r}.")
     if arguments.domain_column:
@@ -130,7 +147,8 @@ def _write(report: EvalReport, result: ProtocolResult, arguments: EvaluationArgu
     if not arguments.plots:
         return
     name = Path(arguments.adapter or report.model).name
-    bars_png({name: report.scores}, folder / "scores.png", title=f"{name}: {report.protocol}, {report.dataset}")
+    datasets = ", ".join(Path(source).name for source in arguments.dataset)
+    bars_png({name: report.scores}, folder / "scores.png", title=f"{name}: {report.protocol}, {datasets}")
     for part, evaluated in result.parts.items():
         path = folder / f"confusion_{part.replace('/', '_')}.png"
         confusion_matrix_png(

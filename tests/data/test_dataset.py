@@ -80,6 +80,16 @@ def test_restrict_relabels_in_the_given_order() -> None:
     assert dataset.restrict([1]).class_names == ("orange",)
 
 
+def test_groups_follow_a_column_of_the_source() -> None:
+    """Domains in a subset: the column is read at the rows the subset stands for."""
+    rows = [row | {"domain": ("flat", "3d")[index % 2]} for index, row in enumerate(colour_rows(3))]
+    groups = ImageClassificationDataset(rows, colour_names()).select([0, 1, 5, 17]).group_by("domain")
+    assert {name: group.labels for name, group in groups.items()} == {"3d": [0, 1, 5], "flat": [0]}
+    assert groups["flat"].class_names == colour_names()
+    with pytest.raises(DataError, match="columns .'style'."):
+        colours().group_by("style")
+
+
 def test_with_transform_leaves_the_dataset_alone() -> None:
     """Training and evaluation share images; setting `transform` on one must not reach the other."""
     dataset = augmented()

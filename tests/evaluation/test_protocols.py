@@ -75,6 +75,15 @@ def test_targets_are_scored_over_their_own_classes_and_averaged(protocol: object
     assert {name: part.num_images for name, part in result.parts.items()} == {"small": 2, "large": 36}
 
 
+def test_the_source_domain_is_shown_and_not_averaged() -> None:
+    """Its accuracy would hide the loss that the protocol measures."""
+    targets = {"plain": colours(2, classes=1), "pixel": colours(2, classes=2), "hand": colours(2, classes=4)}
+    result = domain_shift(ColourClassifier(), targets, source="plain")
+    assert result.scores == pytest.approx({"plain": 100, "pixel": 50, "hand": 50, "average": 50})
+    with pytest.raises(DataError, match="`source` to be one of several targets"):
+        domain_shift(ColourClassifier(), targets, source="photo")
+
+
 def test_targets_that_cannot_be_named_are_refused() -> None:
     """A target called 'average' would be overwritten by the average."""
     with pytest.raises(DataError, match="none of them called 'average'"):

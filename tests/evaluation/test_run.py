@@ -69,11 +69,24 @@ def test_base_to_new_writes_report_plots_and_predictions(dataset: Path, model: P
 
 def test_domains_come_from_a_column(dataset: Path, model: Path, tmp_path: Path) -> None:
     """One evaluation per value."""
-    report = run("domain-shift", dataset, model, tmp_path, domain_column="domain", plots=False)
+    report = run("domain-shift", dataset, model, tmp_path, domain_column="domain", source_domain="flat", plots=False)
     assert list(report.scores) == ["3d", "flat", "average"]
+    assert report.scores["average"] == report.scores["3d"]
     assert [part["num_images"] for part in report.parts.values()] == [8, 8]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
     assert report.template == ("a photo of a {}.",)
+
+
+def test_domains_may_be_parts_of_one_dataset(tmp_path: Path, model: Path) -> None:
+    """Styles of one drawing set are often stored as splits."""
+    for index, split in enumerate(("test", "test_3d")):
+        rows = colour_rows(2, classes=2, seed=index)
+        columns = {key: [row[key] for row in rows] for key in ("image", "label")}
+        features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(colour_names(2)))})
+        HFDataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    report = run("domain-shift", tmp_path, model, tmp_path / "out", split=["test", "test_3d"], source_domain="test")
+    assert list(report.scores) == ["test", "test_3d", "average"]
+    assert report.dataset == f"{tmp_path} (test, test_3d)"
 
 
 def test_the_arguments_can_be_parsed_from_flags(dataset: Path, model: Path, tmp_path: Path) -> None:
@@ -90,6 +103,8 @@ def test_the_arguments_can_be_parsed_from_flags(dataset: Path, model: Path, tmp_
     [
         ("zeroshot", {}, r"one of \['zero-shot', .*got 'zeroshot'"),
         ("zero-shot", {"dataset": ["a", "b"]}, "takes one dataset, got"),
+        ("zero-shot", {"source_domain": "flat"}, "`source_domain` belongs to the protocol 'domain-shift'"),
+        ("zero-shot", {"split": ["test", "val"]}, "Expected one `split`, got"),
         ("zero-shot", {"domain_column": "domain"}, "`domain_column` parts one dataset"),
         ("cross-dataset", {"dataset": ["a/test", "b/test"]}, "There is no 'a/test'|could not be loaded"),
     ],

@@ -176,7 +176,8 @@ class Pretraining:
         model = CLIPModel(self.model.config)
         model.load_state_dict({name: tensor.detach().cpu() for name, tensor in self.optimiser.masters.items()})
         partial = folder.with_name(folder.name + ".partial")
-        model.half().save_pretrained(partial)
+        # stored in half precision, loaded in single: half precision is many times slower on a CPU
+        model.float().save_pretrained(partial, state_dict={k: v.half() for k, v in model.state_dict().items()})
         self.tokenizer.save_pretrained(partial)
         clip_model.image_processor().save_pretrained(partial)
         folder.mkdir(parents=True, exist_ok=True)

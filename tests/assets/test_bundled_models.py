@@ -90,6 +90,16 @@ def test_the_student_recognises_far_more_than_chance() -> None:
     """The floor of the recipe; every adaptation result starts from here."""
     student = json.loads((ASSETS / "clip_student" / "evaluation.json").read_text())
     assert student["icons"]["all"] > 50
-    assert student["emoji"]["seen_50way_flat"] > 50
+    assert student["emoji"]["seen_50way_flat"] > 40
     assert student["fashion"]["all"] > 15
     assert student["icons"]["control_permuted_names"] < 5
+
+
+def test_the_teacher_is_clearly_better_than_the_student() -> None:
+    """Distillation needs a teacher that knows more: five points or more on two of the three sets."""
+    student, teacher = (
+        json.loads((ASSETS / name / "evaluation.json").read_text()) for name in ("clip_student", "clip_teacher")
+    )
+    headline = (("icons", "all"), ("emoji", "seen_50way_flat"), ("fashion", "all"))
+    gains = [teacher[name][key] - student[name][key] for name, key in headline]
+    assert sum(gain >= 5 for gain in gains) >= 2, gains

@@ -168,14 +168,15 @@ python build_corpus.py --cache DOWNLOADS --output CORPUS        # 2 minutes; fet
 python build_datasets.py --cache DOWNLOADS --corpus CORPUS      # 2 minutes; icons, emoji, fashion
 python write_notice.py --cache DOWNLOADS                        # collections.json and NOTICE
 python train_clip.py --corpus CORPUS --architecture student --pairs 760000 --output RUN
-python train_clip.py --corpus CORPUS --architecture teacher --grow-from RUN/model --pairs 640000 --minutes 75 \\
+python train_clip.py --corpus CORPUS --architecture teacher --grow-from RUN/model --pairs 640000 --minutes 50 \\
     --masked-share 0.7 --muon-lr 3.5e-3 --adam-lr 7e-4 --constant-share 0.1 --emoji-repeats 2 --output RUN2
 python evaluate_clip.py ../clip_student --write                 # after copying RUN/model there
 python write_cards.py
 ```
 
 Training resumes by itself when it is started again, logs to `training_log.json`, and uses a GPU when there is one.
-On a shared CPU `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184` in the environment keeps glibc
-from returning memory after every operation.
+The teacher's `--minutes` ends the run (learning rate at zero) when the pairs are not reached in time; elsewhere give
+the pairs of its card instead. On a shared CPU, `MALLOC_MMAP_THRESHOLD_=4294967296` and
+`MALLOC_TRIM_THRESHOLD_=17179869184` in the environment keep glibc from returning memory after every operation.
 `python train_clip.py --smoke --output RUN` trains a tiny model for 30 seconds on the committed icons.
 """

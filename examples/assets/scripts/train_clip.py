@@ -2,7 +2,7 @@ r"""Pretrain one of the bundled CLIPs on the drawn corpus. Resumes by itself whe
 
     python train_clip.py --corpus CORPUS --architecture student --pairs 760000 --output RUN
     python train_clip.py --corpus CORPUS --architecture teacher --grow-from RUN/model --output RUN2 \
-        --pairs 640000 --minutes 75 --masked-share 0.7 --muon-lr 3.5e-3 --adam-lr 7e-4 \
+        --pairs 640000 --minutes 50 --masked-share 0.7 --muon-lr 3.5e-3 --adam-lr 7e-4 \
         --constant-share 0.1 --emoji-repeats 2
     python train_clip.py --smoke --output RUN3          # 30 seconds on the committed evaluation images
 

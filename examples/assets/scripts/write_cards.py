@@ -32,7 +32,15 @@ def _accuracies(results: dict[str, dict[str, float]]) -> str:
         ("**icons**, all classes, test", f"**{icons['all']:.1f}**", f"{icons['chance']:.1f}"),
     ]
     rows += [
-        (f"icons, {key}", f"{icons[key]:.1f}", "") for key in ("all_top5", "plain", "pixel", "hand", "base", "new")
+        (f"icons, {title}", f"{icons[key]:.1f}", chance)
+        for key, title, chance in (
+            ("all_top5", "all classes, top-5", ""),
+            ("plain", "plain drawings", ""),
+            ("pixel", "pixel art", ""),
+            ("hand", "hand drawn", ""),
+            ("base", "base half among base", ""),
+            ("new", "new half among new", ""),
+        )
     ]
     for style, title in (("flat", "flat"), ("3d", "3D"), ("high_contrast", "high contrast")):
         rows += [

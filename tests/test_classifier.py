@@ -108,7 +108,7 @@ def test_every_kind_of_image_is_accepted(adapter: Path, tmp_path: Path) -> None:
     """The same pixels by path (spaces and other scripts), bytes, PIL and numpy; grey and transparent ones too."""
     classifier = PromptedClassifier.from_pretrained(adapter)
     image = noise_image(20, 24)
-    path = tmp_path / "Foto \u00e4\u732b 1.png"
+    path = tmp_path / "photo \u00e4\u732b 1.png"
     image.save(path)
     expected = classifier.predict(image)
     for source in (path, str(path), path.read_bytes(), np.asarray(image)):

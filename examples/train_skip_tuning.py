@@ -57,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shots", type=int, default=16, help="images per class")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--start_layer", type=int, help="first tuned layer of both towers, instead of the preset's")
     parser.add_argument("--epochs", type=int, help="instead of the preset's number")
     parser.add_argument("--methods", nargs="+", help="rows of the table; all four by default")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
@@ -73,6 +74,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         preset = preset_for(args.preset, shots=args.shots)
         settings = {"config": preset.config, "objective": preset.objective, "training": preset.training}
         settings["augmentation"] = {"scale": (0.08, 1.0), "flip_probability": 0.5}
+    if args.start_layer is not None:
+        settings["config"] = {"start_layer": args.start_layer}
     if args.epochs is not None:
         settings["training"]["num_train_epochs"] = args.epochs
     settings["training"] |= {"use_cpu": args.use_cpu, "dataloader_num_workers": args.num_workers}

@@ -160,7 +160,9 @@ def predict(arguments: argparse.Namespace, rest: list[str]) -> None:
     )
     predictions = classifier.predict(files, top_k=arguments.top_k)
     if arguments.json:
-        rows = [{"file": str(f), "labels": [asdict(p) for p in row]} for f, row in zip(files, predictions, strict=True)]
+        rows = [
+            {"file": str(f), "labels": [asdict(p) for p in row]} for f, row in zip(files, predictions, strict=True)
+        ]
         print(json.dumps(rows, ensure_ascii=False, indent=2))
         return
     for file, row in zip(files, predictions, strict=True):

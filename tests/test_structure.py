@@ -39,6 +39,7 @@ LAYERS = {
     "baselines": 4,
     "classifier": 4,
     "experiment": 4,
+    "experiment_report": 4,
     "export": 4,
     "": 5,
     "cli": 5,

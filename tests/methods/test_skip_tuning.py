@@ -284,6 +284,17 @@ def test_siglip_trains_its_upper_layers_and_heads():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_naflex_siglip_is_refused_with_advice():
+    """Family table: its inputs carry a size per image, which cached features do not keep."""
+    from transformers import Siglip2Config, Siglip2Model
+
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tower | {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = Siglip2Model(Siglip2Config(text_config=text, vision_config=tower))
+    with pytest.raises(UnsupportedModelError, match="fixed-resolution checkpoint"):
+        get_peft_model(model, SkipTuningConfig(start_layer=0))
+
+
 def test_other_architectures_are_refused_by_name():
     from transformers import BertConfig, BertModel
 

@@ -1,0 +1,85 @@
+"""`peft-vlm` as a new user tries it: help, exit codes, JSON, folders with spaces and non-ASCII names."""
+
+import json
+
+import pytest
+from peft import get_peft_model
+from transformers import CLIPProcessor
+
+from peft_vlm.cli import main
+from tests.cases import CASES, perturb
+from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """An adapter with its base model on disk."""
+    base = tmp_path / "base"
+    tiny_clip().save_pretrained(base)
+    CLIPProcessor(image_processor=clip_processor(), tokenizer=tiny_tokenizer()).save_pretrained(base)
+    model = get_peft_model(tiny_clip().from_pretrained(base), CASES[0].config())
+    perturb(model)
+    config = model.active_peft_config
+    config.class_names, config.template = list(colour_names(3)), "a {}."
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "Bilder vom S\u00fcden"
+    folder.mkdir()
+    for number, row in enumerate(colour_rows(1, classes=3)):
+        row["image"].save(folder / f"foto {number} \u00e9.png")
+    return folder
+
+
+def test_help_teaches(capsys):
+    for words in (["--help"], ["evaluate", "--help"], ["predict", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert "--protocol" in text
+    assert "base-to-new" in text
+
+
+def test_predict_a_folder(adapter, pictures, capsys):
+    assert main(["predict", str(adapter), str(pictures), "--top_k", "2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["file"].rpartition("/")[2] for row in rows] == [f"foto {n} \u00e9.png" for n in range(3)]
+    assert all(len(row["labels"]) == 2 for row in rows)
+    assert main(["predict", str(adapter), str(pictures / "foto 0 \u00e9.png"), "--class_names", "red", "tomato"]) == 0
+    assert "tomato" in capsys.readouterr().out
+
+
+def test_evaluate_writes_a_report(adapter, tmp_path, capsys):
+    rows = colour_rows(2, classes=4)
+    for number, row in enumerate(rows):
+        path = tmp_path / "data" / "test" / colour_names(4)[row["label"]] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row["image"].save(path)
+    flags = ["--protocol", "base-to-new", "--dataset", str(tmp_path / "data"), "--adapter", str(adapter)]
+    assert main(["evaluate", *flags, "--output_dir", str(tmp_path / "report")]) == 0
+    assert "base" in capsys.readouterr().out
+    assert (tmp_path / "report" / "report.json").is_file()
+    assert (tmp_path / "report" / "scores.png").is_file()
+
+
+def test_info(adapter, capsys):
+    assert main(["info", "--json"]) == 0
+    assert "skip_tuning" in json.loads(capsys.readouterr().out)["methods"]
+    assert main(["info", str(adapter)]) == 0
+    assert "SKIP_TUNING" in capsys.readouterr().out
+
+
+def test_wrong_input_exits_with_two_and_one_line(adapter, tmp_path, capsys):
+    assert main(["predict", str(adapter), str(tmp_path / "missing.png")]) == 2
+    error = capsys.readouterr().err
+    assert "no such file or folder" in error
+    assert error.count("\n") == 1
+    (tmp_path / "empty").mkdir()
+    assert main(["predict", str(adapter), str(tmp_path / "empty")]) == 2
+    assert "holds no image file" in capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "no adapter"), str(adapter)]) == 2

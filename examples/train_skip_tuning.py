@@ -101,7 +101,7 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
 
 def learners_of(settings: dict[str, Any], processor: Any) -> list[Any]:
     """The rows of the table; both trained ones make the same number of steps."""
-    learners = [
+    return [
         ZeroShot(),
         LinearProbeLearner(EvalTransform(processor)),
         TrainerLearner(
@@ -117,7 +117,6 @@ def learners_of(settings: dict[str, Any], processor: Any) -> list[Any]:
             training=settings["training"],
         ),
     ]
-    return learners
 
 
 def main() -> None:
@@ -143,10 +142,7 @@ def main() -> None:
     results_png(report, args.output_dir / "results.png")
     adapter = args.output_dir / tasks[0].name / "skip_tuning" / f"seed{args.seeds[-1]}"
     print(f"\n{table}\nWritten to {args.output_dir}/: metrics.json, table.md, results.png, and each run's adapter.")
-    print(
-        "\nUse an adapter:\n  import peft_vlm\n  from peft_vlm import PromptedClassifier\n"
-        f"  PromptedClassifier.from_pretrained({str(adapter)!r}).predict('picture.png')"
-    )
+    print(f"Use an adapter:  peft-vlm predict {str(adapter)!r} picture.png")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def test_a_folder_of_images_from_start_to_finish(tmp_path):
     assert result.returncode == 0, result.stderr
     check(output, seeds=[1, 2], methods=["zero_shot", "linear_probe", "full_finetuning", "skip_tuning"])
     adapter = output / "my images" / "skip_tuning" / "seed2"
-    assert json.loads((adapter / "adapter_config.json").read_text())["class_names"] == list(colour_names(4))[:2]
-    assert "PromptedClassifier.from_pretrained" in result.stdout
+    assert json.loads((adapter / "adapter_config.json").read_text())["class_names"] == sorted(colour_names(4))[:2]
+    assert "peft-vlm predict" in result.stdout
 
 
 @pytest.mark.slow

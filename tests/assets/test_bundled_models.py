@@ -103,3 +103,9 @@ def test_the_teacher_is_clearly_better_than_the_student() -> None:
     headline = (("icons", "all"), ("emoji", "seen_50way_flat"), ("fashion", "all"))
     gains = [teacher[name][key] - student[name][key] for name, key in headline]
     assert sum(gain >= 5 for gain in gains) >= 2, gains
+
+
+def test_tokenizer_does_not_cut_by_itself(folder: Path) -> None:
+    """A stored truncation would hide class names that do not fit."""
+    assert json.loads((folder / "tokenizer.json").read_text())["truncation"] is None
+    assert len(AutoTokenizer.from_pretrained(folder)("house " * 50, verbose=False)["input_ids"]) == 52

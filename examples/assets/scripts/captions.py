@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import CLIPTokenizer
 
 VOCABULARY_SIZE = 4300
+CONTEXT_LENGTH = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 _WORD_PATTERN = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
@@ -50,7 +51,7 @@ def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
         eos_token=END,
         unk_token=END,
         pad_token=END,
-        model_max_length=32,
+        model_max_length=CONTEXT_LENGTH,
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -101,7 +102,9 @@ class CaptionSampler:
     def _tokens(self, caption: str) -> list[int]:
         ids = self._token_ids.get(caption)
         if ids is None:
-            ids = self.tokenizer(caption, truncation=True, max_length=32)["input_ids"]
+            ids = self.tokenizer(caption)["input_ids"]
+            # Cut here: an option of the tokenizer's own would be saved with it.
+            ids = ids if len(ids) <= CONTEXT_LENGTH else [*ids[: CONTEXT_LENGTH - 1], self.tokenizer.eos_token_id]
             self._token_ids[caption] = ids
         return ids
 

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
+from captions import CONTEXT_LENGTH
 from pixels import IMAGE_SIZE
 
 PATCH_SIZE = 8
-CONTEXT_LENGTH = 32
 # Of images over white after recolouring; close to the mean and spread of the pretraining batches.
 IMAGE_MEAN = (0.6, 0.6, 0.6)
 IMAGE_STD = (0.35, 0.35, 0.35)

@@ -30,7 +30,7 @@ def pictures(tmp_path):
     folder = tmp_path / "Bilder vom S\u00fcden"
     folder.mkdir()
     for number, row in enumerate(colour_rows(1, classes=3)):
-        row["image"].save(folder / f"foto {number} \u00e9.png")
+        row["image"].save(folder / f"photo {number} \u00e9.png")
     return folder
 
 
@@ -48,9 +48,9 @@ def test_help_teaches(capsys):
 def test_predict_a_folder(adapter, pictures, capsys):
     assert main(["predict", str(adapter), str(pictures), "--top_k", "2", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["file"].rpartition("/")[2] for row in rows] == [f"foto {n} \u00e9.png" for n in range(3)]
+    assert [row["file"].rpartition("/")[2] for row in rows] == [f"photo {n} \u00e9.png" for n in range(3)]
     assert all(len(row["labels"]) == 2 for row in rows)
-    assert main(["predict", str(adapter), str(pictures / "foto 0 \u00e9.png"), "--class_names", "red", "tomato"]) == 0
+    assert main(["predict", str(adapter), str(pictures / "photo 0 \u00e9.png"), "--class_names", "red", "tomato"]) == 0
     assert "tomato" in capsys.readouterr().out
 
 

@@ -35,13 +35,14 @@ DEMO = {
     "config": {"start_layer": 3, "text_start_layer": 2},
     "objective": {"top_ratio": 0.5, "max_top": 50, "batch_composition": "random"},
     "training": {
-        "learning_rate": 4e-3,
-        "num_train_epochs": 8,
+        "learning_rate": 0.02,
+        "vision_learning_rate": 0.004,
+        "max_steps": 120,  # 4 epochs of icons, 14 of emoji
         "warmup_epochs": 1,
         "warmup_learning_rate": 1e-4,
         "per_device_train_batch_size": 32,
     },
-    "augmentation": {"scale": (0.7, 1.0), "flip_probability": 0.0},  # arrows and text must not be mirrored
+    "augmentation": {"scale": (0.9, 1.0), "flip_probability": 0.0},  # arrows and text must not be mirrored
 }
 
 
@@ -77,7 +78,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.start_layer is not None:
         settings["config"] = {"start_layer": args.start_layer}
     if args.epochs is not None:
-        settings["training"]["num_train_epochs"] = args.epochs
+        settings["training"] |= {"num_train_epochs": args.epochs, "max_steps": -1}
     settings["training"] |= {"use_cpu": args.use_cpu, "dataloader_num_workers": args.num_workers}
     settings["objective"]["num_workers"] = args.num_workers
     return settings

@@ -37,7 +37,7 @@ DEMO = {
     "training": {
         "learning_rate": 0.02,
         "vision_learning_rate": 0.004,
-        "max_steps": 120,  # 4 epochs of icons, 14 of emoji
+        "max_steps": 90,  # 3 epochs of icons, 10 of emoji
         "warmup_epochs": 1,
         "warmup_learning_rate": 1e-4,
         "per_device_train_batch_size": 32,

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_vlm.evaluation.report import paired_difference
+
 SCORES = {"base": "base %", "new": "new %", "h": "H %", "accuracy": "accuracy %"}
 COSTS = {"seconds": "seconds", "peak_memory_mb": "peak MB"}
 
@@ -96,6 +98,6 @@ def _gain(values: Sequence[float] | None, baseline: Sequence[float] | None) -> s
     """Mean paired difference to zero-shot with its standard deviation over the seeds."""
     if not values or not baseline or values is baseline:
         return "-"
-    differences = [value - other for value, other in zip(values, baseline, strict=True)]
-    spread = f" +- {statistics.stdev(differences):.1f}" if len(differences) > 1 else ""
-    return f"{statistics.mean(differences):+.1f}{spread}"
+    difference = paired_difference(values, baseline)
+    spread = "" if difference.std is None else f" +- {difference.std:.1f}"
+    return f"{difference.mean:+.1f}{spread}"

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 
 from peft_vlm.shapes import Batch
 
@@ -97,6 +98,10 @@ class Objective(ABC):
     def param_groups(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
         """Split the trainable parameters into named learning-rate groups (`"text"`, `"vision"`, `"all"`, ...)."""
         return {"all": [parameter for _, parameter in named_parameters]}
+
+    def callbacks(self, model: nn.Module) -> list[TrainerCallback]:
+        """Trainer callbacks that belong to the method; they run before the final files are written."""
+        return []
 
     def state_dict(self) -> dict[str, Tensor]:
         """What an exact resume needs beyond the adapter; saved as safetensors in every checkpoint."""

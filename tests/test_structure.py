@@ -23,6 +23,7 @@ from tests.source_tree import (
 LAYERS = {
     "errors": 0,
     "shapes": 0,
+    "slots": 0,
     "version": 0,
     "objective": 1,
     "registry": 1,

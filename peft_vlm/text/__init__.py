@@ -2,6 +2,7 @@
 
 from peft_vlm.text.class_features import ClassFeatureCache, encode_classes, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts, check_class_names, tokenize_classes, tokenize_for_model
+from peft_vlm.text.reserve import reserve_slots, slots_of
 from peft_vlm.text.templates import IMAGENET_ENSEMBLE, check_template, fill
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "encode_classes",
     "evaluation_mode",
     "fill",
+    "reserve_slots",
+    "slots_of",
     "tokenize_classes",
     "tokenize_for_model",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft_vlm.errors import AdapterError, ClassNameError
 from peft_vlm.text.prompts import ClassPrompts
+from peft_vlm.text.reserve import reserve_slots
 from peft_vlm.towers import text_features, towers_of
 
 _SIGNED_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,12 +38,14 @@ def encode_classes(model: nn.Module, prompts: ClassPrompts, *, chunk_size: int =
 
     Args:
         model: CLIP-like model, with or without adapters.
-        prompts: Tokenised class list of this model.
+        prompts: Tokenised class list of this model; slots for learned context are added where an adapter needs them.
         chunk_size: Prompts per forward pass.
 
     Raises:
-        ClassNameError: If the prompts were made with the tokenizer of another model.
+        ClassNameError: If the prompts were made with the tokenizer of another model, or have no room for the learned
+            context of the active adapter.
     """
+    prompts = reserve_slots(model, prompts)
     device = next(model.parameters()).device
     num_classes = len(prompts.class_names)
     sums: Tensor | None = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from peft_vlm.errors import ClassNameError
+from peft_vlm.slots import Slots
 from peft_vlm.text.templates import check_template, fill, readable
 from peft_vlm.towers import towers_of
 
@@ -21,11 +22,15 @@ class ClassPrompts:
         class_names: Names as the user gave them; labels index this tuple.
         templates: Texts with `{}`.
         input_ids: Row `t * len(class_names) + c` is template `t` filled with class `c`.
+        name_lengths: Tokens of each bare class name; None when the prompts were not made from texts.
+        slots: Places reserved for learned context ; None for plain prompts.
     """
 
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
     input_ids: Int[Tensor, "prompts tokens"]
+    name_lengths: tuple[int, ...] | None = None
+    slots: Slots | None = None
 
     def is_same(self, other: "ClassPrompts") -> bool:
         """Whether both stand for the same token ids of the same classes in the same order."""
@@ -102,7 +107,8 @@ def tokenize_classes(
     input_ids = torch.full((len(rows), length), tokenizer.pad_token_id, dtype=torch.long)
     for row, ids in enumerate(rows):
         input_ids[row, : len(ids)] = torch.tensor(ids)
-    return ClassPrompts(names, templates, input_ids)
+    bare = tokenizer([readable(name) for name in names], add_special_tokens=False)["input_ids"]
+    return ClassPrompts(names, templates, input_ids, tuple(len(row) for row in bare))
 
 
 def tokenize_for_model(
@@ -113,6 +119,8 @@ def tokenize_for_model(
     template: str | Sequence[str],
 ) -> ClassPrompts:
     """`tokenize_classes` with the length and padding that a model's text tower needs.
+
+    The prompts are plain; `reserve_slots(model, prompts)` adds the places of an adapter's learned context.
 
     Args:
         model: CLIP-like model, with or without adapters.

@@ -83,7 +83,8 @@ class VLMTrainer(Trainer):
         self.callback_handler.callbacks.insert(
             0, ObjectiveCallback(self.model, train_dataset, self.accelerator.autocast)
         )
-        self.add_callback(ArtifactsCallback(self))
+        for callback in (*objective.callbacks(model), ArtifactsCallback(self)):
+            self.add_callback(callback)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches as the objective composes them, else shuffled; without pixels when the objective caches features."""

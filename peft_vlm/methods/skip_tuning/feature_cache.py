@@ -145,7 +145,7 @@ def initial_prototypes(
     """
     with torch.no_grad(), model.disable_adapter():
         chunks = [
-            towers.pool_text(towers.run_text(states, start), ids)
+            towers.finish_text(states, ids, start)
             for states, ids in zip(hidden.split(chunk_size), input_ids.split(chunk_size), strict=True)
         ]
     return nn.functional.normalize(torch.cat(chunks).float(), dim=-1)

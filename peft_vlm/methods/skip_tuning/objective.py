@@ -86,7 +86,7 @@ class SkipTuningObjective(Objective):
         redraw_tail: str = "never",
         image_cache: str = "ram",
         cache_folder: str | Path | None = None,
-        cache_batch_size: int = 64,
+        cache_batch_size: int = 32,
         num_workers: int = 0,
         batch_composition: str = "one_class",
         remainder: str = "keep",
@@ -207,7 +207,7 @@ class SkipTuningObjective(Objective):
             raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
         ids, text_hidden, prototypes = self._text
         towers, labels = towers_of(model), batch["labels"]
-        image = towers.pool_image(towers.run_vision(self._image_hidden(model, batch), self._starts[0]))
+        image = towers.finish_image(self._image_hidden(model, batch), self._starts[0])
         kept = self._kept(image.detach(), prototypes, labels)
         if kept is not None:
             ids, text_hidden = ids[kept], text_hidden[kept]
@@ -215,7 +215,7 @@ class SkipTuningObjective(Objective):
         if towers.text_is_causal:  # states behind the last end-of-text token influence nothing
             length = int(towers.pooled_positions(ids).max()) + 1
             ids, text_hidden = ids[:, :length], text_hidden[:, :length]
-        text = towers.pool_text(towers.run_text(text_hidden, self._starts[1]), ids)
+        text = towers.finish_text(text_hidden, ids, self._starts[1])
         logits = towers.similarity_logits(image, text)
         return ObjectiveOutput({"cross_entropy": nn.functional.cross_entropy(logits, labels)}, logits, labels)
 

@@ -1,0 +1,170 @@
+"""The learned text context of an adapter's configuration, and where learned tokens go in CLIP's towers."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, no_type_check
+
+from torch import nn
+from transformers import AutoTokenizer
+
+from peft_vlm.errors import UnsupportedModelError
+from peft_vlm.prompting.config import VLMConfig
+from peft_vlm.prompting.deep_prompt import DeepTokens, LearnedTokens, TextContext, VisionTokens
+from peft_vlm.slots import POSITIONS, Slots
+from peft_vlm.towers import Towers, towers_of
+
+
+@no_type_check  # wrong types get the messages of `__post_init__`, in tests too
+@dataclass
+class TextContextConfig(VLMConfig):
+    """Learned context in front of, around or behind the class name.
+
+    Args:
+        num_text_tokens: Context vectors per prompt; 0 for none. Official `N_CTX`.
+        context_init: Words whose token embeddings the context starts from; the first `num_text_tokens` tokens count.
+            None: N(0, 0.02). Official `CTX_INIT`.
+        context_init_ids: Token ids of these words. Filled in from the base model's tokenizer; give them where there is
+            none.
+        placeholder_id: Token id that reserves a place in a prompt: the base model's start-of-text token. Filled in.
+    """
+
+    num_text_tokens: int = field(default=4)
+    context_init: str | None = field(default="a photo of a")
+    context_init_ids: list[int] | None = field(default=None)
+    placeholder_id: int | None = field(default=None)
+
+    @property
+    def text_position(self) -> str:
+        """Where the class name stands, one of `POSITIONS`; methods with a setting for it override this."""
+        return "end"
+
+    @property
+    def slots(self) -> Slots | None:
+        """Places that prompts must reserve; None without context, or before the adapter was created."""
+        if not self.num_text_tokens or self.placeholder_id is None:
+            return None
+        ids = None if self.context_init_ids is None else tuple(self.context_init_ids)
+        return Slots(self.num_text_tokens, self.placeholder_id, self.text_position, ids)
+
+
+def check_count(config: Any, name: str, *, minimum: int = 0) -> None:
+    """Refuse a field that is not a whole number of some size.
+
+    Args:
+        config: Configuration with the field.
+        name: Name of the field.
+        minimum: Smallest allowed value.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is too small.
+    """
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"Expected `{name}` to be an integer, got {value!r}.")
+    if value < minimum:
+        raise ValueError(f"Expected `{name}` to be {minimum} or more, got {value!r}.")
+
+
+def check_position(name: str, value: Any) -> None:
+    """Refuse a class-name position that is not one of `POSITIONS`.
+
+    Args:
+        name: Name of the field.
+        value: Its value.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
+    if value not in POSITIONS:
+        raise ValueError(f"Expected `{name}` to be one of {POSITIONS!r}, got {value!r}.")
+
+
+def complete_context(config: TextContextConfig, model: Any) -> None:
+    """Fill in what the context needs from the base model: the placeholder and the ids of the initial words.
+
+    Args:
+        config: Configuration of a new or loaded adapter.
+        model: The base model.
+
+    Raises:
+        ValueError: If the initial words cannot be tokenised or are fewer tokens than `num_text_tokens`.
+    """
+    if not config.num_text_tokens:
+        return
+    config.placeholder_id = model.config.text_config.bos_token_id
+    if config.context_init_ids is None and config.context_init is not None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The context starts from the words {config.context_init!r}, and the base model's folder "
+                f"{model.name_or_path!r} has no tokenizer to read them. Pass their token ids as `context_init_ids`, "
+                "or `context_init=None` for a random start."
+            ) from error
+        config.context_init_ids = tokenizer(config.context_init, add_special_tokens=False)["input_ids"]
+    if config.context_init_ids is None:
+        return
+    if len(config.context_init_ids) < config.num_text_tokens:
+        raise ValueError(
+            f"Expected `num_text_tokens` of at most {len(config.context_init_ids)}, the tokens of "
+            f"{config.context_init!r}, got {config.num_text_tokens!r}. Give more words, fewer tokens, or "
+            "`context_init=None`."
+        )
+    config.context_init_ids = list(config.context_init_ids[: config.num_text_tokens])
+
+
+def learned_token_pattern(model: nn.Module, *, text_depth: int, vision_depth: int) -> str:
+    """Names of the modules that carry learned tokens.
+
+    Args:
+        model: The base model.
+        text_depth: Layers of the text tower whose input has learned tokens; 0 for none.
+        vision_depth: The same for the vision tower.
+
+    Returns:
+        Regular expression over full module names.
+
+    Raises:
+        UnsupportedModelError: If the model is not a CLIP.
+        ValueError: If a depth exceeds its tower, or both are 0.
+    """
+    towers = towers_of(model)
+    if type(towers) is not Towers:
+        raise UnsupportedModelError(
+            f"Expected a `CLIPModel`, got `{type(model).__name__}`. Learned tokens are placed relative to CLIP's "
+            "start and class tokens, which this family does not have; Skip Tuning works for it."
+        )
+    if not text_depth and not vision_depth:
+        raise ValueError("Expected learned tokens in at least one tower, got depth 0 or no tokens in both.")
+    parts: list[str] = []
+    for tower, depth, layers, path, entrance in (
+        ("text", text_depth, towers.text_layers, towers.text_layers_path, "text_model.embeddings.token_embedding"),
+        ("vision", vision_depth, towers.vision_layers, towers.vision_layers_path, "vision_model.embeddings"),
+    ):
+        if depth > len(layers):
+            raise ValueError(
+                f"Expected `{tower}_depth` from 0 to {len(layers)}, the layers of the {tower} tower, got {depth!r}."
+            )
+        if depth:
+            parts.append(re.escape(entrance))
+        if depth > 1:
+            parts.append(rf"{re.escape(path)}\.({'|'.join(str(layer) for layer in range(1, depth))})")
+    return "|".join(f"({part})" for part in parts)
+
+
+def learned_tokens(model: nn.Module, target: nn.Module, *, prefix: str) -> LearnedTokens:
+    """The layer with learned tokens for a module that `learned_token_pattern` named.
+
+    Args:
+        model: The base model.
+        target: One of its modules.
+        prefix: The method's parameter prefix.
+    """
+    towers = towers_of(model)
+    if target is towers.token_embedding:
+        return TextContext(target, prefix=prefix)
+    if target is towers.model.vision_model.embeddings:
+        return VisionTokens(target, prefix=prefix)
+    tower = "text" if any(target is layer for layer in towers.text_layers) else "vision"
+    return DeepTokens(target, prefix=prefix, tower=tower)

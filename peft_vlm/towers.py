@@ -193,10 +193,12 @@ class SiglipTowers(Towers):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether `_one_query_layer` may stand in for the layer: nothing wraps, hooks or checkpoints it."""
+    """Whether `_one_query_layer` may stand in for the layer: nothing wraps or hooks it.
+
+    Gradient checkpointing does not reach a layer that runs this way; for one token there is little left to recompute.
+    """
     watched = any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
-    checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
-    return isinstance(layer, CLIPEncoderLayer) and not (watched or checkpointed)
+    return isinstance(layer, CLIPEncoderLayer) and not watched
 
 
 def _one_query_layer(

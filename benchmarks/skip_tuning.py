@@ -3,16 +3,16 @@
     python benchmarks/skip_tuning.py            # a table
     python benchmarks/skip_tuning.py --json     # and one JSON object as the last line
 
-Three variants, each in a child process of its own, in turn over several rounds:
+Three variants, each in a child process of its own, in turn over several rounds; ratios are taken within a round:
 
     full_finetuning      all layers of both towers, text at length 77: what the official code compares with
     full_finetuning_cut  the same with text cut to its longest prompt
     skip_tuning          this package: start layer 6, cached lower layers, class skipping 0.5 / 50
 
-100 classes, batch 4, 224 px, float32, SGD with momentum. CPU seconds are user plus system time of the process, the
-median over rounds. Memory is the peak above the loaded model (`memory_ratio`); the ratio of whole processes is
-printed too. An epoch is 16 shots x 100 classes = 400 steps; caching is measured on some images and scaled by their
-number.
+100 classes, batch 4, 224 px, float32, SGD with momentum. CPU seconds are user plus system time of the process. Memory
+is the peak above the loaded model (`memory_ratio`); the ratio of whole processes is printed too. Printed are medians
+over the rounds and their range. An epoch is 16 shots x 100 classes = 400 steps; caching is measured on some images and
+scaled by their number.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 SHOTS, NUM_CLASSES, BATCH, TOKENS = 16, 100, 4, 77
+Samples = dict[str, list[dict[str, float]]]
 VARIANTS = ("full_finetuning", "full_finetuning_cut", "skip_tuning")
 
 
@@ -128,9 +129,9 @@ def skip_tuning(model: Any, variant: str, cached_images: int) -> tuple[Any, floa
     return step, caching
 
 
-def measure(rounds: int, steps: int, cached_images: int) -> dict[str, dict[str, float]]:
-    """All variants in turn; medians over the rounds."""
-    samples: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+def measure(rounds: int, steps: int, cached_images: int) -> Samples:
+    """All variants in turn."""
+    samples: Samples = {variant: [] for variant in VARIANTS}
     for number in range(rounds):
         for variant in VARIANTS:
             print(f"round {number + 1}/{rounds}: {variant} ...", file=sys.stderr, flush=True)
@@ -138,12 +139,11 @@ def measure(rounds: int, steps: int, cached_images: int) -> dict[str, dict[str, 
             command += ["--cached-images", str(cached_images)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             samples[variant].append(json.loads(output.splitlines()[-1]))
-    return {v: {key: statistics.median(s[key] for s in runs) for key in runs[0]} for v, runs in samples.items()}
+    return samples
 
 
-def summary(result: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Ratios to full fine-tuning."""
-    full, cut, ours = (result[variant] for variant in VARIANTS)
+def ratios(full: dict[str, float], cut: dict[str, float], ours: dict[str, float]) -> dict[str, float]:
+    """Skip Tuning to full fine-tuning, within one round."""
     steps = SHOTS * NUM_CLASSES // BATCH
     epoch = steps * ours["cpu_per_step"] + SHOTS * NUM_CLASSES * ours["cpu_caching_per_image"]
     return {
@@ -154,7 +154,17 @@ def summary(result: dict[str, dict[str, float]]) -> dict[str, Any]:
         "cpu_ratio_to_cut_text": ours["cpu_per_step"] / cut["cpu_per_step"],
         "memory_ratio_to_cut_text": ours["peak_mb"] / cut["peak_mb"],
         "epoch_cpu_ratio_to_cut_text": epoch / (steps * cut["cpu_per_step"]),
-        "variants": result,
+    }
+
+
+def summary(samples: Samples) -> dict[str, Any]:
+    """Medians over the rounds, and the smallest and largest round of each ratio."""
+    rounds = [ratios(*runs) for runs in zip(*(samples[variant] for variant in VARIANTS), strict=True)]
+    columns = {key: [round[key] for round in rounds] for key in rounds[0]}
+    medians = {v: {k: statistics.median(s[k] for s in runs) for k in runs[0]} for v, runs in samples.items()}
+    return {key: statistics.median(values) for key, values in columns.items()} | {
+        "ranges": {key: [min(values), max(values)] for key, values in columns.items()},
+        "variants": medians,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -177,8 +187,8 @@ def main() -> None:
     print(f"{'variant':22}{'CPU s/step':>12}{'peak MB':>10}{'process MB':>12}")
     for variant, values in result["variants"].items():
         print(f"{variant:22}{values['cpu_per_step']:12.2f}{values['peak_mb']:10.0f}{values['process_mb']:12.0f}")
-    for key in ("cpu_ratio", "memory_ratio", "epoch_cpu_ratio", "process_memory_ratio", "cpu_ratio_to_cut_text"):
-        print(f"{key:28}{result[key]:.3f}")
+    for key, (low, high) in result["ranges"].items():
+        print(f"{key:28}{result[key]:.3f}  (rounds: {low:.3f} to {high:.3f})")
     print(f"{args.rounds} rounds in {time.perf_counter() - started:.0f} s")
     if args.json:
         print(json.dumps(result))

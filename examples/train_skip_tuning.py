@@ -23,8 +23,9 @@ import peft_vlm
 from peft_vlm.baselines import FullFineTuningObjective
 from peft_vlm.data.sources import load_image_dataset
 from peft_vlm.data.transforms import EvalTransform, TrainTransform
-from peft_vlm.experiment import Experiment, LinearProbeLearner, Task, TrainerLearner, ZeroShot
+from peft_vlm.experiment import Experiment, Task
 from peft_vlm.experiment_report import markdown_table, results_png
+from peft_vlm.learners import LinearProbeLearner, TrainerLearner, ZeroShot
 from peft_vlm.methods.skip_tuning.presets import preset_for
 
 ASSETS = Path(__file__).parent / "assets"
@@ -53,9 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", help="folder, CSV or Hub id with image and label; the bundled sets by default")
     parser.add_argument("--template", default="a {} icon", help="text around a class name, with one {}")
     parser.add_argument("--preset", choices=["demo", "base_to_new", "cross_dataset", "few_shot"], default="demo")
-    parser.add_argument(
-        "--protocol", choices=["base_to_new", "few_shot"], help="for --dataset; default: by the preset"
-    )
+    parser.add_argument("--protocol", choices=["base_to_new", "few_shot"], help="for --dataset; default: see preset")
     parser.add_argument("--shots", type=int, default=16, help="images per class")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--start_layer", type=int, help="first tuned layer of both towers, instead of the preset's")

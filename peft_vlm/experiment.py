@@ -1,33 +1,29 @@
 """Several methods, seeds and tasks in one run: train, evaluate, table, plot, `metrics.json`.
 
-The harness knows no method by name. A `Learner` is given a fresh model, class prompts and the few-shot images, and
-gives back something that classifies; time and memory are measured around its training alone, caching included.
+The harness knows no method by name. A `Learner` is given a fresh model, a function that makes class prompts, and the
+images of a seed, and gives back something that classifies; time and memory are measured around its training alone,
+caching included.
 """
 
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 
-from peft_vlm.baselines import LinearProbe, all_image_features
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.splits import base_and_new_classes, few_shot_indices
 from peft_vlm.data.transforms import ImageTransform
-from peft_vlm.evaluation.classify import evaluate_classifier
 from peft_vlm.evaluation.metrics import harmonic_mean
-from peft_vlm.objective import Objective
+from peft_vlm.learners import Learner, Split
 from peft_vlm.text.prompts import ClassPrompts, tokenize_classes
-from peft_vlm.training.arguments import VLMTrainingArguments
 from peft_vlm.training.artifacts import write_json
 from peft_vlm.training.memory import PeakMemory
-from peft_vlm.training.trainer import VLMTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -54,123 +50,6 @@ class Task:
     shots: int = 16
 
 
-@dataclass(frozen=True)
-class Split:
-    """Training images of one seed, and the test sets by the name of their score."""
-
-    train: ImageClassificationDataset
-    tests: dict[str, ImageClassificationDataset]
-
-
-@dataclass
-class Fitted:
-    """A trained classifier.
-
-    Args:
-        accuracy: Top-1 accuracy in percent on a dataset whose classes are given by prompts; None when it has no
-            answer.
-        trainable_parameters: How many numbers were trained.
-    """
-
-    accuracy: Callable[[ImageClassificationDataset, ClassPrompts], float | None]
-    trainable_parameters: int
-
-
-class Learner(Protocol):
-    """One row of the table. `uses_seed` is False when every seed gives the same result."""
-
-    name: str
-    uses_seed: bool
-
-    def fit(
-        self, model: nn.Module, prompts: ClassPrompts, train: ImageClassificationDataset, *, seed: int, folder: Path
-    ) -> Fitted:
-        """Train on the images and return a classifier; everything between call and return is measured."""
-        ...
-
-
-def model_accuracy(model: nn.Module) -> Callable[[ImageClassificationDataset, ClassPrompts], float]:
-    """Accuracy function of a CLIP-like model."""
-    return lambda dataset, prompts: evaluate_classifier(model, dataset, prompts).accuracy
-
-
-class ZeroShot:
-    """The untouched model."""
-
-    name = "zero_shot"
-    uses_seed = False
-
-    def fit(
-        self, model: nn.Module, prompts: ClassPrompts, train: ImageClassificationDataset, *, seed: int, folder: Path
-    ) -> Fitted:
-        """Train nothing."""
-        return Fitted(model_accuracy(model.eval()), 0)
-
-
-class LinearProbeLearner:
-    """Logistic regression on the frozen image features of the training images, without augmentation.
-
-    Args:
-        transform: Transform of evaluation.
-    """
-
-    name = "linear_probe"
-    uses_seed = True
-
-    def __init__(self, transform: ImageTransform) -> None:
-        self.transform = transform
-
-    def fit(
-        self, model: nn.Module, prompts: ClassPrompts, train: ImageClassificationDataset, *, seed: int, folder: Path
-    ) -> Fitted:
-        """Extract features once and fit."""
-        model.eval()
-        features = all_image_features(model, train.with_transform(self.transform))
-        probe = LinearProbe(features.shape[1], len(prompts.class_names))
-        probe.fit(features.clone(), torch.tensor(train.labels))
-
-        def accuracy(dataset: ImageClassificationDataset, names: ClassPrompts) -> float | None:
-            if names.class_names != prompts.class_names:
-                return None
-            with torch.inference_mode():
-                predicted = probe(all_image_features(model, dataset)).argmax(dim=-1)
-            return 100.0 * (predicted == torch.tensor(dataset.labels)).float().mean().item()
-
-        return Fitted(accuracy, sum(p.numel() for p in probe.parameters()))
-
-
-@dataclass
-class TrainerLearner:
-    """Anything that `VLMTrainer` trains.
-
-    Args:
-        name: Name in the report.
-        wrap: Makes the trainable model from a fresh base model, for example with `get_peft_model`.
-        objective: Builds the objective from class prompts and a seed.
-        training: Keyword arguments of `VLMTrainingArguments`.
-    """
-
-    name: str
-    wrap: Callable[[nn.Module], nn.Module]
-    objective: Callable[[ClassPrompts, int], Objective]
-    training: dict[str, Any] = field(default_factory=dict)
-    uses_seed: bool = True
-
-    def fit(
-        self, model: nn.Module, prompts: ClassPrompts, train: ImageClassificationDataset, *, seed: int, folder: Path
-    ) -> Fitted:
-        """Train; the adapter and its reports stay in `folder`."""
-        model = self.wrap(model)
-        args = VLMTrainingArguments(
-            output_dir=str(folder), seed=seed, disable_tqdm=True, save_strategy="no", **self.training
-        )
-        trainer = VLMTrainer(model, self.objective(prompts, seed), args, train_dataset=train)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return Fitted(model_accuracy(model.eval()), trained)
-
-
 def split_of(task: Task, *, seed: int, train_transform: ImageTransform, test_transform: ImageTransform) -> Split:
     """Draw the shots of one seed. The halves of the classes do not depend on the seed.
 
@@ -180,14 +59,14 @@ def split_of(task: Task, *, seed: int, train_transform: ImageTransform, test_tra
         train_transform: Augmentation.
         test_transform: Preparation of test images.
     """
-    pool = task.train.select(few_shot_indices(task.train.labels, shots=task.shots, seed=seed))
+    pool = task.train.with_transform(train_transform)
     pool.seed = seed
+    train = pool.select(few_shot_indices(task.train.labels, shots=task.shots, seed=seed))
     test = task.test.with_transform(test_transform)
     if task.protocol == "few_shot":
-        return Split(pool.with_transform(train_transform), {"accuracy": test})
+        return Split(train, pool, {"accuracy": test})
     base, new = base_and_new_classes(len(task.train.class_names))
-    train = pool.restrict(base).with_transform(train_transform)
-    return Split(train, {"base": test.restrict(base), "new": test.restrict(new)})
+    return Split(train.restrict(base), pool, {"base": test.restrict(base), "new": test.restrict(new)})
 
 
 @dataclass
@@ -258,16 +137,19 @@ class Experiment:
             Scores in percent, seconds, peak memory in MB above the loaded model, number of trained parameters.
         """
         set_seed(seed)
-        model = self.load_model()
-        prompts = self.prompts(split.train.class_names, task.template)
+        model = (learner.load_model or self.load_model)()
+
+        def prompts(class_names: Sequence[str], template: str | None = None) -> ClassPrompts:
+            return self.prompts(class_names, template or task.template)
+
         peak = PeakMemory(next(model.parameters()).device)
         peak.start()
         started = time.perf_counter()
         folder = self.output_dir / task.name / learner.name / f"seed{seed}"
-        fitted = learner.fit(model, prompts, split.train, seed=seed, folder=folder)
+        fitted = learner.fit(model, prompts, split, seed=seed, folder=folder)
         seconds, memory = time.perf_counter() - started, peak.stop()
         row: dict[str, Any] = {
-            name: fitted.accuracy(dataset, self.prompts(dataset.class_names, task.template))
+            name: fitted.accuracy(dataset, prompts(dataset.class_names, fitted.template))
             for name, dataset in split.tests.items()
         }
         if "new" in row:

@@ -39,6 +39,7 @@ LAYERS = {
     "training": 3,
     "baselines": 4,
     "classifier": 4,
+    "learners": 4,
     "experiment": 4,
     "experiment_report": 4,
     "export": 4,

@@ -91,6 +91,10 @@ class Objective(ABC):
     def epoch_start(self, model: nn.Module, dataset: Dataset, epoch: int) -> None:  # noqa: B027 - an optional hook
         """Called before each epoch (also the one a resumed run continues); builds caches."""
 
+    def epoch_end(self) -> dict[str, float]:
+        """Called after each epoch; what it returns is logged and kept in the reports."""
+        return {}
+
     def batch_sampler(self, labels: Sequence[int], *, batch_size: int, seed: int) -> "EpochBatchSampler | None":
         """Batches of dataset positions for methods that compose their batches themselves; None for shuffled ones."""
         return None

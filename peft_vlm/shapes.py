@@ -10,6 +10,7 @@
 | width    | hidden size of one tower                                     |
 | dim      | size of the space that image and text features share         |
 | images   | all images of a dataset or a cache                           |
+| teachers | teachers of one student                                      |
 | channels, rows, cols | pixels                                           |
 """
 

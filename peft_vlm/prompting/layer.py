@@ -48,7 +48,8 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters or self.merged_adapters or not self.active_adapters:
             return None
         name = self.active_adapters[0]
-        return name if any(name in getattr(self, container) for container in self.adapter_layer_names) else None
+        containers = self.adapter_layer_names + self.other_param_names
+        return name if any(name in getattr(self, container) for container in containers) else None
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter.

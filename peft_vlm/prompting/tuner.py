@@ -147,15 +147,18 @@ class VLMTuner(BaseTuner):
     @staticmethod
     def _own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         """Tensors of one adapter under their names in the model."""
-        own = {}
+        own: dict[str, Tensor] = {}
         for name, module in model.named_modules():
-            if isinstance(module, PromptLayer):
-                for container in module.adapter_layer_names + module.other_param_names:
-                    tensors = getattr(module, container)
-                    if adapter_name in tensors and isinstance(tensors[adapter_name], torch.Tensor):
-                        own[f"{name}.{container}.{adapter_name}" if name else f"{container}.{adapter_name}"] = tensors[
-                            adapter_name
-                        ]
+            if not isinstance(module, PromptLayer):
+                continue
+            for container in module.adapter_layer_names + module.other_param_names:
+                entries = getattr(module, container)
+                entry = entries[adapter_name] if adapter_name in entries else None
+                path = ".".join(filter(None, (name, container, adapter_name)))
+                if isinstance(entry, torch.Tensor):
+                    own[path] = entry
+                elif isinstance(entry, nn.Module):
+                    own |= {f"{path}.{key}": tensor for key, tensor in entry.state_dict().items()}
         return own
 
 

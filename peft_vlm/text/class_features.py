@@ -1,6 +1,6 @@
 """Text features of a class list: computed once, and known to be stale when anything on the text side has changed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -36,6 +36,8 @@ def encode_classes(model: nn.Module, prompts: ClassPrompts, *, chunk_size: int =
     Runs in evaluation mode without autograd; memory beside the result grows with `chunk_size`, not with the number of
     classes. The result is float32, unit-norm, on the model's device, and may enter a loss as a constant.
 
+    A model whose active adapter stores class features (a PromptKD student) gives those, by class name.
+
     Args:
         model: CLIP-like model, with or without adapters.
         prompts: Tokenised class list of this model; slots for learned context are added where an adapter needs them.
@@ -45,6 +47,9 @@ def encode_classes(model: nn.Module, prompts: ClassPrompts, *, chunk_size: int =
         ClassNameError: If the prompts were made with the tokenizer of another model, or have no room for the learned
             context of the active adapter.
     """
+    stored = stored_class_features(model, prompts.class_names)
+    if stored is not None:
+        return stored
     prompts = reserve_slots(model, prompts)
     device = next(model.parameters()).device
     num_classes = len(prompts.class_names)
@@ -60,6 +65,18 @@ def encode_classes(model: nn.Module, prompts: ClassPrompts, *, chunk_size: int =
             sums.index_add_(0, rows, features)
     assert sums is not None, "ClassPrompts has at least one class"
     return nn.functional.normalize(sums, dim=-1)
+
+
+def stored_class_features(model: nn.Module, class_names: Sequence[str]) -> Float[Tensor, "classes dim"] | None:
+    """Class features that the active adapter stores instead of computing them from text; None without such an adapter.
+
+    Args:
+        model: CLIP-like model, with or without adapters.
+        class_names: Classes whose features are wanted; a layer that stores features refuses those it does not have.
+    """
+    projection = getattr(towers_of(model).model, "text_projection", None)
+    stored = getattr(projection, "stored_features", None)
+    return None if stored is None else stored(class_names)
 
 
 def _check_end_of_text(model: nn.Module, input_ids: Int[Tensor, "prompts tokens"]) -> None:
@@ -164,6 +181,8 @@ def _text_state(model: nn.Module) -> _TextState:
 
 def _bit_sums(tensor: Tensor) -> Int[Tensor, "2"]:
     """Checksums of the bits, weighted by row and by column, modulo 2**64; a change of one bit always shows."""
+    if not tensor.numel():
+        return torch.zeros(2, dtype=torch.int64, device=tensor.device)
     rows = tensor.reshape(len(tensor), -1) if tensor.ndim else tensor.reshape(1, 1)
     size = tensor.element_size()
     # Eight bytes at a time is 25 times faster than four; it needs aligned rows.

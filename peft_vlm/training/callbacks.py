@@ -15,10 +15,11 @@ class ObjectiveCallback(TrainerCallback):
         dataset: Training dataset.
         autocast: Context manager factory of the run's mixed precision, so that caches hold what training would
             compute.
+        log: Logs a mapping of metrics.
     """
 
-    def __init__(self, module: TrainingModule, dataset: Any, autocast: Any) -> None:
-        self.module, self.dataset, self.autocast = module, dataset, autocast
+    def __init__(self, module: TrainingModule, dataset: Any, autocast: Any, log: Any) -> None:
+        self.module, self.dataset, self.autocast, self.log = module, dataset, autocast, log
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -35,3 +36,11 @@ class ObjectiveCallback(TrainerCallback):
         self.dataset.set_epoch(epoch)
         with self.autocast():
             self.module.objective.epoch_start(self.module.model, self.dataset, epoch)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log what the objective has counted in the epoch."""
+        metrics = self.module.objective.epoch_end()
+        if metrics:
+            self.log(metrics)

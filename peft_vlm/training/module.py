@@ -40,8 +40,10 @@ class TrainingModule(nn.Module):
         if pixel_values is not None:
             batch["pixel_values"] = pixel_values
         output = self.objective(self.model, batch)
-        correct = (output.logits.detach().argmax(dim=-1) == output.labels).float().mean()
         terms = {f"loss_{name}": term.detach() for name, term in output.loss_terms.items()}
+        if bool((output.labels < 0).any()):  # images without labels
+            return {"loss": output.loss, **terms}
+        correct = (output.logits.detach().argmax(dim=-1) == output.labels).float().mean()
         return {"loss": output.loss, "accuracy": correct, **terms}
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:

@@ -81,7 +81,7 @@ class VLMTrainer(Trainer):
             **kwargs,
         )
         self.callback_handler.callbacks.insert(
-            0, ObjectiveCallback(self.model, train_dataset, self.accelerator.autocast)
+            0, ObjectiveCallback(self.model, train_dataset, self.accelerator.autocast, self.log)
         )
         for callback in (*objective.callbacks(model), ArtifactsCallback(self)):
             self.add_callback(callback)

@@ -1,0 +1,81 @@
+"""A tensor row per image, in memory or in a memory-mapped file."""
+
+import logging
+import tempfile
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from peft_vlm.errors import AdapterError
+
+logger = logging.getLogger(__name__)
+
+STORAGES = ("ram", "disk")
+
+
+class RowStore:
+    """Tensors of one shape by position.
+
+    Args:
+        storage: `"ram"`, or `"disk"` for a memory-mapped file.
+        name: What is stored, for the log and the file.
+        folder: Where the file goes; a temporary folder by default, removed with the store.
+
+    Raises:
+        ValueError: If the storage is unknown.
+    """
+
+    def __init__(self, storage: str, *, name: str, folder: str | Path | None = None) -> None:
+        if storage not in STORAGES:
+            raise ValueError(f"Expected a storage out of {STORAGES!r} for the {name}, got {storage!r}.")
+        self.storage, self.name, self.folder = storage, name, folder
+        self.rows: Tensor | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Reserve room, once; the size is logged first.
+
+        Args:
+            shape: Number of rows, then the shape of a row.
+            dtype: dtype of the stored tensors.
+        """
+        if self.rows is not None and self.rows.shape == shape and self.rows.dtype == dtype:
+            return
+        count = torch.Size(shape).numel()
+        megabytes = count * dtype.itemsize / 2**20
+        sizes = " x ".join(str(size) for size in shape)
+        logger.info("Storing %s: %s numbers = %.1f MB in %s", self.name, sizes, megabytes, self.storage)
+        if self.storage == "ram":
+            self.rows = torch.empty(shape, dtype=dtype)
+            return
+        if self.folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="peft_vlm_cache_")
+            folder = Path(self._temporary.name)
+        else:
+            folder = Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name.replace(' ', '_')}.bin"
+        self.rows = torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
+
+    def write(self, index: Int[Tensor, " batch"], rows: Float[Tensor, "batch *row"]) -> None:
+        """Store some rows; `allocate` comes first."""
+        assert self.rows is not None
+        self.rows[index.cpu()] = rows.to(self.rows.device, self.rows.dtype)
+
+    def read(self, index: Int[Tensor, " batch"], device: torch.device) -> Float[Tensor, "batch *row"]:
+        """Some rows on a device.
+
+        Args:
+            index: Positions.
+            device: Where the rows are wanted.
+
+        Raises:
+            AdapterError: If nothing was stored.
+        """
+        if self.rows is None:
+            raise AdapterError(
+                f"Expected stored {self.name}, got none: an empty feature cache. Call `epoch_start` before training."
+            )
+        return self.rows[index.cpu()].to(device)

@@ -1,0 +1,20 @@
+"""PromptKD (CVPR 2024): distil a large prompted CLIP into a small one on images without labels."""
+
+from peft_vlm.methods.promptkd.classes import texts_are_stored_classes
+from peft_vlm.methods.promptkd.config import PromptKDConfig
+from peft_vlm.methods.promptkd.model import PromptKDModel
+from peft_vlm.methods.promptkd.objective import PromptKDObjective
+from peft_vlm.methods.promptkd.presets import preset_for
+from peft_vlm.methods.promptkd.teacher import Teacher
+from peft_vlm.registry import register_method
+
+register_method("promptkd", config_cls=PromptKDConfig, model_cls=PromptKDModel)
+
+__all__ = [
+    "PromptKDConfig",
+    "PromptKDModel",
+    "PromptKDObjective",
+    "Teacher",
+    "preset_for",
+    "texts_are_stored_classes",
+]

@@ -1,0 +1,216 @@
+"""PromptKD as a PEFT tuner: visual prompts, a projector, and the teacher's class vectors instead of a text tower."""
+
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import CLIPModel, PreTrainedTokenizerBase
+
+from peft_vlm.errors import AdapterError, ClassNameError, PeftVLMWarning, UnsupportedModelError
+from peft_vlm.methods.promptkd.classes import StoredClasses, StoredClassText, stored_classes
+from peft_vlm.methods.promptkd.config import PromptKDConfig
+from peft_vlm.methods.promptkd.projector import Projector
+from peft_vlm.methods.promptkd.teacher import Teacher
+from peft_vlm.prompting.context import learned_token_pattern, learned_tokens
+from peft_vlm.prompting.layer import PromptLayer
+from peft_vlm.prompting.layer_copy import LayerCopy
+from peft_vlm.prompting.tuner import VLMTuner
+from peft_vlm.text.prompts import tokenize_for_model
+from peft_vlm.text.templates import readable
+from peft_vlm.towers import LEAVES_OF_A_LAYER, towers_of
+
+HEADS = {"visual_projection": Projector, "text_projection": StoredClasses, "text_model": StoredClassText}
+
+
+class PromptKDModel(VLMTuner):
+    """The tuner behind `get_peft_model(student, PromptKDConfig(class_dim=...))`.
+
+    Its public methods can be called on the `PeftModel`: `set_class_vectors`, `add_classes`, `keep_classes`.
+    """
+
+    prefix = "promptkd_"
+
+    def target_pattern(self, config: PromptKDConfig) -> str:
+        """Names of the wrapped modules.
+
+        Args:
+            config: The adapter's configuration.
+
+        Returns:
+            Regular expression over full module names.
+
+        Raises:
+            UnsupportedModelError: If the student is not a CLIP.
+            ValueError: If `class_dim` is missing.
+        """
+        if not isinstance(self.model, CLIPModel):
+            raise UnsupportedModelError(
+                f"Expected a `CLIPModel` as student, got `{type(self.model).__name__}`. Projector and class vectors "
+                "take the place of CLIP's two projections, which this family does not have."
+            )
+        if config.class_dim is None:
+            raise ValueError(
+                "Expected `class_dim`, the width of the teacher's class vectors, got None. Pass "
+                "`PromptKDConfig(class_dim=teacher.config.projection_dim)`."
+            )
+        self._check_neighbours(config)
+        self._check_logit_scale(config)
+        parts = [re.escape(path) for path in HEADS]
+        if config.vision_depth:
+            parts.append(learned_token_pattern(self.model, text_depth=0, vision_depth=config.vision_depth))
+        if config.tune_vision:
+            leaves = "|".join(re.escape(leaf) for leaf in LEAVES_OF_A_LAYER)
+            parts.append(rf"{re.escape(towers_of(self.model).vision_layers_path)}\.\d+\.({leaves})")
+            parts.append(r"vision_model\.(pre_layrnorm|post_layernorm)")
+        return "|".join(f"({part})" for part in parts)
+
+    def wrap(self, target: nn.Module) -> PromptLayer:
+        """The layer for one module.
+
+        Args:
+            target: Module of the student.
+        """
+        for name, layer in HEADS.items():
+            if target is getattr(self.model, name):
+                return layer(target, prefix=self.prefix)
+        if isinstance(target, nn.Linear | nn.LayerNorm):
+            return LayerCopy(target, prefix=self.prefix)
+        return learned_tokens(self.model, target, prefix=self.prefix)
+
+    def set_class_vectors(
+        self,
+        class_names: Sequence[str],
+        vectors: Float[Tensor, "classes dim"],
+        *,
+        teacher_name: str | None = None,
+        teacher_logit_scale: float | None = None,
+    ) -> None:
+        """Store the classes of the active adapter.
+
+        Args:
+            class_names: One per vector, in label order.
+            vectors: The teacher's class features; they are normalised.
+            teacher_name: Recorded in the configuration.
+            teacher_logit_scale: Recorded too.
+        """
+        store_classes(
+            self.model, class_names, vectors, teacher_name=teacher_name, teacher_logit_scale=teacher_logit_scale
+        )
+
+    def add_classes(
+        self,
+        class_names: Sequence[str],
+        *,
+        teacher: nn.Module | Teacher,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | Sequence[str],
+    ) -> None:
+        """Add classes without training, behind those that are stored.
+
+        Args:
+            class_names: New names.
+            teacher: The teacher of the training.
+            tokenizer: Its tokenizer.
+            template: Text around a class name; take the one of the training.
+
+        Raises:
+            ClassNameError: If a name is stored already.
+        """
+        layer = stored_classes(self.model)
+        config = layer.adapter_configs[layer.active_adapters[0]]
+        stored = list(config.class_names or ())
+        known = {readable(name) for name in stored}
+        twice = [name for name in class_names if readable(name) in known]
+        if twice:
+            raise ClassNameError(f"Expected new classes, got {twice[:3]!r}, which the adapter has already.")
+        guide = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
+        if config.teacher_name_or_path not in (None, guide.name):
+            warnings.warn(
+                f"The class vectors of this adapter come from the teacher {config.teacher_name_or_path!r}, the new "
+                f"ones from {guide.name!r}. Vectors of another teacher lie elsewhere, even with the same width.",
+                PeftVLMWarning,
+                stacklevel=2,
+            )
+        new = guide.class_features(tokenize_for_model(guide.model, tokenizer, class_names, template=template))
+        if new.shape[-1] != config.class_dim:
+            raise AdapterError(
+                f"Expected a teacher with class vectors of {config.class_dim} numbers, got {new.shape[-1]} from "
+                f"{guide.name!r}. Use the teacher of the training, {config.teacher_name_or_path!r}."
+            )
+        old = layer.active_vectors
+        layer.store(layer.active_adapters[0], [*stored, *class_names], torch.cat([old, new.to(old)]))
+
+    def keep_classes(self, class_names: Sequence[str]) -> None:
+        """Keep only some classes, in the order given.
+
+        Args:
+            class_names: Stored names.
+        """
+        layer = stored_classes(self.model)
+        vectors = layer.stored_features(class_names)
+        assert vectors is not None, "`stored_classes` gives active layers only"
+        layer.store(layer.active_adapters[0], class_names, vectors)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Make room for a file's class vectors in an adapter that has none yet, as on resuming; then check as ever."""
+        for module in model.modules():
+            if isinstance(module, StoredClasses) and not len(module.vectors[adapter_name]):
+                stored = [t for key, t in state_dict.items() if key.endswith("promptkd_class_vectors")]
+                if stored and stored[0].shape[-1] == config.class_dim:
+                    module.vectors[adapter_name] = torch.empty_like(stored[0], device=module.base_layer.weight.device)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def _check_neighbours(self, config: PromptKDConfig) -> None:
+        """Refuse prompts and copies of the same layers in one model: they would rename each other."""
+        others = [other for other in self.peft_config.values() if other is not config]
+        if any(isinstance(other, PromptKDConfig) and other.tune_vision != config.tune_vision for other in others):
+            raise AdapterError(
+                "Expected adapters with the same `tune_vision` on one model, got both. Load the base model again for "
+                "the other kind."
+            )
+
+    def _check_logit_scale(self, config: PromptKDConfig) -> None:
+        """Warn where the base model is not the one of the training, as its logit scale shows."""
+        recorded, scale = config.student_logit_scale, self.model.logit_scale
+        if recorded is None or scale.is_meta:
+            return
+        actual = float(scale.detach().float().exp())
+        if abs(actual - recorded) > 0.01 * recorded:
+            warnings.warn(
+                f"The adapter was trained with logit scale {recorded:.4g}, this base model has {actual:.4g}: it is "
+                f"probably not {config.base_model_name_or_path!r}, for which the adapter was made.",
+                PeftVLMWarning,
+                stacklevel=2,
+            )
+
+
+def store_classes(
+    model: nn.Module,
+    class_names: Sequence[str],
+    vectors: Float[Tensor, "classes dim"],
+    *,
+    teacher_name: str | None = None,
+    teacher_logit_scale: float | None = None,
+) -> None:
+    """Store class vectors in a model's active PromptKD adapter, and what the configuration records about them.
+
+    Args:
+        model: `PeftModel`, or a base model with injected adapters.
+        class_names: One per vector, in label order.
+        vectors: The teacher's class features.
+        teacher_name: Recorded.
+        teacher_logit_scale: Recorded.
+    """
+    layer = stored_classes(model)
+    name = layer.active_adapters[0]
+    layer.store(name, class_names, vectors)
+    config = layer.adapter_configs[name]
+    config.teacher_name_or_path, config.teacher_logit_scale = teacher_name, teacher_logit_scale
+    config.student_logit_scale = float(towers_of(model).model.logit_scale.detach().float().exp())

@@ -1,0 +1,267 @@
+"""PromptKD's objective: the student imitates the teacher's class probabilities on images without labels.
+
+PromptKD: Unsupervised Prompt Distillation for Vision-Language Models, 2024, arXiv 2403.02781.
+"""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.row_store import RowStore
+from peft_vlm.data.transforms import EvalTransform
+from peft_vlm.errors import ClassNameError, PeftVLMError, PeftVLMWarning
+from peft_vlm.losses.distillation import REDUCTIONS, TEACHER_WEIGHTINGS, distillation_loss
+from peft_vlm.methods.promptkd.agreement import Agreement
+from peft_vlm.methods.promptkd.classes import stored_classes
+from peft_vlm.methods.promptkd.model import store_classes
+from peft_vlm.methods.promptkd.teacher import Teacher, Teachers, ViewCache
+from peft_vlm.objective import Objective, ObjectiveOutput, Paper
+from peft_vlm.shapes import Batch
+from peft_vlm.text.prompts import ClassPrompts
+from peft_vlm.towers import image_features, towers_of, unwrap
+
+PAPER = Paper(
+    title="PromptKD: Unsupervised Prompt Distillation for Vision-Language Models",
+    year=2024,
+    arxiv_id="2403.02781",
+    venue="CVPR 2024",
+    bibtex="""@inproceedings{li2024promptkd,
+  title     = {PromptKD: Unsupervised Prompt Distillation for Vision-Language Models},
+  author    = {Li, Zheng and Li, Xiang and Fu, Xinyi and Zhang, Xin and Wang, Weiqiang and Chen, Shuo and Yang, Jian},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2024}
+}""",
+)
+
+
+class PromptKDObjective(Objective):
+    """Distils the teacher's class probabilities; labels are never read.
+
+    Formula: L = weight * T^2 * KL(softmax(q_t / T) || softmax(q_s / T)), q_t = s_t cos(g(x), w_c),
+        q_s = s_s cos(P(f(x)), w_c), with the teacher's class vectors w_c in both.
+
+    `prepare` computes the class vectors once, with the teacher's weights as they are then, and stores them in the
+    student's adapter.
+
+    Args:
+        prompts: Class prompts of the teacher (by its tokenizer), in label order. The student reads no text.
+        teacher: A CLIP-like model, with or without adapter; or a `Teacher`, where tokenizer or image processor differ;
+            or several of either, whose logits are averaged. The first one's class vectors become the student's.
+        temperature: T; 1 in the paper.
+        weight: Factor of the loss. Official `KD_WEIGHT`.
+        reduction: `"batchmean"` (mean over the images), or `"official"` (over images x classes).
+        teacher_weighting: How several teachers are averaged: `"equal"`, or `"confidence"` (by their highest
+            probability per image).
+        teacher_cache: `"none"` runs the teacher on each batch; `"views"` on a fixed number of augmented views per
+            image, once. The student sees the same views.
+        num_views: Views per image; epoch e trains on view e modulo this number.
+        cache_storage: `"ram"`, or `"disk"` (memory-mapped).
+        cache_folder: Folder of the memory-mapped file; temporary by default.
+        cache_batch_size: Images per teacher forward pass while caching.
+        num_workers: Processes that read images while caching.
+        seen_classes: Names of the classes that the teacher was trained on, for the agreement in the log; None: all.
+        transductive: Whether the training images come from the distribution and classes that are tested on. Reported.
+
+    Requirements:
+        Batches with `pixel_values` and, with cached views, `index`; a `PeftModel` with an active PromptKD adapter.
+        BatchNorm needs several images per batch: one alone is normalised with the running statistics.
+
+    Relations:
+        `PromptKDConfig(vision_depth=0)` trains the projector alone, `tune_vision=True` the whole student.
+
+    Raises:
+        ValueError: If a setting is not among its choices, or out of its range.
+
+    References:
+        arXiv 2403.02781, Eq. 5; loss weights and divisor from the official code.
+    """
+
+    paper = PAPER
+
+    def __init__(
+        self,
+        prompts: ClassPrompts,
+        *,
+        teacher: nn.Module | Teacher | Sequence[nn.Module | Teacher],
+        temperature: float = 1.0,
+        weight: float = 10.0,
+        reduction: str = "batchmean",
+        teacher_weighting: str = "equal",
+        teacher_cache: str = "none",
+        num_views: int = 1,
+        cache_storage: str = "ram",
+        cache_folder: str | Path | None = None,
+        cache_batch_size: int = 32,
+        num_workers: int = 0,
+        seen_classes: Sequence[str] | None = None,
+        transductive: bool = True,
+    ) -> None:
+        _check_choice("reduction", reduction, REDUCTIONS)
+        _check_choice("teacher_weighting", teacher_weighting, TEACHER_WEIGHTINGS)
+        _check_choice("teacher_cache", teacher_cache, ("none", "views"))
+        for name, value in (("temperature", temperature), ("weight", weight), ("num_views", num_views)):
+            if value <= 0:
+                raise ValueError(f"Expected `{name}` above 0, got {value!r}.")
+        self.prompts, self.temperature, self.weight, self.reduction = prompts, temperature, weight, reduction
+        given = [teacher] if isinstance(teacher, nn.Module | Teacher) else list(teacher)
+        if not given:
+            raise ValueError("Expected at least one `teacher`, got none.")
+        members = [entry if isinstance(entry, Teacher) else Teacher(entry) for entry in given]
+        self.teachers = Teachers(members, weighting=teacher_weighting)
+        self.agreement = Agreement(prompts.class_names, seen_classes)
+        store = RowStore(cache_storage, name="promptkd teacher features", folder=cache_folder)
+        cache = ViewCache(num_views, store, batch_size=cache_batch_size, num_workers=num_workers)
+        self.cache = cache if teacher_cache == "views" else None
+        self._transform: Any = None
+        self.settings = {
+            "teachers": [member.name for member in members],
+            **{"temperature": temperature, "weight": weight, "reduction": reduction},
+            **{"teacher_weighting": teacher_weighting, "teacher_cache": teacher_cache},
+            **({"num_views": num_views, "cache_storage": cache_storage} if self.cache is not None else {}),
+            "seen_classes": None if seen_classes is None else list(seen_classes),
+            "transductive": transductive,
+        }
+
+    def config_dict(self) -> dict[str, Any]:
+        """The settings, and after `prepare` which images were seen, as JSON values."""
+        return dict(self.settings)
+
+    def prepare(self, model: nn.Module, dataset: ImageClassificationDataset) -> None:
+        """Compute the teacher's class vectors and store them in the student's adapter.
+
+        Args:
+            model: `PeftModel` with the active PromptKD adapter.
+            dataset: Training images; labels are counted for the report, and not used.
+
+        Raises:
+            PeftVLMError: If the student is its own teacher.
+        """
+        if any(unwrap(member.model) is unwrap(model) for member in self.teachers.members):
+            raise PeftVLMError("Expected a teacher of its own, got the student's base model. Load it a second time.")
+        self.teachers.prepare(self.prompts, next(model.parameters()).device)
+        self._check_stored(model)
+        first = self.teachers.members[0]
+        store_classes(
+            model,
+            self.prompts.class_names,
+            self.teachers.classes[0],
+            teacher_name=first.name,
+            teacher_logit_scale=first.logit_scale,
+        )
+        self._transform = dataset.transform
+        if self.cache is not None and isinstance(dataset.transform, EvalTransform):
+            self.cache.num_views = 1  # every epoch sees the same pixels
+        labelled = [label for label in dataset.labels if label >= 0]
+        self.settings["training_images"] = {
+            "images": len(dataset),
+            "with_label": len(labelled),
+            "classes_with_labelled_images": sorted({dataset.class_names[label] for label in labelled}),
+        }
+
+    def epoch_start(self, model: nn.Module, dataset: ImageClassificationDataset, epoch: int) -> None:
+        """Choose the epoch's view of the images and cache the teacher's features of it.
+
+        Args:
+            model: Not used.
+            dataset: Training images; its epoch is already set.
+            epoch: Number of the epoch, from 0.
+        """
+        self.agreement.start(epoch)
+        if self.cache is not None:
+            self.cache.start_epoch(self.teachers, dataset, epoch)
+
+    def epoch_end(self) -> dict[str, float]:
+        """Agreement of student and teacher on the epoch's training batches, in percent: `agreement_seen`, and
+        `agreement_unseen` where the teacher named a class outside `seen_classes`.
+        """
+        return self.agreement.metrics()
+
+    def param_groups(self, named_parameters: Any) -> dict[str, list[nn.Parameter]]:
+        """The projector (`"projector"`), and what is trained inside the vision tower (`"vision"`).
+
+        Args:
+            named_parameters: Names and parameters that require a gradient.
+        """
+        groups: dict[str, list[nn.Parameter]] = {"projector": [], "vision": []}
+        for name, parameter in named_parameters:
+            groups["vision" if "vision_model." in name else "projector"].append(parameter)
+        return groups
+
+    def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
+        """Distillation loss of a batch.
+
+        Args:
+            model: `PeftModel` with the active adapter.
+            batch: `pixel_values`, and `index` into cached views.
+
+        Returns:
+            The term `distillation`, weighted, and the student's logits over all classes.
+
+        Raises:
+            RuntimeError: If `prepare` was not called.
+        """
+        if not self.teachers.classes:
+            raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
+        towers, pixels = towers_of(model), batch["pixel_values"]
+        features = (
+            self.teachers.features(pixels, self._transform) if self.cache is None else self.cache.read(batch["index"])
+        )
+        target = self.teachers.logits(features)
+        image = towers.finish_image(towers.embed_image(pixels), 0)
+        logits = towers.similarity_logits(image, stored_classes(model).active_vectors)
+        self.agreement.add(logits, target)
+        loss = distillation_loss(logits, target, temperature=self.temperature, reduction=self.reduction)
+        return ObjectiveOutput({"distillation": self.weight * loss}, logits, batch["labels"])
+
+    def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
+        """Logits over all stored classes, as `model(pixel_values=...)` gives them.
+
+        Args:
+            model: The model under evaluation.
+            batch: `pixel_values`.
+        """
+        vectors = stored_classes(model).active_vectors
+        return towers_of(model).similarity_logits(image_features(model, batch["pixel_values"]), vectors)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Counts of the running epoch."""
+        return {"agreement": self.agreement.counts.cpu(), "agreement_epoch": torch.tensor(self.agreement.epoch)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the counts.
+
+        Args:
+            state: Mapping of `state_dict`.
+        """
+        self.agreement.counts, self.agreement.epoch = state["agreement"], int(state["agreement_epoch"])
+
+    def _check_stored(self, model: nn.Module) -> None:
+        """Refuse an adapter with other classes; warn where its vectors came from another teacher."""
+        layer = stored_classes(model)
+        config = layer.adapter_configs[layer.active_adapters[0]]
+        names, first = config.class_names, self.teachers.members[0].name
+        if config.num_classes and names is not None and tuple(names) != self.prompts.class_names:
+            raise ClassNameError(
+                f"The adapter stores {len(names)} classes, beginning {names[:3]!r}; the objective has "
+                f"{len(self.prompts.class_names)}, beginning {list(self.prompts.class_names[:3])!r}. Go on with the "
+                "stored classes, change them with `keep_classes` and `add_classes`, or start a new adapter."
+            )
+        if config.num_classes and config.teacher_name_or_path not in (None, first):
+            warnings.warn(
+                f"The adapter was distilled from {config.teacher_name_or_path!r} and goes on with {first!r}, whose "
+                "class vectors replace the stored ones.",
+                PeftVLMWarning,
+                stacklevel=3,
+            )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"Expected `{name}` to be one of {choices!r}, got {value!r}.")

@@ -1,0 +1,83 @@
+"""The projector from the student's feature space into the teacher's, around the student's own visual projection."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from peft_vlm.methods.promptkd.config import MAX_PROJECTOR_DEPTH
+from peft_vlm.prompting.layer import PromptLayer
+
+
+class Projector(PromptLayer):
+    """The visual projection followed by an adapter's Linear-Norm-ReLU-Linear.
+
+    The projector's parameters are float32 whatever the base model is, and it computes in their type: BatchNorm over
+    eight images in half precision is where official runs collapse. Its input is the un-normalised image feature.
+
+    Args:
+        base_layer: CLIP's visual projection.
+        prefix: The method's parameter prefix.
+
+    References:
+        arXiv 2403.02781, Sec. 3.3 and Table 8 (depth 1 to 3). The official 1x1 convolutions on one position are
+        linear layers.
+    """
+
+    def __init__(self, base_layer: nn.Module, *, prefix: str) -> None:
+        super().__init__(base_layer)
+        self._linear = [f"{prefix}linear{index}" for index in range(1, MAX_PROJECTOR_DEPTH + 1)]
+        self._norm = [f"{prefix}norm{index}" for index in range(1, MAX_PROJECTOR_DEPTH)]
+        self.adapter_layer_names = (*self._linear, *self._norm)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+
+    def add_adapter(self, adapter_name: str, config: Any) -> None:
+        """A projector with random weights, fresh statistics and this layer's training mode.
+
+        Args:
+            adapter_name: Key of the new modules.
+            config: A `PromptKDConfig`.
+        """
+        device, width = self.get_base_layer().weight.device, self.get_base_layer().out_features
+        for depth in range(config.projector_depth):
+            linear = nn.Linear(width, config.class_dim, device=device, dtype=torch.float32)
+            getattr(self, self._linear[depth])[adapter_name] = linear
+            width = config.class_dim
+            if depth + 1 < config.projector_depth and config.projector_norm != "none":
+                kind = nn.BatchNorm1d if config.projector_norm == "batchnorm" else nn.LayerNorm
+                norm = kind(width, device=device, dtype=torch.float32).train(self.training)
+                getattr(self, self._norm[depth])[adapter_name] = norm
+
+    def forward(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch dim"]:
+        """Image features in the teacher's space, not normalised; without an adapter the student's own.
+
+        Args:
+            pooled: The class token after the last norm.
+        """
+        features = self.base_layer(pooled)
+        name = self.current_adapter
+        if name is None:
+            return features
+        linears = [getattr(self, names)[name] for names in self._linear if name in getattr(self, names)]
+        hidden = features.to(linears[0].weight.dtype)
+        for depth, linear in enumerate(linears):
+            hidden = linear(hidden)
+            if depth + 1 < len(linears):
+                norms = getattr(self, self._norm[depth])
+                hidden = normalise(norms[name], hidden).relu() if name in norms else hidden.relu()
+        return hidden.to(features.dtype)
+
+
+def normalise(norm: nn.Module, hidden: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+    """A norm layer; BatchNorm in training falls back to its running statistics for a batch of one image.
+
+    Args:
+        norm: `BatchNorm1d` or `LayerNorm`.
+        hidden: Its input.
+    """
+    if isinstance(norm, nn.BatchNorm1d) and norm.training and len(hidden) == 1:
+        statistics = norm.running_mean, norm.running_var
+        return nn.functional.batch_norm(hidden, *statistics, norm.weight, norm.bias, False, 0.0, norm.eps)
+    return norm(hidden)

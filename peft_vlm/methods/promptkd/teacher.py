@@ -1,0 +1,222 @@
+"""Teachers: any CLIP-like model, with or without an adapter, in its own precision; without autograd, never saved."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor
+
+from peft_vlm.data.dataset import ImageClassificationDataset, collate
+from peft_vlm.data.row_store import RowStore
+from peft_vlm.data.transforms import mean_and_std_of
+from peft_vlm.errors import ClassNameError, DataError
+from peft_vlm.losses.distillation import average_teachers
+from peft_vlm.text.class_features import encode_classes
+from peft_vlm.text.prompts import ClassPrompts
+from peft_vlm.towers import towers_of, unwrap
+
+
+class Teacher:
+    """One teacher and what it needs where it differs from the student.
+
+    Args:
+        model: CLIP-like model with its weights loaded; may be a `PeftModel` with the adapter to use active.
+        prompts: Class prompts by its own tokenizer; None: those of the objective.
+        image_processor: Its image processor, where image size, mean or standard deviation differ from the student's:
+            the student's pixels are then resized and normalised anew.
+        name: Recorded in the student's adapter; None: path of the model, and the kind of its adapter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        prompts: ClassPrompts | None = None,
+        image_processor: BaseImageProcessor | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.model, self.prompts, self.image_processor = model, prompts, image_processor
+        self.name = _name_of(model) if name is None else name
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor in its logits."""
+        return float(towers_of(self.model).model.logit_scale.detach().float().exp())
+
+    def to(self, device: torch.device) -> None:
+        """Move the model to a device and to evaluation mode."""
+        self.model.to(device).eval()
+
+    def class_features(self, prompts: ClassPrompts) -> Float[Tensor, "classes dim"]:
+        """Unit-norm class features, with the weights as they are now.
+
+        Args:
+            prompts: Classes in label order; the texts of `self.prompts` where there are any.
+
+        Raises:
+            ClassNameError: If the teacher's own prompts are for other classes.
+        """
+        own = prompts if self.prompts is None else self.prompts
+        if own.class_names != prompts.class_names:
+            raise ClassNameError(
+                f"Expected prompts of the teacher {self.name!r} for the {len(prompts.class_names)} classes of the "
+                f"objective, in their order, got {len(own.class_names)}, beginning {list(own.class_names[:3])!r}."
+            )
+        with _own_precision(self.model):
+            return encode_classes(self.model, own)
+
+    @torch.no_grad()
+    def image_features(
+        self, pixel_values: Float[Tensor, "batch channels rows cols"], transform: Any
+    ) -> Float[Tensor, "batch dim"]:
+        """Unit-norm image features in float32.
+
+        Args:
+            pixel_values: Pixels as the student gets them.
+            transform: What made them; its mean and standard deviation are undone for another image processor.
+        """
+        towers = towers_of(self.model)
+        with _own_precision(self.model):
+            hidden = towers.embed_image(self._pixels(pixel_values, towers.model, transform))
+            return nn.functional.normalize(towers.finish_image(hidden, 0).float(), dim=-1)
+
+    def _pixels(
+        self, pixels: Float[Tensor, "batch channels rows cols"], model: nn.Module, transform: Any
+    ) -> Float[Tensor, "batch channels rows cols"]:
+        """The student's pixels as this teacher takes them."""
+        size: Any = model.config.vision_config.image_size
+        if self.image_processor is None:
+            if size != pixels.shape[-1]:
+                raise DataError(
+                    f"The teacher {self.name!r} takes images of {size} pixels, the student's have {pixels.shape[-1]}. "
+                    "Pass `Teacher(model, image_processor=...)` to resize them for the teacher."
+                )
+            return pixels
+        if transform is not None:
+            mean, std = (pixels.new_tensor(value)[:, None, None] for value in _statistics(transform))
+            own_mean, own_std = (
+                pixels.new_tensor(value)[:, None, None] for value in mean_and_std_of(self.image_processor)
+            )
+            pixels = (pixels * std + mean - own_mean) / own_std
+        if size == pixels.shape[-1]:
+            return pixels
+        return nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
+
+
+class Teachers:
+    """One or several teachers as one: features side by side, logits averaged.
+
+    Args:
+        teachers: The first one's class vectors become the student's.
+        weighting: `"equal"` or `"confidence"`, see `average_teachers`.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher], *, weighting: str) -> None:
+        self.members, self.weighting = list(teachers), weighting
+        self.classes: list[Tensor] = []
+
+    def prepare(self, prompts: ClassPrompts, device: torch.device) -> None:
+        """Move to a device and compute the class features of each, once.
+
+        Args:
+            prompts: Classes in label order.
+            device: Where the student is.
+        """
+        for teacher in self.members:
+            teacher.to(device)
+        self.classes = [teacher.class_features(prompts) for teacher in self.members]
+
+    def features(
+        self, pixel_values: Float[Tensor, "batch channels rows cols"], transform: Any
+    ) -> Float[Tensor, "batch dim"]:
+        """Image features of all teachers, one behind the other.
+
+        Args:
+            pixel_values: Pixels as the student gets them.
+            transform: What made them.
+        """
+        return torch.cat([teacher.image_features(pixel_values, transform) for teacher in self.members], dim=-1)
+
+    @torch.no_grad()
+    def logits(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
+        """Averaged logits, each teacher's with its own logit scale.
+
+        Args:
+            features: What `features` gave.
+        """
+        parts = features.split([classes.shape[-1] for classes in self.classes], dim=-1)
+        with torch.autocast(features.device.type, enabled=False):
+            logits = [
+                towers_of(teacher.model).similarity_logits(part, classes)
+                for teacher, part, classes in zip(self.members, parts, self.classes, strict=True)
+            ]
+            return average_teachers(torch.stack(logits), weighting=self.weighting)
+
+
+class ViewCache:
+    """Teacher features of a fixed number of augmented views per image; view v is the augmentation of epoch v.
+
+    Each view is computed in one pass over the dataset, in its order, so that a resumed run computes the same numbers.
+
+    Args:
+        num_views: Views per image.
+        store: Where the features are kept.
+        batch_size: Images per teacher forward pass.
+        num_workers: Processes that read images.
+    """
+
+    def __init__(self, num_views: int, store: RowStore, *, batch_size: int, num_workers: int) -> None:
+        self.num_views, self.store = num_views, store
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self._filled: set[int] = set()
+        self._offset = 0
+
+    def start_epoch(self, teachers: Teachers, dataset: ImageClassificationDataset, epoch: int) -> None:
+        """Set the dataset to the epoch's view and compute its features the first time.
+
+        Args:
+            teachers: Prepared teachers.
+            dataset: Training images.
+            epoch: Number of the epoch, from 0.
+        """
+        view = epoch % self.num_views
+        dataset.set_epoch(view)
+        self._offset = view * len(dataset)
+        if view in self._filled:
+            return
+        loader = DataLoader(dataset, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers)
+        size = self.num_views * len(dataset) * sum(classes.shape[-1] for classes in teachers.classes) * 4 / 2**20
+        title = f"Teacher features, view {view + 1} of {self.num_views} ({size:.1f} MB in {self.store.storage})"
+        for batch in tqdm(loader, desc=title, leave=False):
+            pixels = batch["pixel_values"].to(teachers.classes[0].device)
+            features = teachers.features(pixels, dataset.transform)
+            self.store.allocate((self.num_views * len(dataset), features.shape[-1]), features.dtype)
+            self.store.write(batch["index"] + self._offset, features)
+        self._filled.add(view)
+
+    def read(self, index: Tensor) -> Float[Tensor, "batch dim"]:
+        """Features of some images in this epoch's view.
+
+        Args:
+            index: Positions in the dataset.
+        """
+        return self.store.read(index + self._offset, index.device)
+
+
+def _own_precision(model: nn.Module) -> torch.autocast:
+    """No autocast: a teacher runs in the type of its weights."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)
+
+
+def _statistics(transform: Any) -> tuple[Sequence[float], Sequence[float]]:
+    return transform.image_mean, transform.image_std
+
+
+def _name_of(model: nn.Module) -> str:
+    base = str(getattr(unwrap(model), "name_or_path", "") or type(unwrap(model)).__name__)
+    return f"{base} + {model.active_peft_config.peft_type.value}" if isinstance(model, PeftModel) else base

@@ -13,6 +13,7 @@ from peft_vlm.data.splits import (
     read_zhou_split,
 )
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
+from peft_vlm.data.unlabelled import load_unlabelled_images
 
 __all__ = [
     "SKIP_TUNING_TEMPLATES",
@@ -30,6 +31,7 @@ __all__ = [
     "few_shot",
     "few_shot_indices",
     "load_image_dataset",
+    "load_unlabelled_images",
     "read_class_names",
     "read_image",
     "read_zhou_split",

@@ -41,7 +41,7 @@ class ImageClassificationDataset(Dataset):
         class_names: Name of label 0, 1, ...
         transform: Makes the pixels of an item; None until one is set.
         image_column: Column of the image.
-        label_column: Column of the label, integers from 0.
+        label_column: Column of the label, integers from 0; None for images without labels, whose label is -1.
         seed: Seed of the random transforms.
     """
 
@@ -52,18 +52,21 @@ class ImageClassificationDataset(Dataset):
         *,
         transform: ImageTransform | None = None,
         image_column: str = "image",
-        label_column: str = "label",
+        label_column: str | None = "label",
         seed: int = 0,
     ) -> None:
-        check_columns(source, (image_column, label_column))
+        check_columns(source, (image_column,) if label_column is None else (image_column, label_column))
         if isinstance(source, HFDataset):
             source = source.with_format(None)
             if isinstance(source.features[image_column], ImageFeature):
                 source = source.cast_column(image_column, ImageFeature(decode=False))
         self.source, self.image_column = source, image_column
         self.class_names = tuple(class_names)
-        self.labels: list[int] = _checked_labels(source, label_column, self.class_names)
+        self.labels: list[int] = (
+            [-1] * len(source) if label_column is None else _checked_labels(source, label_column, self.class_names)
+        )
         self.transform, self.seed = transform, seed
+        self._num_views: int | None = None
         self._rows: Sequence[int] = range(len(self.labels))
         # In shared memory, because workers that live on between epochs hold a copy of the dataset.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
@@ -76,6 +79,16 @@ class ImageClassificationDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Draw the augmentation of another epoch from now on, in running workers too."""
         self._epoch.fill_(epoch)
+
+    def repeat_views(self, num_views: int | None) -> None:
+        """Draw the augmentation of epoch e modulo a number from now on; None: every epoch's own (the default).
+
+        Set here and not by `set_epoch`, which data loaders call too.
+
+        Args:
+            num_views: Different views of each image.
+        """
+        self._num_views = num_views
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -168,7 +181,8 @@ class ImageClassificationDataset(Dataset):
         return other
 
     def _generator(self, index: int) -> torch.Generator:
-        digest = hashlib.blake2b(f"{self.seed},{self.epoch},{index}".encode(), digest_size=8).digest()
+        epoch = self.epoch % self._num_views if self._num_views else self.epoch
+        digest = hashlib.blake2b(f"{self.seed},{epoch},{index}".encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
@@ -251,6 +265,6 @@ def _checked_labels(
         if not isinstance(label, int | np.integer) or not 0 <= label < len(class_names):
             raise DataError(
                 f"Expected labels from 0 to {len(class_names) - 1} for {len(class_names)} class names, got {label!r} "
-                f"at image {index}. Give every class a name, and leave out unlabelled images."
+                f"at image {index}. Give every class a name; `load_unlabelled_images` reads images without labels."
             )
     return [int(label) for label in labels]

@@ -175,7 +175,12 @@ def classify(logits: LogitsFn, dataset: ImageClassificationDataset, **options: i
         logits: Classifier over the dataset's classes, in label order.
         dataset: Images with a transform that is not random.
         **options: Passed to `iterate_logits`.
+
+    Raises:
+        DataError: If the images have no labels.
     """
+    if min(dataset.labels) < 0:
+        raise DataError("Expected images with labels, got images without; `predict_logits` needs none.")
     labels, predicted, confidence = [], [], []
     for batch_logits, batch_labels in iterate_logits(logits, dataset, **options):
         best = batch_logits.softmax(dim=-1).max(dim=-1)

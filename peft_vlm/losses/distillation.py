@@ -16,7 +16,7 @@ def distillation_loss(
     student_logits: Float[Tensor, "batch classes"],
     teacher_logits: Float[Tensor, "batch classes"],
     *,
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
     reduction: str = "batchmean",
 ) -> Float[Tensor, ""]:
     """Kullback-Leibler divergence from the student to the teacher, in float32; the weight is the objective's.

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from peft_vlm.data.dataset import ImageClassificationDataset, collate
-from peft_vlm.errors import PeftVLMError
+from peft_vlm.errors import DataError, PeftVLMError
 from peft_vlm.objective import EpochBatchSampler, Objective
 from peft_vlm.training.arguments import VLMTrainingArguments
 from peft_vlm.training.artifacts import ArtifactsCallback
@@ -44,6 +44,7 @@ class VLMTrainer(Trainer):
 
     Raises:
         PeftVLMError: If nothing is trainable.
+        DataError: If the validation images have no labels.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class VLMTrainer(Trainer):
                 "Expected trainable parameters, got none. Load adapters for training with "
                 "`PeftModel.from_pretrained(..., is_trainable=True)`."
             )
+        if eval_dataset is not None and min(eval_dataset.labels) < 0:
+            raise DataError("Expected an `eval_dataset` with labels, got images without. Leave it out.")
         if args.n_gpu > 1:  # several visible GPUs without a launcher would mean torch.nn.DataParallel
             args._n_gpu = 1
         self.objective = objective

@@ -10,9 +10,9 @@ from torch.testing import assert_close
 
 from peft_vlm import SkipTuningObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data.dataset import collate
+from peft_vlm.data.row_store import RowStore
 from peft_vlm.errors import AdapterError
 from peft_vlm.losses.class_skipping import kept_classes, num_top_classes, rank_classes, rank_keep_probability
-from peft_vlm.methods.skip_tuning.feature_cache import HiddenStateCache
 from peft_vlm.methods.skip_tuning.presets import preset_for
 from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
 from peft_vlm.text.prompts import tokenize_classes
@@ -108,22 +108,22 @@ def test_cached_features_equal_the_plain_path():
 
 def test_the_disk_cache_holds_what_the_ram_cache_holds(tmp_path):
     model, dataset = fresh(), images()
-    ram = prepared(CASE, model, dataset, image_cache="ram").cache.hidden
+    ram = prepared(CASE, model, dataset, image_cache="ram").cache.rows
     disk = prepared(CASE, model, dataset, image_cache="disk", cache_folder=tmp_path)
-    assert torch.equal(ram, disk.cache.hidden)
+    assert torch.equal(ram, disk.cache.rows)
     (file,) = tmp_path.iterdir()
     assert file.stat().st_size == ram.numel() * 4
 
 
 def test_the_cache_announces_its_size(caplog):
     with caplog.at_level(logging.INFO):
-        HiddenStateCache("ram").allocate((1024, 4, 64), torch.float32)
-    assert "1024 images x 4 tokens x 64 = 1 MB in ram" in caplog.text
+        RowStore("ram", name="hidden states").allocate((1024, 4, 64), torch.float32)
+    assert "hidden states: 1024 x 4 x 64 numbers = 1.0 MB in ram" in caplog.text
 
 
 def test_an_empty_cache_is_an_error():
     with pytest.raises(AdapterError, match="Call `epoch_start`"):
-        HiddenStateCache("ram").read(torch.tensor([0]), torch.device("cpu"))
+        RowStore("ram", name="hidden states").read(torch.tensor([0]), torch.device("cpu"))
 
 
 def test_lower_layers_run_once_per_image_and_epoch_and_without_autograd():

@@ -79,7 +79,7 @@ def hf_name(name: str) -> str:
 def test_lskip_features_prototypes_loss_and_gradients(s1):
     recorded, info = s1
     model, objective, dataset = setup("S1_lskip", num_classes=7, labels=recorded["labels"], top_ratio=1.0)
-    assert_relative(objective.cache.hidden, recorded["mid_image"])
+    assert_relative(objective.cache.rows, recorded["mid_image"])
     _, hidden, prototypes = objective._text
     assert_relative(hidden, recorded["mid_text"])
     assert_relative(prototypes, recorded["class_prototypes"])

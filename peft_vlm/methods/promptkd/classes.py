@@ -209,7 +209,9 @@ class StoredClasses(PromptLayer):
                 f"{tuple(vectors.shape)}. The projector was built for that width: use a teacher with it, or a new "
                 f"adapter with `PromptKDConfig(class_dim={vectors.shape[-1]})`."
             )
-        unit = nn.functional.normalize(vectors.detach().float(), dim=-1)
+        lengths = vectors.detach().float().norm(dim=-1, keepdim=True)
+        # vectors that are unit-norm keep their bits: adding classes must not change the others
+        unit = torch.where((lengths - 1).abs() < 1e-5, vectors.detach().float(), vectors.detach().float() / lengths)
         if not bool(torch.isfinite(unit).all()):
             raise AdapterError("Expected finite class vectors, got inf or nan. Check the teacher's precision.")
         self.vectors[adapter_name] = unit.to(self.vectors[adapter_name].device)

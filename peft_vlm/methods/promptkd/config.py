@@ -51,6 +51,11 @@ class PromptKDConfig(VLMConfig):
     student_logit_scale: float | None = field(default=None)
     teacher_logit_scale: float | None = field(default=None)
 
+    @property
+    def adapter_dtype(self) -> str | None:
+        """None: copies of layers follow PEFT's rule for the type of adapter tensors."""
+        return None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["PROMPTKD"]

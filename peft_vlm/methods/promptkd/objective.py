@@ -89,8 +89,8 @@ class PromptKDObjective(Objective):
         prompts: ClassPrompts,
         *,
         teacher: nn.Module | Teacher | Sequence[nn.Module | Teacher],
-        temperature: float = 1.0,
-        weight: float = 10.0,
+        temperature: float | int = 1.0,
+        weight: float | int = 10.0,
         reduction: str = "batchmean",
         teacher_weighting: str = "equal",
         teacher_cache: str = "none",
@@ -157,6 +157,7 @@ class PromptKDObjective(Objective):
         self._transform = dataset.transform
         if self.cache is not None and isinstance(dataset.transform, EvalTransform):
             self.cache.num_views = 1  # every epoch sees the same pixels
+        dataset.repeat_views(None if self.cache is None else self.cache.num_views)
         labelled = [label for label in dataset.labels if label >= 0]
         self.settings["training_images"] = {
             "images": len(dataset),
@@ -165,7 +166,7 @@ class PromptKDObjective(Objective):
         }
 
     def epoch_start(self, model: nn.Module, dataset: ImageClassificationDataset, epoch: int) -> None:
-        """Choose the epoch's view of the images and cache the teacher's features of it.
+        """Begin to count anew, and cache the teacher's features of the epoch's view.
 
         Args:
             model: Not used.

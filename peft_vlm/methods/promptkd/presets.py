@@ -59,7 +59,7 @@ def preset_for(protocol: str, *, low_weight: bool = False) -> Preset:
     )
 
 
-def batchmean_weight(weight: float, num_classes: int) -> float:
+def batchmean_weight(weight: float | int, num_classes: int) -> float:
     """The weight that gives the same loss with `reduction="batchmean"`.
 
     Args:

@@ -85,10 +85,8 @@ class Teacher:
             hidden = towers.embed_image(self._pixels(pixel_values, towers.model, transform))
             return nn.functional.normalize(towers.finish_image(hidden, 0).float(), dim=-1)
 
-    def _pixels(
-        self, pixels: Float[Tensor, "batch channels rows cols"], model: nn.Module, transform: Any
-    ) -> Float[Tensor, "batch channels rows cols"]:
-        """The student's pixels as this teacher takes them."""
+    def _pixels(self, pixels: Float[Tensor, "batch channels rows cols"], model: nn.Module, transform: Any) -> Tensor:
+        """The student's pixels as this teacher takes them; rows and columns may be others."""
         size: Any = model.config.vision_config.image_size
         if self.image_processor is None:
             if size != pixels.shape[-1]:
@@ -177,15 +175,14 @@ class ViewCache:
         self._offset = 0
 
     def start_epoch(self, teachers: Teachers, dataset: ImageClassificationDataset, epoch: int) -> None:
-        """Set the dataset to the epoch's view and compute its features the first time.
+        """Compute the features of the epoch's view the first time it comes.
 
         Args:
             teachers: Prepared teachers.
-            dataset: Training images.
+            dataset: Training images that repeat their views; their epoch is set.
             epoch: Number of the epoch, from 0.
         """
         view = epoch % self.num_views
-        dataset.set_epoch(view)
         self._offset = view * len(dataset)
         if view in self._filled:
             return

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.row_store import RowStore
 from peft_vlm.losses.class_skipping import kept_classes, num_top_classes, rank_classes, rank_keep_probability
-from peft_vlm.methods.skip_tuning.feature_cache import HiddenStateCache, fill, initial_prototypes, text_hidden_states
+from peft_vlm.methods.skip_tuning.feature_cache import fill, initial_prototypes, text_hidden_states
 from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
 from peft_vlm.objective import Objective, ObjectiveOutput, Paper
 from peft_vlm.shapes import Batch
@@ -116,7 +117,11 @@ class SkipTuningObjective(Objective):
         self.num_top = num_top_classes(num_classes, top_ratio=top_ratio, max_top=max_top)
         self.keep_probability = rank_keep_probability(num_classes, self.num_top, tail_scale=tail_scale)
         self.redraw_tail, self.batch_composition, self.remainder = redraw_tail, batch_composition, remainder
-        self.cache = None if image_cache == "none" else HiddenStateCache(image_cache, folder=cache_folder)
+        self.cache = (
+            None
+            if image_cache == "none"
+            else RowStore(image_cache, name="skip tuning hidden states", folder=cache_folder)
+        )
         self.cache_batch_size, self.num_workers = cache_batch_size, num_workers
         self.needs_pixels = self.cache is None
         self.generator = torch.Generator().manual_seed(seed)

@@ -1,10 +1,18 @@
 """Prompts and selective tuning for vision-language models, as PEFT methods. Importing it registers them with PEFT."""
 
 from peft_vlm.classifier import PromptedClassifier
+from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
+from peft_vlm.methods.promptsrc import PromptSRCConfig, PromptSRCModel, PromptSRCObjective
 from peft_vlm.methods.skip_tuning import SkipTuningConfig, SkipTuningModel, SkipTuningObjective
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
 
 __all__ = [
+    "CoOpConfig",
+    "CoOpModel",
+    "CoOpObjective",
+    "PromptSRCConfig",
+    "PromptSRCModel",
+    "PromptSRCObjective",
     "PromptedClassifier",
     "SkipTuningConfig",
     "SkipTuningModel",

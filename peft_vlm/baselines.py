@@ -5,9 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from peft_vlm.data.dataset import ImageClassificationDataset, collate
 from peft_vlm.objective import Objective, ObjectiveOutput
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import ClassFeatureCache
@@ -114,20 +112,3 @@ class LinearProbe(nn.Module):
             return loss
 
         return float(optimizer.step(closure).detach())
-
-
-@torch.inference_mode()
-def all_image_features(
-    model: nn.Module, dataset: ImageClassificationDataset, *, batch_size: int = 64, num_workers: int = 0
-) -> Float[Tensor, "images dim"]:
-    """Projected image features of a dataset, not normalised, in float32 on the CPU.
-
-    Args:
-        model: Model in evaluation mode.
-        dataset: Images with a transform.
-        batch_size: Images per forward pass.
-        num_workers: Processes that decode images.
-    """
-    device = next(model.parameters()).device
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
-    return torch.cat([image_features(model, batch["pixel_values"].to(device)).float().cpu() for batch in loader])

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import PrinterCallback
 
-from peft_vlm.baselines import LinearProbe, all_image_features
+from peft_vlm.baselines import LinearProbe
 from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.image_features import all_image_features
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.evaluation.classify import evaluate_classifier
 from peft_vlm.objective import Objective

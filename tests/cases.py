@@ -6,17 +6,27 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import CLIPProcessor
 
-from peft_vlm import SkipTuningConfig, SkipTuningObjective
+from peft_vlm import (
+    CoOpConfig,
+    CoOpObjective,
+    PromptSRCConfig,
+    PromptSRCObjective,
+    SkipTuningConfig,
+    SkipTuningObjective,
+)
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.objective import Objective
 from peft_vlm.text.prompts import ClassPrompts, tokenize_classes
+from peft_vlm.text.reserve import reserve_slots
 from tests.tiny import CONTEXT_LENGTH, clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 
 NUM_CLASSES = 6
+WORD_A = tiny_tokenizer()("a", add_special_tokens=False)["input_ids"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,9 @@ class Case:
         config: Builds its configuration for the tiny model.
         objective: Builds its objective for class prompts; keyword arguments override settings.
         other_shape: Settings of a second adapter with another shape, None if every adapter looks the same.
+        starts_as_base: Whether an untrained adapter leaves the base model's output as it is.
+        text_free: Whether the model with its adapter takes `pixel_values` alone.
+        saved_module: A module outside the method's own targets, for PEFT's `modules_to_save`.
         can_merge: Whether merging into the base weights is exact.
         zero_gradients: Endings of trainable tensors whose gradient is analytically zero, with the reason.
         batch_dependent: Why the loss of a batch is not the mean of the losses of its halves; empty if it is.
@@ -38,6 +51,9 @@ class Case:
     config: Callable[..., PeftConfig]
     objective: Callable[..., Objective]
     other_shape: dict[str, Any] | None = None
+    starts_as_base: bool = True
+    text_free: bool = False
+    saved_module: str = "token_embedding"
     can_merge: bool = False
     zero_gradients: dict[str, str] = field(default_factory=dict)
     batch_dependent: str = ""
@@ -54,7 +70,53 @@ def skip_tuning_objective(prompts: ClassPrompts, **settings: Any) -> SkipTuningO
     return SkipTuningObjective(prompts, **({"batch_composition": "random", "top_ratio": 0.5} | settings))
 
 
+def coop_config(**settings: Any) -> CoOpConfig:
+    """One vector that starts as the word "a", with which the template begins."""
+    return CoOpConfig(**({"context_init_ids": WORD_A} | settings))
+
+
+def promptsrc_config(**settings: Any) -> PromptSRCConfig:
+    """Three text layers and two vision layers of three, two tokens each."""
+    own = {"num_text_tokens": 2, "text_depth": 3, "num_vision_tokens": 2, "vision_depth": 2, "context_init": None}
+    return PromptSRCConfig(**(own | settings))
+
+
 CASES = [
+    Case(
+        method="coop",
+        config=coop_config,
+        objective=CoOpObjective,
+        other_shape={"context_init_ids": None, "num_text_tokens": 5, "class_position": "end"},
+        saved_module="visual_projection",
+        bad_settings=(
+            ({"num_text_tokens": 0}, "1 or more, got 0"),
+            ({"num_text_tokens": 1.5}, "integer, got 1.5"),
+            ({"class_position": "behind"}, "('end', 'middle', 'front'), got 'behind'"),
+            ({"class_specific": True}, "nothing to say about new classes"),
+            ({"context_init_ids": None, "context_init": "a photo"}, "has no tokenizer to read them"),
+            ({"target_modules": "q_proj"}, "chooses its modules"),
+            ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
+        ),
+    ),
+    Case(
+        method="promptsrc",
+        config=promptsrc_config,
+        objective=PromptSRCObjective,
+        other_shape={"num_text_tokens": 4, "text_depth": 1, "num_vision_tokens": 1, "vision_depth": 3},
+        starts_as_base=False,
+        saved_module="visual_projection",
+        bad_settings=(
+            ({"text_depth": -1}, "0 or more, got -1"),
+            ({"vision_depth": 4}, "`vision_depth` from 0 to 3"),
+            ({"text_depth": 9}, "`text_depth` from 0 to 3"),
+            ({"num_vision_tokens": "2"}, "integer, got '2'"),
+            ({"num_text_tokens": 0, "vision_depth": 0}, "at least one tower"),
+            ({"context_init_ids": WORD_A, "num_text_tokens": 2}, "`num_text_tokens` of at most 1"),
+            ({"context_init": "a photo of a"}, "has no tokenizer to read them"),
+            ({"target_modules": "q_proj"}, "chooses its modules"),
+            ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
+        ),
+    ),
     Case(
         method="skip_tuning",
         config=skip_tuning_config,
@@ -80,6 +142,27 @@ def class_prompts(names: Sequence[str] | None = None) -> ClassPrompts:
     """Prompts of the colour classes."""
     names = names or colour_names(NUM_CLASSES)
     return tokenize_classes(tiny_tokenizer(), names, template="a {}.", max_length=CONTEXT_LENGTH)
+
+
+def model_inputs(case: Case, model: nn.Module, pixel_values: Tensor) -> dict[str, Tensor]:
+    """What the model's own forward takes with its adapter as it is now: prompts with that adapter's slots, or none."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if case.text_free and any(layer.active_adapters and not layer.disable_adapters for layer in layers):
+        return {"pixel_values": pixel_values}
+    return {"pixel_values": pixel_values, "input_ids": reserve_slots(model, class_prompts()).input_ids}
+
+
+def pixels(count: int = 4) -> Tensor:
+    """Images of the first classes, one each."""
+    dataset = images(per_class=1)
+    return torch.stack([dataset[i]["pixel_values"] for i in range(count)])
+
+
+@torch.no_grad()
+def logits_of(case: Case, model: nn.Module, pixel_values: Tensor | None = None) -> Tensor:
+    """Logits of the model's own forward, over the colour classes."""
+    inputs = model_inputs(case, model, pixels() if pixel_values is None else pixel_values)
+    return model(**inputs).logits_per_image
 
 
 def images(per_class: int = 4, *, seed: int = 0) -> ImageClassificationDataset:

@@ -15,7 +15,17 @@ from torch.testing import assert_close
 from peft_vlm.data.dataset import collate
 from peft_vlm.errors import AdapterError
 from peft_vlm.registry import METHODS
-from tests.cases import CASES, Case, base_model, class_prompts, images, perturb, prepared
+from tests.cases import (
+    CASES,
+    Case,
+    base_model,
+    images,
+    logits_of,
+    model_inputs,
+    perturb,
+    pixels,
+    prepared,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,24 +35,12 @@ def case(request) -> Case:
     return request.param
 
 
-@pytest.fixture
-def batch() -> dict[str, torch.Tensor]:
-    """Pixels and class prompts for the model's own forward."""
-    dataset = images(per_class=1)
-    pixels = torch.stack([dataset[i]["pixel_values"] for i in range(4)])
-    return {"pixel_values": pixels, "input_ids": class_prompts().input_ids}
-
-
 def adapted(case: Case, *, name: str = "default", move: bool = True, **settings) -> PeftModel:
+    torch.manual_seed(0)  # random prompts, the same in every model
     model = get_peft_model(base_model(), case.config(**settings), adapter_name=name)
     if move:
         perturb(model)
     return model.eval()
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    return model(**batch).logits_per_image
 
 
 def training_batch(dataset, indices) -> dict[str, torch.Tensor]:
@@ -65,12 +63,12 @@ def test_every_registered_method_has_a_case_and_a_module_and_documents():
             assert (ROOT / path).is_file(), f"{method} lacks {path}"
 
 
-def test_adapter_acts_and_disabling_restores_the_base_bitwise(case, batch):
-    expected = logits(base_model(), batch)
+def test_adapter_acts_and_disabling_restores_the_base_bitwise(case):
+    expected = logits_of(case, base_model())
     model = adapted(case)
-    assert (logits(model, batch) - expected).abs().max() > 1e-3
+    assert (logits_of(case, model) - expected).abs().max() > 1e-3
     with model.disable_adapter():
-        assert torch.equal(logits(model, batch), expected)
+        assert torch.equal(logits_of(case, model), expected)
 
 
 def test_only_adapter_tensors_train_and_each_gets_a_gradient(case):
@@ -79,7 +77,8 @@ def test_only_adapter_tensors_train_and_each_gets_a_gradient(case):
     dataset = images()
     objective = prepared(case, model, dataset)
     objective(model.train(), training_batch(dataset, range(0, 24, 3))).loss.backward()
-    own = set(get_peft_model_state_dict(model))
+    buffers = {name.replace(".default", "") for name, _ in model.named_buffers()}
+    own = set(get_peft_model_state_dict(model)) - buffers
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == len(own) > 0
     for name, parameter in model.named_parameters():
@@ -92,13 +91,13 @@ def test_only_adapter_tensors_train_and_each_gets_a_gradient(case):
 
 @pytest.mark.parametrize("name", ["default", "other"])
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_reload_is_bitwise_equal_under_any_name(case, batch, tmp_path, name, low_cpu_mem_usage):
+def test_reload_is_bitwise_equal_under_any_name(case, tmp_path, name, low_cpu_mem_usage):
     """A name left in the keys loads as random values under another name, with only a warning."""
     model = adapted(case)
-    expected, state = logits(model, batch), get_peft_model_state_dict(model)
+    expected, state = logits_of(case, model), get_peft_model_state_dict(model)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base_model(), tmp_path, adapter_name=name, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(logits(again, batch), expected)
+    assert torch.equal(logits_of(case, again), expected)
     reloaded = get_peft_model_state_dict(again, adapter_name=name)
     assert state.keys() == reloaded.keys()
     assert all(torch.equal(state[key], reloaded[key]) for key in state)
@@ -116,36 +115,36 @@ def test_the_file_holds_adapter_tensors_only(case, tmp_path):
     assert buffers == 0 or len(stored) > len(trained)
 
 
-def test_two_adapters_coexist(case, batch):
+def test_two_adapters_coexist(case):
     model = adapted(case)
-    first = logits(model, batch)
+    first = logits_of(case, model)
     model.add_adapter("second", case.config(init_weights=False, **(case.other_shape or {})))
-    assert torch.equal(logits(model, batch), first)
+    assert torch.equal(logits_of(case, model), first)
     model.set_adapter("second")
-    second = logits(model.eval(), batch)
+    second = logits_of(case, model.eval())
     assert not torch.equal(first, second)
     model.set_adapter("default")
-    assert torch.equal(logits(model, batch), first)
+    assert torch.equal(logits_of(case, model), first)
     model.delete_adapter("second")
-    assert torch.equal(logits(model, batch), first)
-    assert torch.equal(logits(model.unload(), batch), logits(base_model(), batch))
+    assert torch.equal(logits_of(case, model), first)
+    assert torch.equal(logits_of(case, model.unload()), logits_of(case, base_model()))
 
 
-def test_deleting_the_active_adapter_falls_back_to_the_other(case, batch):
+def test_deleting_the_active_adapter_falls_back_to_the_other(case):
     model = adapted(case)
-    first = logits(model, batch)
+    first = logits_of(case, model)
     model.add_adapter("second", case.config(init_weights=False))
     model.set_adapter("second")
     with pytest.warns(UserWarning, match="second was active which is now deleted"):
         model.delete_adapter("second")
-    assert torch.equal(logits(model, batch), first)
+    assert torch.equal(logits_of(case, model), first)
 
 
-def test_unload_leaves_no_trace(case, batch):
+def test_unload_leaves_no_trace(case):
     model = adapted(case).unload()
     assert type(model) is type(base_model())
     assert [name for name, _ in model.named_modules()] == [name for name, _ in base_model().named_modules()]
-    assert torch.equal(logits(model, batch), logits(base_model(), batch))
+    assert torch.equal(logits_of(case, model), logits_of(case, base_model()))
 
 
 def test_several_active_adapters_are_refused(case):
@@ -155,29 +154,29 @@ def test_several_active_adapters_are_refused(case):
         model.base_model.set_adapter(["default", "second"])
 
 
-def test_mixed_batches_are_refused(case, batch):
+def test_mixed_batches_are_refused(case):
     """PEFT would drop the argument and run the active adapter for every row."""
     model = adapted(case)
     with pytest.raises(AdapterError, match="batch per adapter"):
-        model(**batch, adapter_names=["default"] * 4)
+        model(**model_inputs(case, model, pixels()), adapter_names=["default"] * 4)
 
 
-def test_merging_is_exact_or_refused(case, batch):
+def test_merging_is_exact_or_refused(case):
     model = adapted(case)
-    expected = logits(model, batch)
+    expected = logits_of(case, model)
     if not case.can_merge:
         with pytest.raises(AdapterError, match="cannot be merged"):
             model.merge_and_unload()
         return
     model.merge_adapter()
-    assert torch.equal(logits(model, batch), expected)
+    assert torch.equal(logits_of(case, model), expected)
     model.unmerge_adapter()
-    assert torch.equal(logits(model, batch), expected)
+    assert torch.equal(logits_of(case, model), expected)
     with model.disable_adapter():
-        assert torch.equal(logits(model, batch), logits(base_model(), batch))
+        assert torch.equal(logits_of(case, model), logits_of(case, base_model()))
     merged = model.merge_and_unload(safe_merge=True)
     assert type(merged) is type(base_model())
-    assert torch.equal(logits(merged, batch), expected)
+    assert torch.equal(logits_of(case, merged), expected)
 
 
 def test_configuration_survives_json(case, tmp_path):
@@ -217,13 +216,13 @@ def test_adapter_names_that_peft_would_lose_are_refused(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_bases_keep_shapes_and_dtypes(case, batch, dtype):
-    expected = logits(adapted(case), batch)
+def test_half_precision_bases_keep_shapes_and_dtypes(case, dtype):
+    expected = logits_of(case, adapted(case))
+    torch.manual_seed(0)
     model = get_peft_model(base_model().to(dtype), case.config())
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     perturb(model)
-    half = batch | {"pixel_values": batch["pixel_values"].to(dtype)}
-    actual = logits(model, half)
+    actual = logits_of(case, model, pixels().to(dtype))
     assert actual.dtype == dtype
     assert_close(actual.float(), expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))
 
@@ -263,17 +262,17 @@ def test_loss_terms_are_finite_scalars_that_sum_to_the_loss(case):
     assert not output.labels.is_floating_point()
 
 
-def test_predicted_logits_are_those_of_the_model(case, batch):
+def test_predicted_logits_are_those_of_the_model(case):
     model = adapted(case)
     dataset = images(per_class=1)
     objective = prepared(case, model, dataset)
     with torch.no_grad():
-        predicted = objective.predict(model, {"pixel_values": batch["pixel_values"]})
-    assert_close(predicted, logits(model, batch), rtol=1e-5, atol=1e-4)
+        predicted = objective.predict(model, {"pixel_values": pixels()})
+    assert_close(predicted, logits_of(case, model), rtol=1e-5, atol=1e-4)
 
 
-def test_pickle_and_deepcopy(case, batch):
+def test_pickle_and_deepcopy(case):
     model = adapted(case)
-    expected = logits(model, batch)
-    assert torch.equal(logits(copy.deepcopy(model), batch), expected)
-    assert torch.equal(logits(pickle.loads(pickle.dumps(model)), batch), expected)
+    expected = logits_of(case, model)
+    assert torch.equal(logits_of(case, copy.deepcopy(model)), expected)
+    assert torch.equal(logits_of(case, pickle.loads(pickle.dumps(model))), expected)

@@ -8,19 +8,12 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 from peft_vlm import VLMTrainer, VLMTrainingArguments
-from tests.cases import CASES, Case, base_model, class_prompts, images
+from tests.cases import CASES, Case, base_model, class_prompts, images, logits_of
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.method)
 def case(request) -> Case:
     return request.param
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    dataset = images(per_class=1)
-    pixels = torch.stack([dataset[i]["pixel_values"] for i in range(4)])
-    return model(pixel_values=pixels, input_ids=class_prompts().input_ids).logits_per_image
 
 
 def run(case: Case, folder: Path, *, name: str = "default", epochs: int = 2, resume: str | None = None, seed: int = 3):
@@ -80,5 +73,5 @@ def test_a_finished_run_leaves_what_a_person_wants(case, tmp_path):
     assert config.image_size == [16, 16]
     assert len(config.image_mean) == len(config.image_std) == 3
     again = PeftModel.from_pretrained(base_model(), tmp_path)
-    assert torch.equal(logits(again), logits(trainer.model.model.eval()))
+    assert torch.equal(logits_of(case, again), logits_of(case, trainer.model.model.eval()))
     assert not list(tmp_path.rglob("*.bin"))

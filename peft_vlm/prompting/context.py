@@ -88,21 +88,10 @@ def complete_context(config: TextContextConfig, model: Any) -> None:
         model: The base model.
 
     Raises:
-        ValueError: If the initial words cannot be tokenised or are fewer tokens than `num_text_tokens`.
+        ValueError: If the initial words are fewer tokens than `num_text_tokens`.
     """
-    if not config.num_text_tokens:
-        return
     config.placeholder_id = model.config.text_config.bos_token_id
-    if config.context_init_ids is None and config.context_init is not None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"The context starts from the words {config.context_init!r}, and the base model's folder "
-                f"{model.name_or_path!r} has no tokenizer to read them. Pass their token ids as `context_init_ids`, "
-                "or `context_init=None` for a random start."
-            ) from error
-        config.context_init_ids = tokenizer(config.context_init, add_special_tokens=False)["input_ids"]
+    read_context_words(config, model)
     if config.context_init_ids is None:
         return
     if len(config.context_init_ids) < config.num_text_tokens:
@@ -112,6 +101,42 @@ def complete_context(config: TextContextConfig, model: Any) -> None:
             "`context_init=None`."
         )
     config.context_init_ids = list(config.context_init_ids[: config.num_text_tokens])
+
+
+def read_context_words(config: TextContextConfig, model: Any) -> None:
+    """Fill in `context_init_ids` from the words, by the base model's tokenizer; nothing to do where they are given.
+
+    Args:
+        config: Configuration of a new or loaded adapter.
+        model: The base model.
+
+    Raises:
+        ValueError: If the base model's folder has no tokenizer.
+    """
+    if config.context_init_ids is not None or config.context_init is None:
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        ids = tokenizer(config.context_init, add_special_tokens=False)["input_ids"]
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"The context starts from the words {config.context_init!r}, and the base model's folder "
+            f"{model.name_or_path!r} has no tokenizer to read them. Pass their token ids as `context_init_ids`, "
+            "or `context_init=None` for a random start."
+        ) from error
+    config.context_init_ids = list(ids)
+
+
+def trained_towers(model: nn.Module) -> tuple[bool, bool]:
+    """Whether anything on the text side, and anything on the vision side, requires a gradient.
+
+    Args:
+        model: CLIP-like model, with or without adapters.
+    """
+    towers = towers_of(model)
+    vision = {path.partition(".")[0] for path in (towers.vision_layers_path, *towers.vision_head_paths)}
+    parts = {name.partition(".")[0] for name, p in towers.model.named_parameters() if p.requires_grad}
+    return bool(parts - vision - {"logit_scale"}), bool(parts & vision)
 
 
 def learned_token_pattern(model: nn.Module, *, text_depth: int, vision_depth: int) -> str:

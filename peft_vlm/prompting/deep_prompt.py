@@ -69,13 +69,14 @@ class TextContext(LearnedTokens):
 
     def __init__(self, base_layer: nn.Module, *, prefix: str) -> None:
         super().__init__(base_layer, prefix=prefix)
-        self._slots: dict[str, Slots] = {}
+        self.context_slots: dict[str, Slots] = {}
+        self.other_param_names = ("context_slots",)  # PEFT forgets an entry together with its adapter
 
     @property
     def slots(self) -> Slots | None:
         """What the active adapter needs reserved in a prompt; None when there is none."""
         name = self.current_adapter
-        return None if name is None else self._slots[name]
+        return None if name is None else self.context_slots[name]
 
     def add_adapter(self, adapter_name: str, config: Any) -> None:
         """Context from the embeddings of `context_init_ids`, or random.
@@ -91,7 +92,7 @@ class TextContext(LearnedTokens):
             context = nn.Parameter(weight.detach()[list(slots.initial_ids)].clone())
             if not config.init_weights:
                 context.data += INIT_STD * torch.randn(context.shape).to(context)
-        self.prompts[adapter_name], self._slots[adapter_name] = context, slots
+        self.prompts[adapter_name], self.context_slots[adapter_name] = context, slots
 
     def forward(self, input_ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts tokens width"]:
         """Embeddings with the context in the slots.

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.prompting.deep_prompt import LearnedTokens
+from peft_vlm.towers import unwrap
 
 FOLDER = Path(__file__).parent / "reference"
 
@@ -48,3 +51,46 @@ class RecordedImages(ImageClassificationDataset):
 def batch_of(dataset: RecordedImages, indices: list[int]) -> dict[str, Tensor]:
     """A batch of given positions, without pixels."""
     return {"index": torch.tensor(indices), "labels": torch.tensor([dataset.labels[i] for i in indices])}
+
+
+def recorded_tokenizer() -> CLIPTokenizer:
+    """The tokenizer of the cases of the PromptKD family: 642 of CLIP's tokens."""
+    parts = facts("compact_tokenizer")
+    return CLIPTokenizer(vocab=parts["vocab"], merges=[tuple(merge.split()) for merge in parts["merges"]])
+
+
+def assert_close_to_max(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Largest error at most a share of the largest expected entry."""
+    assert_close(actual, expected, rtol=0.0, atol=tolerance * float(expected.abs().max()))
+
+
+def prompt_tensors(model: nn.Module, *, prefix: str) -> dict[str, list[nn.Parameter]]:
+    """Trained prompts of a model by their recorded names; deep ones one tensor per layer."""
+    base = unwrap(model)
+    name = f"{prefix}prompt"
+
+    def deep(layers: nn.ModuleList) -> list[nn.Parameter]:
+        return [getattr(layer, name)["default"] for layer in layers if isinstance(layer, LearnedTokens)]
+
+    found = {"text_deep": deep(base.text_model.encoder.layers), "vision_deep": deep(base.vision_model.encoder.layers)}
+    if isinstance(base.text_model.embeddings.token_embedding, LearnedTokens):
+        found["text_ctx"] = [getattr(base.text_model.embeddings.token_embedding, name)["default"]]
+    if isinstance(base.vision_model.embeddings, LearnedTokens):
+        found["vision_shallow"] = [getattr(base.vision_model.embeddings, name)["default"]]
+    return {key: tensors for key, tensors in found.items() if tensors}
+
+
+@torch.no_grad()
+def load_prompts(model: nn.Module, recorded: dict[str, Tensor], *, prefix: str, group: str = "in") -> None:
+    """Put recorded prompts into a model."""
+    for name, parameters in prompt_tensors(model, prefix=prefix).items():
+        values = recorded[f"{group}.{name}"]
+        values = values if values.ndim == 3 else values[None]
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def stacked(parameters: list[Tensor | None], like: Tensor) -> Tensor:
+    """Tensors of some layers in the recorded layout."""
+    stack = torch.stack([tensor.detach() for tensor in parameters if tensor is not None])
+    return stack if like.ndim == 3 else stack[0]

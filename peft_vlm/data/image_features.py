@@ -1,0 +1,34 @@
+"""Image features of a whole dataset, computed once and kept."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from peft_vlm.data.dataset import ImageClassificationDataset, collate
+from peft_vlm.data.transforms import EvalTransform
+from peft_vlm.towers import image_features
+
+
+def has_fixed_pixels(dataset: ImageClassificationDataset) -> bool:
+    """Whether every epoch sees the same pixels, so that features of a frozen tower stay valid."""
+    return isinstance(dataset.transform, EvalTransform)
+
+
+@torch.no_grad()
+def all_image_features(
+    model: nn.Module, dataset: ImageClassificationDataset, *, batch_size: int = 64, num_workers: int = 0
+) -> Float[Tensor, "images dim"]:
+    """Projected image features of a dataset, not normalised, in float32 on the CPU.
+
+    Args:
+        model: Model in evaluation mode.
+        dataset: Images with a transform.
+        batch_size: Images per forward pass.
+        num_workers: Processes that decode images.
+    """
+    device = next(model.parameters()).device
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
+    progress = tqdm(loader, desc="Image features", leave=False, disable=len(loader) < 10)
+    return torch.cat([image_features(model, batch["pixel_values"].to(device)).float().cpu() for batch in progress])

@@ -1,0 +1,51 @@
+"""Configuration of a CoOp adapter."""
+
+from dataclasses import dataclass, field
+from typing import no_type_check
+
+from peft import PeftType
+
+from peft_vlm.prompting.context import TextContextConfig, check_count, check_position
+from peft_vlm.registry import extend_peft_type
+
+extend_peft_type("COOP")
+
+
+@no_type_check  # wrong types get the messages of `__post_init__`, in tests too
+@dataclass
+class CoOpConfig(TextContextConfig):
+    """Context vectors in the class prompts of a CLIP, shared by all classes; nothing else is trained.
+
+    Args:
+        num_text_tokens: Context vectors per prompt. Paper: M; official `N_CTX`, 16. With `context_init` it becomes the
+            number of the words' tokens, as in the official code.
+        context_init: Words whose embeddings the context starts from, such as `"a photo of a"`. None: N(0, 0.02).
+        class_position: Where the class name stands: `"end"`: behind the context, `"middle"`: between its halves,
+            `"front"`: before it. Official `CLASS_TOKEN_POSITION`.
+        class_specific: Only False. Contexts per class (official `CSC`) cannot name a class that was not trained on.
+
+    References:
+        Learning to Prompt for Vision-Language Models, 2022, arXiv 2109.01134, Sec. 3.2.
+    """
+
+    num_text_tokens: int = field(default=16)
+    context_init: str | None = field(default=None)
+    class_position: str = field(default="end")
+    class_specific: bool = field(default=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["COOP"]
+        check_count(self, "num_text_tokens", minimum=1)
+        check_position("class_position", self.class_position)
+        if self.class_specific:
+            raise ValueError(
+                f"Expected `class_specific`=False, got {self.class_specific!r}. A context per class fits one fixed "
+                "class list: it has nothing to say about new classes, and its size grows with their number. Use the "
+                "shared context."
+            )
+
+    @property
+    def text_position(self) -> str:
+        """Where the class name stands."""
+        return self.class_position

@@ -1,0 +1,46 @@
+"""Hyper-parameters of the official CoOp runs, as keyword arguments for the places settings live in."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings of one official configuration.
+
+    Args:
+        config: For `CoOpConfig`.
+        training: For `VLMTrainingArguments`.
+    """
+
+    config: dict[str, Any]
+    training: dict[str, Any]
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "random": {"num_text_tokens": 16, "context_init": None},
+    "words": {"num_text_tokens": 4, "context_init": "a photo of a"},  # *_ctxv1.yaml
+}
+"""`"random"`: the paper's 16 vectors; `"words"`: the four of the base-to-new comparisons."""
+
+
+def preset_for(context: str = "random", *, shots: int, imagenet: bool = False) -> Preset:
+    """An official preset: SGD at 0.002, batch 32, 50 epochs for 1 shot, 100 up to 4, 200 above; ImageNet always 50.
+
+    Args:
+        context: Key of `CONFIGS`.
+        shots: Images per class.
+        imagenet: Train 50 epochs whatever the number of shots (Sec. 4.1).
+
+    Raises:
+        ValueError: If the context is unknown, or there is no shot.
+    """
+    if context not in CONFIGS:
+        raise ValueError(f"Expected a context out of {sorted(CONFIGS)}, got {context!r}.")
+    if shots < 1:
+        raise ValueError(f"Expected `shots` of 1 or more, got {shots!r}.")
+    epochs = 50 if shots == 1 or imagenet else 100 if shots <= 4 else 200
+    training = {"optim": "sgd", "learning_rate": 0.002, "momentum": 0.9, "weight_decay": 5e-4}
+    training |= {"per_device_train_batch_size": 32, "num_train_epochs": epochs}
+    training |= {"warmup_epochs": 1, "warmup_learning_rate": 1e-5}
+    return Preset(dict(CONFIGS[context]), training)

@@ -1,0 +1,247 @@
+"""PromptSRC's objective: cross-entropy, held back by three terms that keep the prompted model near the frozen one.
+
+Self-regulating Prompts: Foundational Model Adaptation without Forgetting, 2023, arXiv 2307.06948.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.image_features import all_image_features, has_fixed_pixels
+from peft_vlm.losses.distillation import distillation_loss
+from peft_vlm.losses.self_consistency import feature_distance
+from peft_vlm.methods.promptsrc.aggregation import PromptAggregation
+from peft_vlm.methods.promptsrc.frozen import frozen_class_features
+from peft_vlm.objective import Objective, ObjectiveOutput, Paper
+from peft_vlm.prompting.context import trained_towers
+from peft_vlm.shapes import Batch
+from peft_vlm.text.class_features import ClassFeatureCache, encode_classes, evaluation_mode
+from peft_vlm.text.prompts import ClassPrompts
+from peft_vlm.text.reserve import reserve_slots
+from peft_vlm.towers import image_features, towers_of
+
+PAPER = Paper(
+    title="Self-regulating Prompts: Foundational Model Adaptation without Forgetting",
+    year=2023,
+    arxiv_id="2307.06948",
+    venue="ICCV 2023",
+    bibtex="""@inproceedings{khattak2023self,
+  title     = {Self-regulating Prompts: Foundational Model Adaptation without Forgetting},
+  author    = {Khattak, Muhammad Uzair and Wasim, Syed Talal and Naseer, Muzammal and Khan, Salman and
+               Yang, Ming-Hsuan and Khan, Fahad Shahbaz},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision},
+  year      = {2023}
+}""",
+)
+
+
+class PromptSRCObjective(Objective):
+    """Cross-entropy plus weighted distances to the frozen model's text features, image features and predictions.
+
+    Formula: L = CE + w_text |g_p - g|_1 + w_image |f_p - f|_1 + w_logit KL(frozen || prompted); means over all
+        entries, KL divided by batch x classes; g averages a template ensemble.
+
+    Args:
+        prompts: Plain class prompts with one template, which begins with the words the context starts from.
+        frozen_prompts: The same classes in the templates that the frozen text features average, for example
+            `OFFICIAL_TEMPLATES` or `IMAGENET_ENSEMBLE`. None: `prompts` as they are.
+        text_weight: Weight of the text term. Official `TEXT_LOSS_WEIGHT`, 25.
+        image_weight: Weight of the image term. Official `IMAGE_LOSS_WEIGHT`, 10.
+        logit_weight: Weight of the divergence of predictions; 1 in the official code.
+        gpa_mean: Gaussian prompt aggregation: epoch with the largest weight, counted from 1. None: no aggregation.
+        gpa_std: Its standard deviation in epochs.
+        image_cache: `"auto"`: frozen image features are computed once per run where the transform is not random;
+            `"none"`: per batch. The same result.
+        cache_batch_size: Images per forward pass while caching.
+        num_workers: Processes that decode images while caching.
+
+    Requirements:
+        Batches with `pixel_values`, `labels` and `index`; a `PeftModel` with an active PromptSRC adapter.
+
+    Relations:
+        All weights 0: independent vision-language prompting (IVLP), where no frozen features are computed.
+
+    Raises:
+        ValueError: If a setting is out of range, or the prompts do not fit.
+
+    References:
+        arXiv 2307.06948, Sec. 3.2, Eq. (3) to (6); reductions and weights from the official code.
+    """
+
+    paper = PAPER
+
+    def __init__(
+        self,
+        prompts: ClassPrompts,
+        *,
+        frozen_prompts: ClassPrompts | None = None,
+        text_weight: float | int = 25.0,
+        image_weight: float | int = 10.0,
+        logit_weight: float | int = 1.0,
+        gpa_mean: float | int | None = None,
+        gpa_std: float | int | None = None,
+        image_cache: str = "auto",
+        cache_batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
+        frozen_prompts = frozen_prompts or prompts
+        self.weights = {"text": text_weight, "image": image_weight, "logit": logit_weight}
+        _check(prompts, frozen_prompts, self.weights, (gpa_mean, gpa_std), image_cache)
+        self.prompts, self.frozen_prompts = prompts, frozen_prompts
+        self.image_cache, self.cache_batch_size, self.num_workers = image_cache, cache_batch_size, num_workers
+        self.aggregation: PromptAggregation | None = None
+        if gpa_mean is not None and gpa_std is not None:
+            self.aggregation = PromptAggregation(mean=gpa_mean, std=gpa_std)
+        self._class_features = ClassFeatureCache()
+        self._input_ids: Tensor | None = None
+        self._fixed_text: Tensor | None = None
+        self._frozen_text: Tensor | None = None
+        self._frozen_images: Tensor | None = None
+        self._trains_vision = True
+
+    def config_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        settings: dict[str, Any] = {f"{name}_weight": weight for name, weight in self.weights.items()}
+        if self.aggregation is not None:
+            settings |= {"gpa_mean": self.aggregation.mean, "gpa_std": self.aggregation.std}
+        return settings | {"frozen_templates": list(self.frozen_prompts.templates), "image_cache": self.image_cache}
+
+    def callbacks(self, model: nn.Module) -> list[TrainerCallback]:
+        """The aggregation, when it is switched on.
+
+        Args:
+            model: The model whose trained tensors it averages.
+        """
+        if self.aggregation is None:
+            return []
+        self.aggregation.model = model
+        return [self.aggregation]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The aggregation so far."""
+        return {} if self.aggregation is None else self.aggregation.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved aggregation.
+
+        Args:
+            state: Mapping of `state_dict`.
+        """
+        if self.aggregation is None:
+            super().load_state_dict(state)
+        else:
+            self.aggregation.load_state_dict(state)
+
+    def prepare(self, model: nn.Module, dataset: ImageClassificationDataset) -> None:
+        """Compute what stays the same all run: frozen text features, and frozen image features where pixels stay too.
+
+        Args:
+            model: `PeftModel` with the active adapter.
+            dataset: Training images.
+        """
+        trains_text, self._trains_vision = trained_towers(model)
+        ids = reserve_slots(model, self.prompts).input_ids
+        self._input_ids = ids.to(next(model.parameters()).device)
+        self._fixed_text = None if trains_text else encode_classes(model, self.prompts)
+        self._frozen_text = self._frozen_images = None
+        if self.weights["text"] or self.weights["logit"]:
+            self._frozen_text = frozen_class_features(model, self.frozen_prompts)
+        if self._needs_frozen_images and self.image_cache == "auto" and has_fixed_pixels(dataset):
+            with evaluation_mode(model), model.disable_adapter():
+                self._frozen_images = all_image_features(
+                    model, dataset, batch_size=self.cache_batch_size, num_workers=self.num_workers
+                )
+
+    @property
+    def _needs_frozen_images(self) -> bool:
+        """Whether frozen image features are used: by a term, or because the vision tower has no prompts."""
+        return not self._trains_vision or bool(self.weights["image"] or self.weights["logit"])
+
+    def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
+        """Loss over all classes.
+
+        Args:
+            model: `PeftModel` with the active adapter.
+            batch: `pixel_values`, `labels`, `index`.
+
+        Returns:
+            `cross_entropy` and, where their weight is not 0, `text_consistency`, `image_consistency` and
+            `logit_consistency`, already weighted; logits of the prompted model.
+
+        Raises:
+            RuntimeError: If `prepare` was not called.
+        """
+        if self._input_ids is None:
+            raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
+        towers = towers_of(model)
+        frozen = self._frozen_image_features(model, batch) if self._needs_frozen_images else None
+        image = frozen
+        if self._trains_vision or image is None:
+            image = towers.finish_image(towers.embed_image(batch["pixel_values"]), 0)
+        text = self._fixed_text
+        if text is None:
+            text = towers.finish_text(towers.embed_text(self._input_ids), self._input_ids, 0)
+        logits = towers.similarity_logits(image, text)
+        terms = {"cross_entropy": nn.functional.cross_entropy(logits, batch["labels"])}
+        if self.weights["text"] and self._frozen_text is not None:
+            terms["text_consistency"] = self.weights["text"] * feature_distance(text, self._frozen_text)
+        if self.weights["image"] and frozen is not None:
+            terms["image_consistency"] = self.weights["image"] * feature_distance(image, frozen)
+        if self.weights["logit"] and frozen is not None and self._frozen_text is not None:
+            frozen_logits = towers.similarity_logits(frozen, self._frozen_text)
+            divergence = distillation_loss(logits, frozen_logits, reduction="official")
+            terms["logit_consistency"] = self.weights["logit"] * divergence
+        return ObjectiveOutput(terms, logits, batch["labels"])
+
+    def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
+        """Logits over all classes.
+
+        Args:
+            model: The model under evaluation.
+            batch: `pixel_values`.
+        """
+        features = self._class_features.get(model, self.prompts)
+        return towers_of(model).similarity_logits(image_features(model, batch["pixel_values"]), features)
+
+    @torch.no_grad()
+    def _frozen_image_features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch dim"]:
+        """Image features of the model without its adapter."""
+        if self._frozen_images is not None:
+            return self._frozen_images[batch["index"].cpu()].to(batch["labels"].device)
+        towers = towers_of(model)
+        with model.disable_adapter():
+            return towers.finish_image(towers.embed_image(batch["pixel_values"]), 0)
+
+
+def _check(
+    prompts: ClassPrompts,
+    frozen_prompts: ClassPrompts,
+    weights: dict[str, float | int],
+    gpa: tuple[float | int | None, float | int | None],
+    image_cache: str,
+) -> None:
+    """Refuse settings that cannot work."""
+    if len(prompts.templates) != 1:
+        raise ValueError(
+            f"Expected class prompts with one template, got {len(prompts.templates)}: {prompts.templates!r}. "
+            "An ensemble goes into `frozen_prompts`."
+        )
+    if frozen_prompts.class_names != prompts.class_names:
+        raise ValueError(
+            f"Expected `frozen_prompts` of the {len(prompts.class_names)} classes of `prompts`, in their order, got "
+            f"{len(frozen_prompts.class_names)}: {list(frozen_prompts.class_names)[:5]!r}. Tokenise the same names."
+        )
+    for name, weight in weights.items():
+        if weight < 0:
+            raise ValueError(f"Expected `{name}_weight` of 0 or more, got {weight!r}.")
+    mean, std = gpa
+    if (mean is None) != (std is None) or (std is not None and std <= 0):
+        raise ValueError(
+            f"Expected both `gpa_mean` and `gpa_std` > 0, or neither, got {mean!r} and {std!r}. Both count epochs."
+        )
+    if image_cache not in ("auto", "none"):
+        raise ValueError(f"Expected `image_cache` to be 'auto' or 'none', got {image_cache!r}.")

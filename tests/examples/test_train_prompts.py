@@ -1,0 +1,91 @@
+"""The examples of CoOp and PromptSRC as a user runs them, for a few steps on a small part of the bundled sets."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_vlm import PromptedClassifier
+from peft_vlm.data.sources import load_image_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES, SHOTS = 4, 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """An image folder with a few images of the first classes of the bundled icons."""
+    folder = tmp_path_factory.mktemp("data") / "few icons"
+    for split in ("train", "test"):
+        dataset = load_image_dataset(str(ROOT / "examples/assets/icons"), split=split)
+        for label in range(CLASSES):
+            positions = [i for i, other in enumerate(dataset.labels) if other == label][: SHOTS + 1]
+            for position in positions:
+                path = folder / split / dataset.class_names[label] / f"{position}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                dataset.image(position).save(path)
+    return folder
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "examples" / script), "--use_cpu", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def check(output: Path, methods: list[str], scores: set[str]) -> dict:
+    """The report has the promised form; its files are there."""
+    report = json.loads((output / "metrics.json").read_text())
+    assert list(report["methods"]) == methods
+    for row in report["methods"].values():
+        assert scores | {"seconds", "peak_memory_mb", "trainable_parameters"} <= set(row)
+        assert all(0 <= value <= 100 for score in scores for value in row[score])
+    assert (output / "results.png").stat().st_size > 5_000
+    assert f"| {methods[-1]} |" in (output / "table.md").read_text()
+    return report
+
+
+def test_promptsrc_from_start_to_finish(data, tmp_path):
+    result = run(
+        "train_promptsrc.py",
+        *("--dataset", str(data), "--shots", str(SHOTS), "--seeds", "1", "--epochs", "2"),
+        *("--output_dir", str(tmp_path)),
+    )
+    assert result.returncode == 0, result.stderr
+    report = check(tmp_path, ["zero_shot", "ivlp", "promptsrc"], {"base", "new", "h"})
+    # 4 text tokens in 3 layers of width 192 or 2 vision tokens in 4 layers; the same for both rows
+    assert report["methods"]["ivlp"]["trainable_parameters"] == report["methods"]["promptsrc"]["trainable_parameters"]
+    folder = tmp_path / "few icons" / "promptsrc" / "seed1"
+    summary = json.loads((folder / "training_summary.json").read_text())
+    assert summary["metrics"]["aggregated_epochs"] == 2
+    assert summary["objective"]["text_weight"] == 25.0
+    assert len(summary["objective"]["frozen_templates"]) == 7
+    picture = next(path for path in sorted(data.rglob("*.png")))
+    predictions = PromptedClassifier.from_pretrained(folder).predict(str(picture))
+    assert {p.label for p in predictions} == set(
+        json.loads((folder / "adapter_config.json").read_text())["class_names"]
+    )
+
+
+def test_promptsrc_refuses_a_depth_that_the_model_does_not_have(data, tmp_path):
+    """The official depth 9 does not fit the bundled model of 4 text layers."""
+    result = run(
+        "train_promptsrc.py", "--dataset", str(data), "--preset", "base_to_new", "--output_dir", str(tmp_path)
+    )
+    assert result.returncode != 0
+    assert "Expected `text_depth` from 0 to 4" in result.stderr
+
+
+def test_coop_from_start_to_finish(data, tmp_path):
+    result = run(
+        "train_coop.py",
+        *("--dataset", str(data), "--shots", str(SHOTS), "--seeds", "1", "--epochs", "2"),
+        *("--preset", "random", "--template", "{}.", "--class_position", "middle", "--output_dir", str(tmp_path)),
+    )
+    assert result.returncode == 0, result.stderr
+    report = check(tmp_path, ["zero_shot", "coop"], {"accuracy"})
+    config = json.loads((tmp_path / "few icons" / "coop" / "seed1" / "adapter_config.json").read_text())
+    assert config["num_text_tokens"] == 16
+    assert config["class_position"] == "middle"
+    assert report["methods"]["coop"]["trainable_parameters"] % 16 == 0

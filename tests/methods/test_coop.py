@@ -1,0 +1,212 @@
+"""CoOp's loss by hand, its image features, what it refuses, and its use with other parts of the package."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.testing import assert_close
+from transformers import pipeline
+
+from peft_vlm import CoOpConfig, CoOpObjective, PromptedClassifier, VLMTrainer, VLMTrainingArguments
+from peft_vlm.data.dataset import ImageClassificationDataset, collate
+from peft_vlm.data.transforms import TrainTransform
+from peft_vlm.errors import AdapterError
+from peft_vlm.methods.coop import preset_for
+from peft_vlm.text import reserve_slots, tokenize_classes
+from tests.cases import CASES as ALL_CASES
+from tests.cases import NUM_CLASSES, class_prompts, images, perturb, pixels, prepared, processor
+from tests.tiny import CONTEXT_LENGTH, clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
+
+(CASE,) = [case for case in ALL_CASES if case.method == "coop"]
+
+
+def fresh(**settings):
+    model = get_peft_model(tiny_clip(), CASE.config(**settings))
+    perturb(model)
+    return model
+
+
+def augmented() -> ImageClassificationDataset:
+    """Colour images with random crops."""
+    return ImageClassificationDataset(
+        colour_rows(4, classes=NUM_CLASSES),
+        colour_names(NUM_CLASSES),
+        transform=TrainTransform(clip_processor(), scale=(0.2, 1.0)),
+    )
+
+
+def test_the_loss_is_the_cross_entropy_of_the_models_own_logits():
+    """By hand: -log of the softmax of the right class, averaged over the batch."""
+    model, dataset = fresh(), images()
+    batch = collate([dataset[i] for i in (0, 7, 14, 21)])
+    output = prepared(CASE, model, dataset)(model, batch)
+    ids = reserve_slots(model, class_prompts()).input_ids
+    with torch.no_grad():
+        logits = model(pixel_values=batch["pixel_values"], input_ids=ids).logits_per_image
+    by_hand = -sum(
+        logits[row].exp()[label].log() - logits[row].exp().sum().log() for row, label in enumerate(batch["labels"])
+    )
+    assert_close(output.loss.detach(), by_hand / 4, rtol=1e-5, atol=1e-5)
+    assert_close(output.logits.detach(), logits, rtol=1e-5, atol=1e-4)
+
+
+def test_stored_and_computed_image_features_give_the_same_loss():
+    model, dataset = fresh(), augmented()
+    dataset.set_epoch(1)
+    batch = collate([dataset[i] for i in (0, 7, 14, 21)])
+    losses = []
+    for image_cache in ("ram", "none"):
+        objective = CoOpObjective(class_prompts(), image_cache=image_cache)
+        assert objective.needs_pixels == (image_cache == "none")
+        objective.prepare(model, dataset)
+        objective.epoch_start(model, dataset, 1)
+        losses.append(objective(model, batch).loss.detach())
+    assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("random", "expected"), [(False, [24, 0, 0]), (True, [24, 24, 24])])
+def test_the_vision_tower_runs_once_per_image_and_run_or_epoch(random, expected):
+    """Fixed pixels need one pass for all epochs, random ones one per epoch; never one with autograd."""
+    model, dataset = fresh(), augmented() if random else images()
+    calls: list[tuple[int, bool]] = []
+    layer = model.get_base_model().vision_model.encoder.layers[0]
+    layer.register_forward_hook(lambda _, args, output: calls.append((len(args[0]), output.requires_grad)))
+    objective = CoOpObjective(class_prompts(), cache_batch_size=10)
+    objective.prepare(model, dataset)
+    seen = []
+    for epoch in range(3):
+        calls.clear()
+        dataset.set_epoch(epoch)
+        objective.epoch_start(model, dataset, epoch)
+        objective(model, collate([dataset[i] for i in range(4)])).loss.backward()
+        seen.append(sum(count for count, _ in calls))
+        assert not any(grad for _, grad in calls)
+    assert seen == expected
+
+
+def test_text_is_cut_to_its_real_length():
+    model, dataset = fresh(), images()
+    lengths: list[int] = []
+    layer = model.get_base_model().text_model.encoder.layers[0]
+    objective = prepared(CASE, model, dataset)
+    layer.register_forward_hook(lambda _, args, output: lengths.append(args[0].shape[1]))
+    objective(model, collate([dataset[0]]))
+    assert lengths == [1 + 1 + 6 + 1 + 1]  # start, context for "a", "orange", ".", end: of 40 positions
+
+
+def test_learning_lowers_the_loss(tmp_path):
+    """From a random context, through the trainer, without pixels in the batches."""
+    model = get_peft_model(tiny_clip(), CoOpConfig(num_text_tokens=4))
+    prompts = tokenize_classes(tiny_tokenizer(), colour_names(NUM_CLASSES), template="{}", max_length=CONTEXT_LENGTH)
+    args = VLMTrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=8,
+        warmup_epochs=0,
+        learning_rate=0.1,
+        per_device_train_batch_size=24,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = VLMTrainer(model, CoOpObjective(prompts), args, train_dataset=images())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 8
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_class_specific_contexts_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match="nothing to say about new classes"):
+        CoOpConfig(class_specific=True)
+
+
+def test_the_number_of_words_is_the_number_of_vectors():
+    """The official code overrides `N_CTX` too; it counts words, we count tokens, since a word may be several."""
+    model = get_peft_model(tiny_clip(), CoOpConfig(num_text_tokens=16, context_init_ids=[5, 6, 7]))
+    assert model.active_peft_config.num_text_tokens == 3
+    assert [p.shape for p in model.parameters() if p.requires_grad] == [torch.Size([3, 32])]
+
+
+def test_an_ensemble_an_unknown_cache_and_calls_out_of_order_are_refused():
+    prompts = tokenize_classes(tiny_tokenizer(), ["a", "b"], template=["{}", "the {}"], max_length=CONTEXT_LENGTH)
+    with pytest.raises(ValueError, match="one template, got 2"):
+        CoOpObjective(prompts)
+    with pytest.raises(ValueError, match="'ram' or 'none', got 'disk'"):
+        CoOpObjective(class_prompts(), image_cache="disk")
+    model, dataset = fresh(), images()
+    objective = CoOpObjective(class_prompts())
+    with pytest.raises(RuntimeError, match="Expected `prepare"):
+        objective(model, collate([dataset[0]]))
+    objective.prepare(model, dataset)
+    with pytest.raises(AdapterError, match="Call `epoch_start`"):
+        objective(model, collate([dataset[0]]))
+
+
+def test_training_the_vision_side_is_refused():
+    """Its features are computed without gradients, so nothing there would ever learn."""
+    model = get_peft_model(tiny_clip(), CASE.config(modules_to_save=["visual_projection"]))
+    with pytest.raises(ValueError, match=r"got `modules_to_save`=\['visual_projection'\]"):
+        CoOpObjective(class_prompts()).prepare(model, images())
+
+
+@pytest.mark.parametrize("position", ["end", "middle", "front"])
+def test_new_class_names_need_no_training(position):
+    """The context is shared, so any name can stand beside it."""
+    model = get_peft_model(tiny_clip(), CoOpConfig(num_text_tokens=3, class_position=position)).eval()
+    tools = processor()
+    classifier = PromptedClassifier(model, tools.tokenizer, tools.image_processor, template="{}.")
+    picture = images().image(0)
+    for names in (["red", "green"], ["a new one", "red", "blue"]):
+        predictions = classifier.predict(picture, class_names=names)
+        prompts = tokenize_classes(tools.tokenizer, names, template="{}.", max_length=CONTEXT_LENGTH)
+        with torch.no_grad():
+            inputs = tools.image_processor(picture, return_tensors="pt")
+            logits = model(**inputs, input_ids=reserve_slots(model, prompts).input_ids).logits_per_image
+        expected = dict(zip(names, logits.softmax(-1)[0].tolist(), strict=True))
+        assert {p.label: p.probability for p in predictions} == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_zero_shot_pipeline_works_with_slots_in_its_template():
+    """Without them the pipeline gets the embedding's message; with them it gives the adapter's scores."""
+    model = fresh(context_init_ids=[5, 6]).eval()
+    tools = processor()
+    classify = pipeline(
+        "zero-shot-image-classification",
+        model=model.get_base_model(),
+        tokenizer=tools.tokenizer,
+        image_processor=tools.image_processor,
+    )
+    picture, names = images().image(0), ["red", "green", "blue"]
+    template = "<|startoftext|><|startoftext|>{}."
+    scores = {row["label"]: row["score"] for row in classify(picture, names, hypothesis_template=template)}
+    prompts = tokenize_classes(tools.tokenizer, names, template="{}.", max_length=CONTEXT_LENGTH)
+    with torch.no_grad():
+        inputs = tools.image_processor(picture, return_tensors="pt")
+        logits = model(**inputs, input_ids=reserve_slots(model, prompts).input_ids).logits_per_image
+    assert scores == pytest.approx(dict(zip(names, logits.softmax(-1)[0].tolist(), strict=True)), rel=1e-4)
+    with pytest.raises(AdapterError, match="write the tokenizer's start token 2 times"):
+        classify(picture, names, hypothesis_template="a {}.")
+
+
+def test_adapters_of_other_lengths_and_positions_live_side_by_side():
+    model = get_peft_model(tiny_clip(), CoOpConfig(num_text_tokens=2)).eval()
+    model.add_adapter("front", CoOpConfig(num_text_tokens=5, class_position="front"))
+    prompts = tokenize_classes(tiny_tokenizer(), ["red", "blue"], template="{}.", max_length=CONTEXT_LENGTH)
+    logits = {}
+    for name in ("default", "front", "default"):
+        model.set_adapter(name)
+        with torch.no_grad():
+            ids = reserve_slots(model, prompts).input_ids
+            logits.setdefault(name, []).append(model(pixel_values=pixels(), input_ids=ids).logits_per_image)
+    assert torch.equal(*logits["default"])
+    assert not torch.equal(logits["default"][0], logits["front"][0])
+
+
+def test_presets():
+    assert preset_for(shots=16).config == {"num_text_tokens": 16, "context_init": None}
+    assert preset_for("words", shots=16, imagenet=True).training["num_train_epochs"] == 50
+    assert preset_for(shots=16).training["per_device_train_batch_size"] == 32
+    with pytest.raises(ValueError, match="'random', 'words'"):
+        preset_for("letters", shots=16)
+    with pytest.raises(ValueError, match="1 or more, got 0"):
+        preset_for(shots=0)

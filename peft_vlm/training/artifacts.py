@@ -7,8 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.objective import Objective
 from peft_vlm.prompting.config import installed_version
 from peft_vlm.training.plots import training_curve_png
 
@@ -112,3 +116,25 @@ def final_metrics(state: TrainerState) -> dict[str, float]:
 def _plain(value: Any) -> Any:
     """An argument as a JSON value."""
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def describe_adapter(model: nn.Module, objective: Objective, dataset: ImageClassificationDataset) -> None:
+    """Write classes, template and preprocessing into the adapter's configuration, so that its folder is enough to
+    predict.
+
+    Args:
+        model: `PeftModel`; other models are left alone.
+        objective: Its class prompts, if it has any, name classes and template.
+        dataset: Its transform holds mean, standard deviation and size.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    config = model.active_peft_config
+    prompts = objective.prompts
+    if prompts is not None:
+        config.class_names = list(prompts.class_names)
+        config.template = prompts.templates[0] if len(prompts.templates) == 1 else list(prompts.templates)
+    transform = dataset.transform
+    if transform is not None:
+        config.image_mean, config.image_std = list(transform.image_mean), list(transform.image_std)
+        config.image_size = list(transform.image_size)

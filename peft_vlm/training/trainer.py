@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback
@@ -18,7 +17,7 @@ from peft_vlm.data.dataset import ImageClassificationDataset, collate
 from peft_vlm.errors import DataError, PeftVLMError
 from peft_vlm.objective import EpochBatchSampler, Objective
 from peft_vlm.training.arguments import VLMTrainingArguments
-from peft_vlm.training.artifacts import ArtifactsCallback
+from peft_vlm.training.artifacts import ArtifactsCallback, describe_adapter
 from peft_vlm.training.callbacks import ObjectiveCallback
 from peft_vlm.training.checkpoint import load_objective_state, load_weights, save_objective_state, save_weights
 from peft_vlm.training.module import TrainingModule
@@ -41,10 +40,6 @@ class VLMTrainer(Trainer):
         compute_metrics: Metrics from predicted class ids and labels; accuracy in percent by default.
         callbacks: Further callbacks.
         **kwargs: Passed to `transformers.Trainer`.
-
-    Raises:
-        PeftVLMError: If nothing is trainable.
-        DataError: If the validation images have no labels.
     """
 
     def __init__(
@@ -59,13 +54,7 @@ class VLMTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise PeftVLMError(
-                "Expected trainable parameters, got none. Load adapters for training with "
-                "`PeftModel.from_pretrained(..., is_trainable=True)`."
-            )
-        if eval_dataset is not None and min(eval_dataset.labels) < 0:
-            raise DataError("Expected an `eval_dataset` with labels, got images without. Leave it out.")
+        check_run(model, eval_dataset)
         if args.n_gpu > 1:  # several visible GPUs without a launcher would mean torch.nn.DataParallel
             args._n_gpu = 1
         self.objective = objective
@@ -261,6 +250,26 @@ class ProcessShard(EpochBatchSampler):
             yield batches[(step * self.world_size + self.rank) % len(batches)]
 
 
+def check_run(model: nn.Module, eval_dataset: ImageClassificationDataset | None) -> None:
+    """Refuse a run that could not train or evaluate.
+
+    Args:
+        model: Model with its adapter.
+        eval_dataset: Validation images.
+
+    Raises:
+        PeftVLMError: If nothing is trainable.
+        DataError: If the validation images have no labels.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PeftVLMError(
+            "Expected trainable parameters, got none. Load adapters for training with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+    if eval_dataset is not None and min(eval_dataset.labels) < 0:
+        raise DataError("Expected an `eval_dataset` with labels, got images without. Leave it out.")
+
+
 def predicted_classes(logits: Tensor, labels: Tensor) -> Tensor:
     """Class ids instead of logits, so that evaluation memory does not grow with images times classes."""
     return logits.argmax(dim=-1)
@@ -269,25 +278,3 @@ def predicted_classes(logits: Tensor, labels: Tensor) -> Tensor:
 def accuracy_metric(prediction: EvalPrediction) -> dict[str, float]:
     """Top-1 accuracy in percent."""
     return {"accuracy": 100.0 * float((prediction.predictions == prediction.label_ids).mean())}
-
-
-def describe_adapter(model: nn.Module, objective: Objective, dataset: ImageClassificationDataset) -> None:
-    """Write classes, template and preprocessing into the adapter's configuration, so that its folder is enough to
-    predict.
-
-    Args:
-        model: `PeftModel`; other models are left alone.
-        objective: Its class prompts, if it has any, name classes and template.
-        dataset: Its transform holds mean, standard deviation and size.
-    """
-    if not isinstance(model, PeftModel):
-        return
-    config = model.active_peft_config
-    prompts = objective.prompts
-    if prompts is not None:
-        config.class_names = list(prompts.class_names)
-        config.template = prompts.templates[0] if len(prompts.templates) == 1 else list(prompts.templates)
-    transform = dataset.transform
-    if transform is not None:
-        config.image_mean, config.image_std = list(transform.image_mean), list(transform.image_std)
-        config.image_size = list(transform.image_size)

@@ -10,14 +10,11 @@ from torch.testing import assert_close
 from peft_vlm import PromptKDConfig, PromptKDObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data import TrainTransform, load_unlabelled_images
 from peft_vlm.data.dataset import collate
-from peft_vlm.errors import ClassNameError, DataError, PeftVLMError
+from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.evaluation import TextClassifier, base_to_new
-from peft_vlm.methods.promptkd import Teacher
 from peft_vlm.methods.promptkd.agreement import Agreement
-from peft_vlm.text import encode_classes
-from peft_vlm.text.prompts import tokenize_for_model
-from tests.cases import TEACHER_DIM, base_model, class_prompts, images, pixels
-from tests.tiny import clip_processor, colour_names, siglip_processor, tiny_clip, tiny_siglip, tiny_tokenizer
+from tests.cases import TEACHER_DIM, base_model, class_prompts, images
+from tests.tiny import clip_processor, colour_names, tiny_clip, tiny_tokenizer
 
 NAMES = list(colour_names())
 
@@ -82,55 +79,6 @@ def test_cached_views_train_like_the_same_views_uncached(tmp_path):
     assert plain.images == 4 * 24
 
 
-def test_views_differ_and_come_back():
-    dataset, objective = (
-        augmented(),
-        PromptKDObjective(class_prompts(), teacher=teacher(), teacher_cache="views", num_views=2),
-    )
-    model = fresh()
-    objective.prepare(model, dataset)
-    seen = []
-    for epoch in range(4):
-        dataset.set_epoch(epoch)
-        objective.epoch_start(model, dataset, epoch)
-        seen.append((dataset[3]["pixel_values"], objective.cache.read(torch.tensor([3]))))
-        expected = objective.teachers.features(seen[-1][0][None], dataset.transform)
-        assert_close(seen[-1][1], expected, rtol=0, atol=1e-6)
-    assert not torch.equal(seen[0][0], seen[1][0])
-    assert torch.equal(seen[0][0], seen[2][0])
-    assert torch.equal(seen[1][1], seen[3][1])
-
-
-def test_the_disk_cache_holds_what_the_ram_cache_holds(tmp_path):
-    dataset, rows = augmented(), []
-    for options in ({"cache_storage": "ram"}, {"cache_storage": "disk", "cache_folder": tmp_path}):
-        objective = PromptKDObjective(
-            class_prompts(), teacher=teacher(), teacher_cache="views", num_views=3, **options
-        )
-        objective.prepare(fresh(), dataset)
-        for epoch in range(3):
-            objective.epoch_start(fresh(), dataset, epoch)
-        rows.append(objective.cache.store.rows.clone())
-    assert torch.equal(*rows)
-    (file,) = tmp_path.iterdir()
-    assert file.stat().st_size == rows[0].numel() * 4 == 3 * 24 * TEACHER_DIM * 4
-
-
-def test_the_cache_announces_its_size(capsys):
-    objective = PromptKDObjective(class_prompts(), teacher=teacher(), teacher_cache="views", num_views=500)
-    objective.prepare(fresh(), augmented())
-    objective.epoch_start(fresh(), augmented(), 0)
-    assert "view 1 of 500 (1.1 MB in ram)" in capsys.readouterr().err
-
-
-def test_fixed_pixels_need_one_view_only():
-    objective = PromptKDObjective(class_prompts(), teacher=teacher(), teacher_cache="views", num_views=4)
-    objective.prepare(fresh(), images())
-    for epoch in range(3):
-        objective.epoch_start(fresh(), images(), epoch)
-    assert objective.cache.store.rows.shape == (24, TEACHER_DIM)
-
-
 def test_teachers_are_neither_trained_nor_saved_nor_in_training_mode(tmp_path):
     guide = teacher().train()
     before = {name: tensor.clone() for name, tensor in guide.state_dict().items()}
@@ -140,81 +88,6 @@ def test_teachers_are_neither_trained_nor_saved_nor_in_training_mode(tmp_path):
     assert all(parameter.grad is None for parameter in guide.parameters())
     assert not any(guide is module for module in trainer.model.modules())
     assert sum(tensor.numel() for tensor in state.values()) < 3_000
-
-
-def test_the_student_cannot_teach_itself():
-    model = fresh()
-    with pytest.raises(PeftVLMError, match="Load it a second time"):
-        PromptKDObjective(class_prompts(), teacher=model.get_base_model()).prepare(model, images())
-
-
-def test_class_vectors_are_those_of_the_weights_at_preparation():
-    """Computed at construction they would be those of a teacher whose weights are loaded later."""
-    guide, model = teacher(seed=1), fresh()
-    objective = PromptKDObjective(class_prompts(), teacher=guide)
-    guide.load_state_dict(teacher(seed=5).state_dict())
-    objective.prepare(model, images())
-    assert torch.equal(encode_classes(model, class_prompts()), encode_classes(teacher(seed=5), class_prompts()))
-
-
-def test_a_half_precision_teacher_keeps_its_type():
-    guide, model, dataset = teacher().to(torch.bfloat16), fresh(), images()
-    objective = PromptKDObjective(class_prompts(), teacher=guide)
-    objective.prepare(model, dataset)
-    output = objective(model.train(), collate([dataset[i] for i in range(6)]))
-    assert next(guide.parameters()).dtype == torch.bfloat16
-    assert output.loss.dtype == output.logits.dtype == torch.float32
-    assert objective.teachers.classes[0].dtype == torch.float32
-
-
-def test_several_teachers_are_averaged_and_the_first_gives_the_vectors():
-    guides = [teacher(5), teacher(6, dim=20)]
-    dataset, alone = images(), []
-    for guide in guides:
-        single = PromptKDObjective(class_prompts(), teacher=guide)
-        single.teachers.prepare(class_prompts(), torch.device("cpu"))
-        alone.append(single.teachers.logits(single.teachers.features(pixels(), None)))
-    for weighting in ("equal", "confidence"):
-        model = fresh()
-        objective = PromptKDObjective(class_prompts(), teacher=guides, teacher_weighting=weighting)
-        objective.prepare(model, dataset)
-        together = objective.teachers.logits(objective.teachers.features(pixels(), None))
-        if weighting == "equal":
-            assert_close(together, (alone[0] + alone[1]) / 2, rtol=1e-5, atol=1e-5)
-        else:
-            sure = torch.stack([logits.softmax(dim=-1).amax(dim=-1, keepdim=True) for logits in alone])
-            expected = (sure[0] * alone[0] + sure[1] * alone[1]) / sure.sum(dim=0)
-            assert_close(together, expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(encode_classes(model, class_prompts()), encode_classes(guides[0], class_prompts()))
-
-
-def test_a_teacher_of_another_family_with_its_own_tokenizer_and_pixels():
-    """SigLIP: bidirectional text of full length, another mean and standard deviation."""
-    guide = tiny_siglip()
-    prompts = tokenize_for_model(guide, tiny_tokenizer(), NAMES, template="a {}.")
-    wrapped = Teacher(guide, prompts=prompts, image_processor=siglip_processor(), name="siglip")
-    model, dataset = fresh(class_dim=32), images()
-    objective = PromptKDObjective(class_prompts(), teacher=wrapped)
-    objective.prepare(model, dataset)
-    transform = dataset.transform
-    raw = torch.rand(2, 3, 16, 16)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (transform.image_mean, transform.image_std))
-    found = wrapped.image_features((raw - mean) / std, transform)
-    with torch.no_grad():
-        expected = guide.get_image_features(pixel_values=(raw - 0.5) / 0.5).pooler_output
-    assert_close(found, torch.nn.functional.normalize(expected, dim=-1), rtol=0, atol=1e-5)
-    assert model.active_peft_config.teacher_name_or_path == "siglip"
-    with pytest.raises(ClassNameError, match="6 classes"):
-        PromptKDObjective(class_prompts(NAMES[:5] + ["pink"]), teacher=wrapped).prepare(fresh(class_dim=32), dataset)
-
-
-def test_another_image_size_needs_the_teachers_processor():
-    config = teacher().config
-    config.vision_config.image_size = 32
-    large = type(teacher())(config).eval()
-    with pytest.raises(DataError, match=r"32 pixels, the student's have 16.*image_processor"):
-        Teacher(large).image_features(pixels(), None)
-    assert Teacher(large, image_processor=clip_processor(32)).image_features(pixels(), None).shape == (4, TEACHER_DIM)
 
 
 def test_agreement_counts_by_the_teachers_class():
@@ -337,17 +210,3 @@ def test_learning_approaches_the_teacher(tmp_path):
     assert len(loss) == len(agreement) == 20
     assert loss[-1] < loss[0] / 2
     assert agreement[-1] > agreement[0]
-
-
-def test_wrong_settings_are_refused():
-    for settings, message in (
-        ({"reduction": "mean"}, "'official', 'batchmean'"),
-        ({"teacher_cache": "ram"}, "'none', 'views'"),
-        ({"teacher_weighting": "best"}, "'equal', 'confidence'"),
-        ({"cache_storage": "tape"}, "'ram', 'disk'"),
-        ({"temperature": 0}, "`temperature` above 0"),
-        ({"num_views": 0}, "`num_views` above 0"),
-        ({"teacher": []}, "at least one `teacher`"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            PromptKDObjective(class_prompts(), **({"teacher": teacher()} | settings))

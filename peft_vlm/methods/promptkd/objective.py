@@ -109,10 +109,7 @@ class PromptKDObjective(Objective):
             if value <= 0:
                 raise ValueError(f"Expected `{name}` above 0, got {value!r}.")
         self.prompts, self.temperature, self.weight, self.reduction = prompts, temperature, weight, reduction
-        given = [teacher] if isinstance(teacher, nn.Module | Teacher) else list(teacher)
-        if not given:
-            raise ValueError("Expected at least one `teacher`, got none.")
-        members = [entry if isinstance(entry, Teacher) else Teacher(entry) for entry in given]
+        members = _as_teachers(teacher)
         self.teachers = Teachers(members, weighting=teacher_weighting)
         self.agreement = Agreement(prompts.class_names, seen_classes)
         store = RowStore(cache_storage, name="promptkd teacher features", folder=cache_folder)
@@ -260,6 +257,14 @@ class PromptKDObjective(Objective):
                 PeftVLMWarning,
                 stacklevel=3,
             )
+
+
+def _as_teachers(given: nn.Module | Teacher | Sequence[nn.Module | Teacher]) -> list[Teacher]:
+    """The teachers as a list of `Teacher`."""
+    entries = [given] if isinstance(given, nn.Module | Teacher) else list(given)
+    if not entries:
+        raise ValueError("Expected at least one `teacher`, got none.")
+    return [entry if isinstance(entry, Teacher) else Teacher(entry) for entry in entries]
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from peft_vlm.classifier import PromptedClassifier
 from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
+from peft_vlm.methods.promptkd import PromptKDConfig, PromptKDModel, PromptKDObjective
 from peft_vlm.methods.promptsrc import PromptSRCConfig, PromptSRCModel, PromptSRCObjective
 from peft_vlm.methods.skip_tuning import SkipTuningConfig, SkipTuningModel, SkipTuningObjective
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
@@ -10,6 +11,9 @@ __all__ = [
     "CoOpConfig",
     "CoOpModel",
     "CoOpObjective",
+    "PromptKDConfig",
+    "PromptKDModel",
+    "PromptKDObjective",
     "PromptSRCConfig",
     "PromptSRCModel",
     "PromptSRCObjective",

@@ -13,6 +13,8 @@ from transformers import CLIPProcessor
 from peft_vlm import (
     CoOpConfig,
     CoOpObjective,
+    PromptKDConfig,
+    PromptKDObjective,
     PromptSRCConfig,
     PromptSRCObjective,
     SkipTuningConfig,
@@ -81,6 +83,20 @@ def promptsrc_config(**settings: Any) -> PromptSRCConfig:
     return PromptSRCConfig(**(own | settings))
 
 
+TEACHER_DIM = 24
+
+
+def promptkd_config(**settings: Any) -> PromptKDConfig:
+    """Two vision layers of three and, with `init_weights=False`, random vectors of the colour classes."""
+    own = {"class_dim": TEACHER_DIM, "vision_depth": 2, "num_vision_tokens": 2, "init_weights": False}
+    return PromptKDConfig(**(own | {"num_classes": NUM_CLASSES, "class_names": list(colour_names())} | settings))
+
+
+def promptkd_objective(prompts: ClassPrompts, **settings: Any) -> PromptKDObjective:
+    """A random teacher with wider class vectors."""
+    return PromptKDObjective(prompts, **({"teacher": tiny_clip(seed=5, dim=TEACHER_DIM)} | settings))
+
+
 CASES = [
     Case(
         method="coop",
@@ -94,6 +110,30 @@ CASES = [
             ({"class_position": "behind"}, "('end', 'middle', 'front'), got 'behind'"),
             ({"class_specific": True}, "nothing to say about new classes"),
             ({"context_init_ids": None, "context_init": "a photo"}, "has no tokenizer to read them"),
+            ({"target_modules": "q_proj"}, "chooses its modules"),
+            ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
+        ),
+    ),
+    Case(
+        method="promptkd",
+        config=promptkd_config,
+        objective=promptkd_objective,
+        other_shape={"vision_depth": 3, "num_vision_tokens": 1, "projector_depth": 3, "projector_norm": "layernorm"},
+        starts_as_base=False,
+        text_free=True,
+        saved_module="post_layernorm",
+        zero_gradients={"promptkd_linear1.default.bias": "BatchNorm takes the mean away"},
+        batch_dependent="BatchNorm normalises by the batch",
+        bad_settings=(
+            ({"class_dim": None}, "class_dim=teacher.config.projection_dim"),
+            ({"class_dim": 0}, "1 or more, got 0"),
+            ({"vision_depth": 4}, "`vision_depth` from 0 to 3"),
+            ({"vision_depth": -1}, "0 or more, got -1"),
+            ({"num_vision_tokens": 0}, "1 or more, got 0"),
+            ({"projector_depth": 4}, "from 1 to 3, got 4"),
+            ({"projector_norm": "groupnorm"}, "('batchnorm', 'layernorm', 'none'), got 'groupnorm'"),
+            ({"tune_vision": True}, "`vision_depth`=0 with `tune_vision`=True, got 2"),
+            ({"num_classes": 5}, "6 names and `num_classes`=5"),
             ({"target_modules": "q_proj"}, "chooses its modules"),
             ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
         ),

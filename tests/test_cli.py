@@ -7,7 +7,7 @@ from peft import get_peft_model
 from transformers import CLIPProcessor
 
 from peft_vlm.cli import main
-from tests.cases import CASES, perturb
+from tests.cases import perturb, skip_tuning_config
 from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 
 
@@ -17,7 +17,7 @@ def adapter(tmp_path):
     base = tmp_path / "base"
     tiny_clip().save_pretrained(base)
     CLIPProcessor(image_processor=clip_processor(), tokenizer=tiny_tokenizer()).save_pretrained(base)
-    model = get_peft_model(tiny_clip().from_pretrained(base), CASES[0].config())
+    model = get_peft_model(tiny_clip().from_pretrained(base), skip_tuning_config())
     perturb(model)
     config = model.active_peft_config
     config.class_names, config.template = list(colour_names(3)), "a {}."

@@ -17,66 +17,39 @@ scaled by their number.
 
 import argparse
 import json
-import resource
-import statistics
-import subprocess
-import sys
 import time
 from typing import Any
 
 import torch
 
-SHOTS, NUM_CLASSES, BATCH, TOKENS = 16, 100, 4, 77
-Samples = dict[str, list[dict[str, float]]]
+from measuring import (
+    cpu_seconds,
+    measure,
+    print_summary,
+    process_mb,
+    random_clip,
+    random_prompts,
+    summary,
+    timed_steps,
+)
+
+SHOTS, NUM_CLASSES, BATCH = 16, 100, 4
 VARIANTS = ("full_finetuning", "full_finetuning_cut", "skip_tuning")
-
-
-def random_prompts(*, full_length: bool) -> Any:
-    """Prompts of 8 to 12 tokens, the lengths of 'a photo of a {}.' with names of one to five tokens."""
-    from peft_vlm.text.prompts import ClassPrompts
-
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(8, 13, (NUM_CLASSES,), generator=generator)
-    ids = torch.full((NUM_CLASSES, TOKENS if full_length else int(lengths.max())), 49407)
-    for row, length in zip(ids, lengths.tolist(), strict=True):
-        row[0] = 49406
-        row[1 : length - 1] = torch.randint(300, 40000, (length - 2,), generator=generator)
-    return ClassPrompts(tuple(f"class {index}" for index in range(NUM_CLASSES)), ("{}",), ids)
-
-
-def vit_b16() -> Any:
-    """CLIP ViT-B/16 with random weights."""
-    from transformers import CLIPConfig, CLIPModel
-
-    torch.manual_seed(0)
-    ids = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
-    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    return CLIPModel(CLIPConfig(text_config=ids, vision_config={**vision, "patch_size": 16}, projection_dim=512))
-
-
-def cpu_seconds() -> float:
-    """User plus system time of this process so far."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def child(variant: str, steps: int, cached_images: int) -> dict[str, float]:
     """Run one variant and measure it."""
     from peft_vlm.training.memory import PeakMemory
 
-    model = vit_b16()
+    model = random_clip()
     peak = PeakMemory(torch.device("cpu"))
     peak.start()
     run_step, caching = (skip_tuning if variant == "skip_tuning" else full_finetuning)(model, variant, cached_images)
-    run_step()  # allocates momentum and gradients; not counted
-    before = cpu_seconds()
-    for _ in range(steps):
-        run_step()
     return {
-        "cpu_per_step": (cpu_seconds() - before) / steps,
+        "cpu_per_step": timed_steps(run_step, steps),
         "cpu_caching_per_image": caching,
         "peak_mb": peak.stop() or 0.0,
-        "process_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "process_mb": process_mb(),
     }
 
 
@@ -84,7 +57,7 @@ def full_finetuning(model: Any, variant: str, cached_images: int) -> tuple[Any, 
     """A step of full fine-tuning."""
     from peft_vlm.baselines import FullFineTuningObjective
 
-    objective = FullFineTuningObjective(random_prompts(full_length=variant == "full_finetuning"))
+    objective = FullFineTuningObjective(random_prompts(NUM_CLASSES, full_length=variant == "full_finetuning"))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9, weight_decay=5e-4)
     pixels = torch.randn(BATCH, 3, 224, 224)
 
@@ -108,7 +81,7 @@ def skip_tuning(model: Any, variant: str, cached_images: int) -> tuple[Any, floa
             return {"pixel_values": torch.randn(3, 224, 224), "labels": self.labels[index], "index": index}
 
     rows = [{"image": None, "label": index // SHOTS % NUM_CLASSES} for index in range(cached_images)]
-    prompts = random_prompts(full_length=False)
+    prompts = random_prompts(NUM_CLASSES, full_length=False)
     dataset = RandomPixels(rows, prompts.class_names)
     peft_model = get_peft_model(model, SkipTuningConfig(start_layer=6))
     objective = SkipTuningObjective(prompts, cache_batch_size=16)
@@ -129,21 +102,9 @@ def skip_tuning(model: Any, variant: str, cached_images: int) -> tuple[Any, floa
     return step, caching
 
 
-def measure(rounds: int, steps: int, cached_images: int) -> Samples:
-    """All variants in turn."""
-    samples: Samples = {variant: [] for variant in VARIANTS}
-    for number in range(rounds):
-        for variant in VARIANTS:
-            print(f"round {number + 1}/{rounds}: {variant} ...", file=sys.stderr, flush=True)
-            command = [sys.executable, __file__, "--child", variant, "--steps", str(steps)]
-            command += ["--cached-images", str(cached_images)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            samples[variant].append(json.loads(output.splitlines()[-1]))
-    return samples
-
-
-def ratios(full: dict[str, float], cut: dict[str, float], ours: dict[str, float]) -> dict[str, float]:
+def ratios(results: dict[str, dict[str, float]]) -> dict[str, float]:
     """Skip Tuning to full fine-tuning, within one round."""
+    full, cut, ours = (results[variant] for variant in VARIANTS)
     steps = SHOTS * NUM_CLASSES // BATCH
     epoch = steps * ours["cpu_per_step"] + SHOTS * NUM_CLASSES * ours["cpu_caching_per_image"]
     return {
@@ -154,19 +115,6 @@ def ratios(full: dict[str, float], cut: dict[str, float], ours: dict[str, float]
         "cpu_ratio_to_cut_text": ours["cpu_per_step"] / cut["cpu_per_step"],
         "memory_ratio_to_cut_text": ours["peak_mb"] / cut["peak_mb"],
         "epoch_cpu_ratio_to_cut_text": epoch / (steps * cut["cpu_per_step"]),
-    }
-
-
-def summary(samples: Samples) -> dict[str, Any]:
-    """Medians over the rounds, and the smallest and largest round of each ratio."""
-    rounds = [ratios(*runs) for runs in zip(*(samples[variant] for variant in VARIANTS), strict=True)]
-    columns = {key: [round[key] for round in rounds] for key in rounds[0]}
-    medians = {v: {k: statistics.median(s[k] for s in runs) for k in runs[0]} for v, runs in samples.items()}
-    return {key: statistics.median(values) for key, values in columns.items()} | {
-        "ranges": {key: [min(values), max(values)] for key, values in columns.items()},
-        "variants": medians,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -183,12 +131,9 @@ def main() -> None:
         print(json.dumps(child(args.child, args.steps, args.cached_images)))
         return
     started = time.perf_counter()
-    result = summary(measure(args.rounds, args.steps, args.cached_images))
-    print(f"{'variant':22}{'CPU s/step':>12}{'peak MB':>10}{'process MB':>12}")
-    for variant, values in result["variants"].items():
-        print(f"{variant:22}{values['cpu_per_step']:12.2f}{values['peak_mb']:10.0f}{values['process_mb']:12.0f}")
-    for key, (low, high) in result["ranges"].items():
-        print(f"{key:28}{result[key]:.3f}  (rounds: {low:.3f} to {high:.3f})")
+    options = ["--steps", str(args.steps), "--cached-images", str(args.cached_images)]
+    result = summary(measure(__file__, VARIANTS, rounds=args.rounds, options=options), ratios)
+    print_summary(result, {"cpu_per_step": "CPU s/step", "peak_mb": "peak MB", "process_mb": "process MB"})
     print(f"{args.rounds} rounds in {time.perf_counter() - started:.0f} s")
     if args.json:
         print(json.dumps(result))

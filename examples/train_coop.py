@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 import peft_vlm
-from peft_vlm.data.sources import load_image_dataset
-from peft_vlm.data.transforms import EvalTransform, TrainTransform
-from peft_vlm.experiment import Experiment, Task
-from peft_vlm.experiment_report import markdown_table, results_png
+from peft_vlm.experiment import Experiment, load_task
+from peft_vlm.experiment_report import write_results
 from peft_vlm.learners import TrainerLearner, ZeroShot
 from peft_vlm.methods.coop import preset_for
 
@@ -80,29 +77,17 @@ def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = settings_of(args)
-    processor = AutoImageProcessor.from_pretrained(args.model)
-    experiment = Experiment(
-        load_model=lambda: CLIPModel.from_pretrained(args.model),
-        tokenizer=AutoTokenizer.from_pretrained(args.model),
-        max_length=CLIPModel.config_class.from_pretrained(args.model).text_config.max_position_embeddings,
-        train_transform=TrainTransform(processor, **settings["augmentation"]),
-        test_transform=EvalTransform(processor),
-        output_dir=args.output_dir,
-    )
+    experiment = Experiment.for_clip(args.model, augmentation=settings["augmentation"], output_dir=args.output_dir)
     coop = TrainerLearner(
         "coop",
         wrap=lambda model: get_peft_model(model, peft_vlm.CoOpConfig(**settings["config"])),
         objective=lambda prompts, seed: peft_vlm.CoOpObjective(prompts, num_workers=args.num_workers),
         training=settings["training"],
     )
-    train, test = (load_image_dataset(args.dataset, split=split) for split in ("train", "test"))
-    name = Path(args.dataset).name
-    task = Task(name, args.protocol, train, test, template=args.template, shots=args.shots)
+    task = load_task(args.dataset, args.protocol, template=args.template, shots=args.shots)
     report = experiment.run([task], [ZeroShot(), coop], args.seeds)
-    table = markdown_table(report)
-    (args.output_dir / "table.md").write_text(table, encoding="utf-8")
-    results_png(report, args.output_dir / "results.png")
-    adapter = args.output_dir / name / "coop" / f"seed{args.seeds[-1]}"
+    table = write_results(report, args.output_dir)
+    adapter = args.output_dir / task.name / "coop" / f"seed{args.seeds[-1]}"
     print(f"\n{table}\nWritten to {args.output_dir}/: metrics.json, table.md, results.png, and each run's adapter.")
     print(f"Use an adapter:  peft-vlm predict {str(adapter)!r} picture.png")
 

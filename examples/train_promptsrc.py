@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 import peft_vlm
-from peft_vlm.data.sources import load_image_dataset
-from peft_vlm.data.transforms import EvalTransform, TrainTransform
-from peft_vlm.experiment import Experiment, Task
-from peft_vlm.experiment_report import markdown_table, results_png
+from peft_vlm.experiment import Experiment, load_task
+from peft_vlm.experiment_report import write_results
 from peft_vlm.learners import TrainerLearner, ZeroShot
 from peft_vlm.methods.promptsrc import OFFICIAL_TEMPLATES, preset_for
-from peft_vlm.text import ClassPrompts, tokenize_classes
+from peft_vlm.text import ClassPrompts
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -87,7 +84,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def learners_of(settings: dict[str, Any], tokenizer: Any, max_length: int) -> list[Any]:
+def learners_of(settings: dict[str, Any], experiment: Experiment) -> list[Any]:
     """The rows of the table; both trained ones have the same prompts and make the same number of steps."""
 
     def wrap(model: Any) -> Any:
@@ -97,8 +94,7 @@ def learners_of(settings: dict[str, Any], tokenizer: Any, max_length: int) -> li
         return peft_vlm.PromptSRCObjective(prompts, text_weight=0.0, image_weight=0.0, logit_weight=0.0)
 
     def promptsrc(prompts: ClassPrompts, seed: int) -> peft_vlm.PromptSRCObjective:
-        templates = settings["frozen_templates"]
-        frozen = tokenize_classes(tokenizer, prompts.class_names, template=templates, max_length=max_length)
+        frozen = experiment.prompts(prompts.class_names, settings["frozen_templates"])
         return peft_vlm.PromptSRCObjective(prompts, frozen_prompts=frozen, **settings["objective"])
 
     return [
@@ -113,28 +109,13 @@ def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = settings_of(args)
-    processor = AutoImageProcessor.from_pretrained(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    max_length = CLIPModel.config_class.from_pretrained(args.model).text_config.max_position_embeddings
-    experiment = Experiment(
-        load_model=lambda: CLIPModel.from_pretrained(args.model),
-        tokenizer=tokenizer,
-        max_length=max_length,
-        train_transform=TrainTransform(processor, **settings["augmentation"]),
-        test_transform=EvalTransform(processor),
-        output_dir=args.output_dir,
-    )
-    train, test = (load_image_dataset(args.dataset, split=split) for split in ("train", "test"))
+    experiment = Experiment.for_clip(args.model, augmentation=settings["augmentation"], output_dir=args.output_dir)
     protocol = "few_shot" if args.preset.startswith("few_shot") else "base_to_new"
     template = args.template.replace("{context}", args.context)
-    task = Task(Path(args.dataset).name, protocol, train, test, template=template, shots=args.shots)
-    learners = [
-        one for one in learners_of(settings, tokenizer, max_length) if not args.methods or one.name in args.methods
-    ]
+    task = load_task(args.dataset, protocol, template=template, shots=args.shots)
+    learners = [one for one in learners_of(settings, experiment) if not args.methods or one.name in args.methods]
     report = experiment.run([task], learners, args.seeds)
-    table = markdown_table(report)
-    (args.output_dir / "table.md").write_text(table, encoding="utf-8")
-    results_png(report, args.output_dir / "results.png")
+    table = write_results(report, args.output_dir)
     adapter = args.output_dir / task.name / "promptsrc" / f"seed{args.seeds[-1]}"
     print(f"\n{table}\nWritten to {args.output_dir}/: metrics.json, table.md, results.png, and each run's adapter.")
     print(f"Use an adapter:  peft-vlm predict {str(adapter)!r} picture.png")

@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 import peft_vlm
 from peft_vlm.baselines import FullFineTuningObjective
-from peft_vlm.data.sources import load_image_dataset
-from peft_vlm.data.transforms import EvalTransform, TrainTransform
-from peft_vlm.experiment import Experiment, Task
-from peft_vlm.experiment_report import markdown_table, results_png
+from peft_vlm.data.transforms import EvalTransform
+from peft_vlm.experiment import Experiment, Task, load_task
+from peft_vlm.experiment_report import write_results
 from peft_vlm.learners import LinearProbeLearner, TrainerLearner, ZeroShot
 from peft_vlm.methods.skip_tuning.presets import preset_for
 
@@ -86,24 +84,20 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 def tasks_of(args: argparse.Namespace) -> list[Task]:
     """The bundled icons and emoji, or the dataset of the command line."""
 
-    def task(name: str, source: str, protocol: Any, template: str) -> Task:
-        train, test = (load_image_dataset(source, split=split) for split in ("train", "test"))
-        return Task(name, protocol, train, test, template=template, shots=args.shots)
-
     if args.dataset is not None:
         protocol = args.protocol or ("few_shot" if args.preset == "few_shot" else "base_to_new")
-        return [task(Path(args.dataset).name, args.dataset, protocol, args.template)]
+        return [load_task(args.dataset, protocol, template=args.template, shots=args.shots)]
     return [
-        task("icons", str(ASSETS / "icons"), "base_to_new", args.template),
-        task("emoji", str(ASSETS / "emoji"), "few_shot", "{} emoji"),
+        load_task(ASSETS / "icons", "base_to_new", template=args.template, shots=args.shots),
+        load_task(ASSETS / "emoji", "few_shot", template="{} emoji", shots=args.shots),
     ]
 
 
-def learners_of(settings: dict[str, Any], processor: Any) -> list[Any]:
+def learners_of(settings: dict[str, Any], test_transform: EvalTransform) -> list[Any]:
     """The rows of the table; both trained ones make the same number of steps."""
     return [
         ZeroShot(),
-        LinearProbeLearner(EvalTransform(processor)),
+        LinearProbeLearner(test_transform),
         TrainerLearner(
             "full_finetuning",
             wrap=lambda model: model,
@@ -124,22 +118,12 @@ def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = settings_of(args)
-    processor = AutoImageProcessor.from_pretrained(args.model)
-    model_config = CLIPModel.config_class.from_pretrained(args.model)
-    experiment = Experiment(
-        load_model=lambda: CLIPModel.from_pretrained(args.model),
-        tokenizer=AutoTokenizer.from_pretrained(args.model),
-        max_length=model_config.text_config.max_position_embeddings,
-        train_transform=TrainTransform(processor, **settings["augmentation"]),
-        test_transform=EvalTransform(processor),
-        output_dir=args.output_dir,
-    )
-    learners = [one for one in learners_of(settings, processor) if not args.methods or one.name in args.methods]
+    experiment = Experiment.for_clip(args.model, augmentation=settings["augmentation"], output_dir=args.output_dir)
+    rows = learners_of(settings, experiment.test_transform)
+    learners = [row for row in rows if not args.methods or row.name in args.methods]
     tasks = tasks_of(args)
     report = experiment.run(tasks, learners, args.seeds)
-    table = markdown_table(report)
-    (args.output_dir / "table.md").write_text(table, encoding="utf-8")
-    results_png(report, args.output_dir / "results.png")
+    table = write_results(report, args.output_dir)
     adapter = args.output_dir / tasks[0].name / "skip_tuning" / f"seed{args.seeds[-1]}"
     print(f"\n{table}\nWritten to {args.output_dir}/: metrics.json, table.md, results.png, and each run's adapter.")
     print(f"Use an adapter:  peft-vlm predict {str(adapter)!r} picture.png")

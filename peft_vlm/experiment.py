@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import set_seed
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, set_seed
 
 from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.sources import load_image_dataset
 from peft_vlm.data.splits import base_and_new_classes, few_shot_indices
-from peft_vlm.data.transforms import ImageTransform
+from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 from peft_vlm.evaluation.metrics import harmonic_mean
 from peft_vlm.learners import Learner, Split
 from peft_vlm.text.prompts import ClassPrompts, tokenize_classes
@@ -48,6 +49,25 @@ class Task:
     test: ImageClassificationDataset
     template: str
     shots: int = 16
+
+    @property
+    def seen_classes(self) -> tuple[str, ...]:
+        """The classes whose images come with labels: the first half in base-to-new, else all."""
+        names = self.train.class_names
+        return tuple(names[i] for i in base_and_new_classes(len(names))[0]) if self.protocol != "few_shot" else names
+
+
+def load_task(source: str | Path, protocol: Literal["base_to_new", "few_shot"], *, template: str, shots: int) -> Task:
+    """A task on the splits `train` and `test` of a dataset, called like the last part of its path or id.
+
+    Args:
+        source: What `load_image_dataset` reads: a folder, a CSV or a Hub id.
+        protocol: `"base_to_new"` or `"few_shot"`.
+        template: Text around a class name.
+        shots: Images per class.
+    """
+    train, test = (load_image_dataset(str(source), split=split) for split in ("train", "test"))
+    return Task(Path(source).name, protocol, train, test, template=template, shots=shots)
 
 
 def split_of(task: Task, *, seed: int, train_transform: ImageTransform, test_transform: ImageTransform) -> Split:
@@ -88,6 +108,29 @@ class Experiment:
     train_transform: ImageTransform
     test_transform: ImageTransform
     output_dir: Path
+
+    @classmethod
+    def for_clip(
+        cls, model: str, *, augmentation: dict[str, Any], output_dir: Path, text_model: str | None = None
+    ) -> "Experiment":
+        """An experiment on a CLIP with its own tokenizer and image processor.
+
+        Args:
+            model: Folder or Hub id.
+            augmentation: Keyword arguments of `TrainTransform`.
+            output_dir: Folder of everything that is written.
+            text_model: CLIP whose tokenizer and text length count, where a teacher reads the class names.
+        """
+        processor = AutoImageProcessor.from_pretrained(model)
+        config = CLIPModel.config_class.from_pretrained(text_model or model)
+        return cls(
+            load_model=lambda: CLIPModel.from_pretrained(model),
+            tokenizer=AutoTokenizer.from_pretrained(text_model or model),
+            max_length=config.text_config.max_position_embeddings,
+            train_transform=TrainTransform(processor, **augmentation),
+            test_transform=EvalTransform(processor),
+            output_dir=output_dir,
+        )
 
     def run(self, tasks: Sequence[Task], learners: Sequence[Learner], seeds: Sequence[int]) -> dict[str, Any]:
         """Run everything and write `metrics.json` after each task.
@@ -161,7 +204,7 @@ class Experiment:
             "trainable_parameters": fitted.trainable_parameters,
         }
 
-    def prompts(self, class_names: Sequence[str], template: str) -> ClassPrompts:
+    def prompts(self, class_names: Sequence[str], template: str | Sequence[str]) -> ClassPrompts:
         """Tokenised prompts of a class list."""
         return tokenize_classes(self.tokenizer, class_names, template=template, max_length=self.max_length)
 

@@ -22,7 +22,7 @@ def sections(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def markdown_table(report: Mapping[str, Any]) -> str:
     """One Markdown table per task: mean and standard deviation over the seeds, costs, and the paired gain over
-    zero-shot.
+    zero-shot, which is the first row that trains nothing.
 
     The gain is the mean over seeds of (method - zero-shot), with the standard deviation of those differences.
 
@@ -41,13 +41,30 @@ def markdown_table(report: Mapping[str, Any]) -> str:
             *COSTS.values(),
         ]
         lines = [f"### {name}, {len(report['seeds'])} seeds", "", _row(header), _row(["---"] * len(header))]
+        untrained = next((row for row in methods.values() if not row["trainable_parameters"]), {})
         for method, row in methods.items():
             cells = [method.replace("_", " "), *(_mean_std(row.get(key)) for key in scores)]
-            cells += [_gain(row.get(headline), methods.get("zero_shot", {}).get(headline))]
+            cells += [_gain(row.get(headline), untrained.get(headline))]
             cells += [f"{row['trainable_parameters']:,}", *(_mean_std(row.get(key)) for key in COSTS)]
             lines.append(_row(cells))
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def write_results(report: Mapping[str, Any], folder: Path) -> str:
+    """Write `table.md` and `results.png` beside `metrics.json`.
+
+    Args:
+        report: What `Experiment.run` returned.
+        folder: Where they go.
+
+    Returns:
+        The table.
+    """
+    table = markdown_table(report)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    results_png(report, folder / "results.png")
+    return table
 
 
 def results_png(report: Mapping[str, Any], path: Path) -> None:

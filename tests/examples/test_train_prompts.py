@@ -1,4 +1,4 @@
-"""The examples of CoOp and PromptSRC as a user runs them, for a few steps on a small part of the bundled sets."""
+"""The examples of CoOp, PromptSRC and PromptKD as a user runs them: a few steps on a part of the bundled sets."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def check(output: Path, methods: list[str], scores: set[str]) -> dict:
         assert scores | {"seconds", "peak_memory_mb", "trainable_parameters"} <= set(row)
         assert all(0 <= value <= 100 for score in scores for value in row[score])
     assert (output / "results.png").stat().st_size > 5_000
-    assert f"| {methods[-1]} |" in (output / "table.md").read_text()
+    assert f"| {methods[-1].replace('_', ' ')} |" in (output / "table.md").read_text()
     return report
 
 
@@ -89,3 +89,24 @@ def test_coop_from_start_to_finish(data, tmp_path):
     assert config["num_text_tokens"] == 16
     assert config["class_position"] == "middle"
     assert report["methods"]["coop"]["trainable_parameters"] % 16 == 0
+
+
+def test_promptkd_trains_teacher_and_student(data, tmp_path):
+    """Both stages, and an adapter that classifies with the teacher's class vectors."""
+    result = run(
+        "train_promptkd.py",
+        *("--dataset", str(data), "--shots", str(SHOTS), "--seeds", "1", "--epochs", "2"),
+        *("--output_dir", str(tmp_path)),
+    )
+    assert result.returncode == 0, result.stderr
+    rows = ["student_zero_shot", "student_promptsrc", "teacher_zero_shot", "teacher_promptsrc"]
+    report = check(tmp_path, [*rows, "student_projector_only", "student_promptkd"], {"base", "new", "h"})
+    assert report["methods"]["teacher_zero_shot"]["trainable_parameters"] == 0
+    folder = tmp_path / "few icons" / "student_promptkd" / "seed1"
+    summary = json.loads((folder / "training_summary.json").read_text())
+    assert summary["objective"]["transductive"] is True
+    assert summary["objective"]["training_images"]["images"] == CLASSES * (SHOTS + 1)
+    assert {"agreement_seen", "agreement_unseen"} & set(summary["metrics"])
+    picture = next(path for path in sorted(data.rglob("*.png")))
+    predictions = PromptedClassifier.from_pretrained(folder).predict(str(picture))
+    assert len(predictions) == CLASSES

@@ -3,7 +3,6 @@
 PromptKD: Unsupervised Prompt Distillation for Vision-Language Models, 2024, arXiv 2403.02781.
 """
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,29 +14,18 @@ from torch import Tensor, nn
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.row_store import RowStore
 from peft_vlm.data.transforms import EvalTransform
-from peft_vlm.errors import ClassNameError, PeftVLMError, PeftVLMWarning
+from peft_vlm.errors import PeftVLMError
 from peft_vlm.losses.distillation import REDUCTIONS, TEACHER_WEIGHTINGS, distillation_loss
 from peft_vlm.methods.promptkd.agreement import Agreement
 from peft_vlm.methods.promptkd.classes import stored_classes
-from peft_vlm.methods.promptkd.model import store_classes
-from peft_vlm.methods.promptkd.teacher import Teacher, Teachers, ViewCache
-from peft_vlm.objective import Objective, ObjectiveOutput, Paper
+from peft_vlm.methods.promptkd.model import check_stored, store_classes
+from peft_vlm.methods.promptkd.paper import PAPER
+from peft_vlm.methods.promptkd.teacher import Teacher, Teachers
+from peft_vlm.methods.promptkd.views import ViewCache, align_projector, projector_of, student_features
+from peft_vlm.objective import Objective, ObjectiveOutput
 from peft_vlm.shapes import Batch
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.towers import image_features, towers_of, unwrap
-
-PAPER = Paper(
-    title="PromptKD: Unsupervised Prompt Distillation for Vision-Language Models",
-    year=2024,
-    arxiv_id="2403.02781",
-    venue="CVPR 2024",
-    bibtex="""@inproceedings{li2024promptkd,
-  title     = {PromptKD: Unsupervised Prompt Distillation for Vision-Language Models},
-  author    = {Li, Zheng and Li, Xiang and Fu, Xinyi and Zhang, Xin and Wang, Weiqiang and Chen, Shuo and Yang, Jian},
-  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year      = {2024}
-}""",
-)
 
 
 class PromptKDObjective(Objective):
@@ -61,6 +49,11 @@ class PromptKDObjective(Objective):
         teacher_cache: `"none"` runs the teacher on each batch; `"views"` on a fixed number of augmented views per
             image, once. The student sees the same views.
         num_views: Views per image; epoch e trains on view e modulo this number.
+        student_cache: `"none"`, or `"views"` where the student's tower is frozen (`vision_depth=0`): its features are
+            stored too.
+        align_epochs: Passes over stored features in which the projector learns alone, before the first epoch. Ours;
+            officially 0: a random projector.
+        align_learning_rate: Rate of these passes.
         cache_storage: `"ram"`, or `"disk"` (memory-mapped).
         cache_folder: Folder of the memory-mapped file; temporary by default.
         cache_batch_size: Images per teacher forward pass while caching.
@@ -95,6 +88,9 @@ class PromptKDObjective(Objective):
         teacher_weighting: str = "equal",
         teacher_cache: str = "none",
         num_views: int = 1,
+        student_cache: str = "none",
+        align_epochs: int = 0,
+        align_learning_rate: float | int = 0.05,
         cache_storage: str = "ram",
         cache_folder: str | Path | None = None,
         cache_batch_size: int = 32,
@@ -105,6 +101,12 @@ class PromptKDObjective(Objective):
         _check_choice("reduction", reduction, REDUCTIONS)
         _check_choice("teacher_weighting", teacher_weighting, TEACHER_WEIGHTINGS)
         _check_choice("teacher_cache", teacher_cache, ("none", "views"))
+        _check_choice("student_cache", student_cache, ("none", "views"))
+        if teacher_cache == "none" and (student_cache != "none" or align_epochs):
+            raise ValueError(
+                f"Expected `teacher_cache`='views' with `student_cache`={student_cache!r}, `align_epochs`="
+                f"{align_epochs!r}, got 'none'. Both read stored features of the teacher."
+            )
         for name, value in (("temperature", temperature), ("weight", weight), ("num_views", num_views)):
             if value <= 0:
                 raise ValueError(f"Expected `{name}` above 0, got {value!r}.")
@@ -115,12 +117,16 @@ class PromptKDObjective(Objective):
         store = RowStore(cache_storage, name="promptkd teacher features", folder=cache_folder)
         cache = ViewCache(num_views, store, batch_size=cache_batch_size, num_workers=num_workers)
         self.cache = cache if teacher_cache == "views" else None
-        self._transform: Any = None
+        self.student_cache, self.needs_pixels = student_cache, student_cache == "none"
+        self.align_epochs, self.align_learning_rate = align_epochs, align_learning_rate
+        self._transform, self._aligned = None, align_epochs == 0
         self.settings = {
             "teachers": [member.name for member in members],
             **{"temperature": temperature, "weight": weight, "reduction": reduction},
             **{"teacher_weighting": teacher_weighting, "teacher_cache": teacher_cache},
             **({"num_views": num_views, "cache_storage": cache_storage} if self.cache is not None else {}),
+            **({"student_cache": student_cache} if student_cache != "none" else {}),
+            **({"align_epochs": align_epochs, "align_learning_rate": align_learning_rate} if align_epochs else {}),
             "seen_classes": None if seen_classes is None else list(seen_classes),
             "transductive": transductive,
         }
@@ -142,7 +148,14 @@ class PromptKDObjective(Objective):
         if any(unwrap(member.model) is unwrap(model) for member in self.teachers.members):
             raise PeftVLMError("Expected a teacher of its own, got the student's base model. Load it a second time.")
         self.teachers.prepare(self.prompts, next(model.parameters()).device)
-        self._check_stored(model)
+        check_stored(model, self.prompts.class_names, self.teachers.members[0].name)
+        if self.student_cache == "views" and any(
+            p.requires_grad for name, p in model.named_parameters() if "vision_model." in name
+        ):
+            raise PeftVLMError(
+                "Expected a frozen vision tower with `student_cache`='views', got trainable tensors in it: stored "
+                "features would be stale after one step. Use `PromptKDConfig(vision_depth=0)`, or `'none'`."
+            )
         first = self.teachers.members[0]
         store_classes(
             model,
@@ -163,16 +176,39 @@ class PromptKDObjective(Objective):
         }
 
     def epoch_start(self, model: nn.Module, dataset: ImageClassificationDataset, epoch: int) -> None:
-        """Begin to count anew, and cache the teacher's features of the epoch's view.
+        """Begin to count anew, cache the features of the epoch's view, and align the projector before epoch 0.
 
         Args:
-            model: Not used.
+            model: `PeftModel` with the active adapter.
             dataset: Training images; its epoch is already set.
             epoch: Number of the epoch, from 0.
         """
         self.agreement.start(epoch)
-        if self.cache is not None:
-            self.cache.start_epoch(self.teachers, dataset, epoch)
+        if self.cache is None:
+            return
+        device, with_student = next(model.parameters()).device, self.student_cache == "views" or not self._aligned
+
+        def encode(pixels: Tensor) -> Tensor:
+            features = self.teachers.features(pixels, self._transform)
+            return torch.cat([features, student_features(model, pixels)], dim=-1) if with_student else features
+
+        if not self._aligned and epoch == 0:
+            self.cache.fill(encode, dataset, device=device)
+            self.settings["loss_after_alignment"] = align_projector(
+                projector_of(model),
+                lambda image, features: self._loss(model, image, self.teachers.logits(features))[0],
+                self.cache,
+                epochs=self.align_epochs,
+                learning_rate=self.align_learning_rate,
+            )
+        self._aligned = True
+        self.cache.start_epoch(encode, dataset, epoch, device=device)
+
+    def _loss(self, model: nn.Module, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted loss, and the student's logits, from its projected features and the teachers' logits."""
+        logits = towers_of(model).similarity_logits(image, stored_classes(model).active_vectors)
+        loss = distillation_loss(logits, target, temperature=self.temperature, reduction=self.reduction)
+        return self.weight * loss, logits
 
     def epoch_end(self) -> dict[str, float]:
         """Agreement of student and teacher on the epoch's training batches, in percent: `agreement_seen`, and
@@ -196,7 +232,7 @@ class PromptKDObjective(Objective):
 
         Args:
             model: `PeftModel` with the active adapter.
-            batch: `pixel_values`, and `index` into cached views.
+            batch: `pixel_values` (not with a cached student), and `index` into cached views.
 
         Returns:
             The term `distillation`, weighted, and the student's logits over all classes.
@@ -206,16 +242,20 @@ class PromptKDObjective(Objective):
         """
         if not self.teachers.classes:
             raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
-        towers, pixels = towers_of(model), batch["pixel_values"]
-        features = (
-            self.teachers.features(pixels, self._transform) if self.cache is None else self.cache.read(batch["index"])
-        )
-        target = self.teachers.logits(features)
-        image = towers.finish_image(towers.embed_image(pixels), 0)
-        logits = towers.similarity_logits(image, stored_classes(model).active_vectors)
+        if self.cache is None:
+            features = self.teachers.features(batch["pixel_values"], self._transform)
+        else:
+            features = self.cache.read(batch["index"])
+        columns = sum(classes.shape[-1] for classes in self.teachers.classes)
+        target = self.teachers.logits(features[:, :columns])
+        if self.student_cache == "views":
+            image = projector_of(model).project(features[:, columns:])
+        else:
+            towers = towers_of(model)
+            image = towers.finish_image(towers.embed_image(batch["pixel_values"]), 0)
+        loss, logits = self._loss(model, image, target)
         self.agreement.add(logits, target)
-        loss = distillation_loss(logits, target, temperature=self.temperature, reduction=self.reduction)
-        return ObjectiveOutput({"distillation": self.weight * loss}, logits, batch["labels"])
+        return ObjectiveOutput({"distillation": loss}, logits, batch["labels"])
 
     def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
         """Logits over all stored classes, as `model(pixel_values=...)` gives them.
@@ -228,35 +268,21 @@ class PromptKDObjective(Objective):
         return towers_of(model).similarity_logits(image_features(model, batch["pixel_values"]), vectors)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Counts of the running epoch."""
-        return {"agreement": self.agreement.counts.cpu(), "agreement_epoch": torch.tensor(self.agreement.epoch)}
+        """Counts of the running epoch, and whether the projector was aligned."""
+        return {
+            "agreement": self.agreement.counts.cpu(),
+            "agreement_epoch": torch.tensor(self.agreement.epoch),
+            "aligned": torch.tensor(self._aligned),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the counts.
+        """Restore the counts; an aligned projector is not aligned again.
 
         Args:
             state: Mapping of `state_dict`.
         """
         self.agreement.counts, self.agreement.epoch = state["agreement"], int(state["agreement_epoch"])
-
-    def _check_stored(self, model: nn.Module) -> None:
-        """Refuse an adapter with other classes; warn where its vectors came from another teacher."""
-        layer = stored_classes(model)
-        config = layer.adapter_configs[layer.active_adapters[0]]
-        names, first = config.class_names, self.teachers.members[0].name
-        if config.num_classes and names is not None and tuple(names) != self.prompts.class_names:
-            raise ClassNameError(
-                f"The adapter stores {len(names)} classes, beginning {names[:3]!r}; the objective has "
-                f"{len(self.prompts.class_names)}, beginning {list(self.prompts.class_names[:3])!r}. Go on with the "
-                "stored classes, change them with `keep_classes` and `add_classes`, or start a new adapter."
-            )
-        if config.num_classes and config.teacher_name_or_path not in (None, first):
-            warnings.warn(
-                f"The adapter was distilled from {config.teacher_name_or_path!r} and goes on with {first!r}, whose "
-                "class vectors replace the stored ones.",
-                PeftVLMWarning,
-                stacklevel=3,
-            )
+        self._aligned = bool(state["aligned"])
 
 
 def _as_teachers(given: nn.Module | Teacher | Sequence[nn.Module | Teacher]) -> list[Teacher]:

@@ -57,9 +57,16 @@ class Projector(PromptLayer):
             pooled: The class token after the last norm.
         """
         features = self.base_layer(pooled)
+        return features if self.current_adapter is None else self.project(features)
+
+    def project(self, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch dim"]:
+        """The active adapter's projector alone.
+
+        Args:
+            features: The student's own image features, not normalised.
+        """
         name = self.current_adapter
-        if name is None:
-            return features
+        assert name is not None, "the callers know that an adapter is active"
         linears = [getattr(self, names)[name] for names in self._linear if name in getattr(self, names)]
         hidden = features.to(linears[0].weight.dtype)
         for depth, linear in enumerate(linears):

@@ -7,12 +7,8 @@ import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
-from peft_vlm.data.dataset import ImageClassificationDataset, collate
-from peft_vlm.data.row_store import RowStore
 from peft_vlm.data.transforms import mean_and_std_of
 from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.losses.distillation import average_teachers
@@ -154,55 +150,6 @@ class Teachers:
                 for teacher, part, classes in zip(self.members, parts, self.classes, strict=True)
             ]
             return average_teachers(torch.stack(logits), weighting=self.weighting)
-
-
-class ViewCache:
-    """Teacher features of a fixed number of augmented views per image; view v is the augmentation of epoch v.
-
-    Each view is computed in one pass over the dataset, in its order, so that a resumed run computes the same numbers.
-
-    Args:
-        num_views: Views per image.
-        store: Where the features are kept.
-        batch_size: Images per teacher forward pass.
-        num_workers: Processes that read images.
-    """
-
-    def __init__(self, num_views: int, store: RowStore, *, batch_size: int, num_workers: int) -> None:
-        self.num_views, self.store = num_views, store
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self._filled: set[int] = set()
-        self._offset = 0
-
-    def start_epoch(self, teachers: Teachers, dataset: ImageClassificationDataset, epoch: int) -> None:
-        """Compute the features of the epoch's view the first time it comes.
-
-        Args:
-            teachers: Prepared teachers.
-            dataset: Training images that repeat their views; their epoch is set.
-            epoch: Number of the epoch, from 0.
-        """
-        view = epoch % self.num_views
-        self._offset = view * len(dataset)
-        if view in self._filled:
-            return
-        loader = DataLoader(dataset, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers)
-        size = self.num_views * len(dataset) * sum(classes.shape[-1] for classes in teachers.classes) * 4 / 2**20
-        title = f"Teacher features, view {view + 1} of {self.num_views} ({size:.1f} MB in {self.store.storage})"
-        for batch in tqdm(loader, desc=title, leave=False):
-            pixels = batch["pixel_values"].to(teachers.classes[0].device)
-            features = teachers.features(pixels, dataset.transform)
-            self.store.allocate((self.num_views * len(dataset), features.shape[-1]), features.dtype)
-            self.store.write(batch["index"] + self._offset, features)
-        self._filled.add(view)
-
-    def read(self, index: Tensor) -> Float[Tensor, "batch dim"]:
-        """Features of some images in this epoch's view.
-
-        Args:
-            index: Positions in the dataset.
-        """
-        return self.store.read(index + self._offset, index.device)
 
 
 def _own_precision(model: nn.Module) -> torch.autocast:

@@ -77,7 +77,9 @@ def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = settings_of(args)
-    experiment = Experiment.for_clip(args.model, augmentation=settings["augmentation"], output_dir=args.output_dir)
+    experiment = Experiment.for_clip(
+        args.model, augmentation=settings["augmentation"], output_dir=args.output_dir, use_cpu=args.use_cpu
+    )
     coop = TrainerLearner(
         "coop",
         wrap=lambda model: get_peft_model(model, peft_vlm.CoOpConfig(**settings["config"])),

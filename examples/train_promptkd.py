@@ -37,8 +37,8 @@ DEMO = {
     },
     "promptkd": {
         "config": {"vision_depth": 4, "projector_depth": 1},
-        "objective": {"weight": 10.0, "teacher_cache": "views", "num_views": 3, "align_epochs": 20},
-        "training": {"learning_rate": 0.01, "num_train_epochs": 3, "per_device_train_batch_size": 32},
+        "objective": {"weight": 10.0, "teacher_cache": "views", "num_views": 3, "align_steps": 2160},
+        "training": {"learning_rate": 0.01, "max_steps": 324, "per_device_train_batch_size": 32},
     },
 }
 
@@ -75,7 +75,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         if args.depth is not None:
             names = ("vision_depth", "text_depth") if stage == "promptsrc" else ("vision_depth",)
             parts["config"] |= dict.fromkeys(names, args.depth)
-        epochs = {} if args.epochs is None else {"num_train_epochs": args.epochs}
+        epochs = {} if args.epochs is None else {"num_train_epochs": args.epochs, "max_steps": -1}
         parts["training"] |= {"use_cpu": args.use_cpu} | epochs
         settings[stage] = parts
     return settings
@@ -136,7 +136,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings, tasks = settings_of(args), tasks_of(args)
     options = {"text_model": args.teacher, "augmentation": settings["augmentation"]}
-    experiment = Experiment.for_clip(args.model, output_dir=args.output_dir, **options)
+    experiment = Experiment.for_clip(args.model, output_dir=args.output_dir, use_cpu=args.use_cpu, **options)
     seen = {task.train.class_names: task.seen_classes for task in tasks}
     learners = learners_of(settings, lambda: CLIPModel.from_pretrained(args.teacher), seen)
     report = experiment.run(tasks, learners, args.seeds)

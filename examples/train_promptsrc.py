@@ -109,7 +109,9 @@ def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = settings_of(args)
-    experiment = Experiment.for_clip(args.model, augmentation=settings["augmentation"], output_dir=args.output_dir)
+    experiment = Experiment.for_clip(
+        args.model, augmentation=settings["augmentation"], output_dir=args.output_dir, use_cpu=args.use_cpu
+    )
     protocol = "few_shot" if args.preset.startswith("few_shot") else "base_to_new"
     template = args.template.replace("{context}", args.context)
     task = load_task(args.dataset, protocol, template=template, shots=args.shots)

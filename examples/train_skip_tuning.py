@@ -118,7 +118,9 @@ def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = settings_of(args)
-    experiment = Experiment.for_clip(args.model, augmentation=settings["augmentation"], output_dir=args.output_dir)
+    experiment = Experiment.for_clip(
+        args.model, augmentation=settings["augmentation"], output_dir=args.output_dir, use_cpu=args.use_cpu
+    )
     rows = learners_of(settings, experiment.test_transform)
     learners = [row for row in rows if not args.methods or row.name in args.methods]
     tasks = tasks_of(args)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, set_seed
@@ -100,6 +101,7 @@ class Experiment:
         train_transform: Augmentation.
         test_transform: Preparation of test images.
         output_dir: Folder of everything that is written.
+        device: Where models run; None takes a GPU if there is one.
     """
 
     load_model: Callable[[], nn.Module]
@@ -108,10 +110,17 @@ class Experiment:
     train_transform: ImageTransform
     test_transform: ImageTransform
     output_dir: Path
+    device: str | None = None
 
     @classmethod
     def for_clip(
-        cls, model: str, *, augmentation: dict[str, Any], output_dir: Path, text_model: str | None = None
+        cls,
+        model: str,
+        *,
+        augmentation: dict[str, Any],
+        output_dir: Path,
+        use_cpu: bool = False,
+        text_model: str | None = None,
     ) -> "Experiment":
         """An experiment on a CLIP with its own tokenizer and image processor.
 
@@ -119,6 +128,7 @@ class Experiment:
             model: Folder or Hub id.
             augmentation: Keyword arguments of `TrainTransform`.
             output_dir: Folder of everything that is written.
+            use_cpu: Do not use a GPU.
             text_model: CLIP whose tokenizer and text length count, where a teacher reads the class names.
         """
         processor = AutoImageProcessor.from_pretrained(model)
@@ -130,6 +140,7 @@ class Experiment:
             train_transform=TrainTransform(processor, **augmentation),
             test_transform=EvalTransform(processor),
             output_dir=output_dir,
+            device="cpu" if use_cpu else None,
         )
 
     def run(self, tasks: Sequence[Task], learners: Sequence[Learner], seeds: Sequence[int]) -> dict[str, Any]:
@@ -181,6 +192,7 @@ class Experiment:
         """
         set_seed(seed)
         model = (learner.load_model or self.load_model)()
+        model = model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
         def prompts(class_names: Sequence[str], template: str | None = None) -> ClassPrompts:
             return self.prompts(class_names, template or task.template)
@@ -202,6 +214,7 @@ class Experiment:
             "seconds": seconds if trained else 0.0,
             "peak_memory_mb": memory if trained else 0.0,
             "trainable_parameters": fitted.trainable_parameters,
+            "transductive": getattr(learner, "on_pool", False),
         }
 
     def prompts(self, class_names: Sequence[str], template: str | Sequence[str]) -> ClassPrompts:
@@ -212,7 +225,7 @@ class Experiment:
 def _append(columns: dict[str, Any], row: dict[str, Any]) -> None:
     """Add one seed's row; a column without any value becomes null, the parameter count stays a single number."""
     for key, value in row.items():
-        if key == "trainable_parameters" or (value is None and key not in columns):
+        if key in ("trainable_parameters", "transductive") or (value is None and key not in columns):
             columns[key] = value
         elif value is not None:
             columns.setdefault(key, []).append(value)

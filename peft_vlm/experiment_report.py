@@ -43,7 +43,10 @@ def markdown_table(report: Mapping[str, Any]) -> str:
         lines = [f"### {name}, {len(report['seeds'])} seeds", "", _row(header), _row(["---"] * len(header))]
         untrained = next((row for row in methods.values() if not row["trainable_parameters"]), {})
         for method, row in methods.items():
-            cells = [method.replace("_", " "), *(_mean_std(row.get(key)) for key in scores)]
+            cells = [
+                method.replace("_", " ") + (" (transductive)" if row.get("transductive") else ""),
+                *(_mean_std(row.get(key)) for key in scores),
+            ]
             cells += [_gain(row.get(headline), untrained.get(headline))]
             cells += [f"{row['trainable_parameters']:,}", *(_mean_std(row.get(key)) for key in COSTS)]
             lines.append(_row(cells))

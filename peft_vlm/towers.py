@@ -131,9 +131,10 @@ class Towers:
         self, image_features: Float[Tensor, "batch dim"], text_features: Float[Tensor, "classes dim"]
     ) -> Float[Tensor, "batch classes"]:
         """Cosine similarities multiplied by the logit scale, in float32. Inputs need not be normalised."""
-        image = nn.functional.normalize(image_features.float(), dim=-1)
-        text = nn.functional.normalize(text_features.float(), dim=-1)
-        return self.model.logit_scale.float().exp() * (image @ text.T)
+        with torch.autocast(image_features.device.type, enabled=False):
+            image = nn.functional.normalize(image_features.float(), dim=-1)
+            text = nn.functional.normalize(text_features.float(), dim=-1)
+            return self.model.logit_scale.float().exp() * (image @ text.T)
 
 
 class SiglipTowers(Towers):

@@ -4,8 +4,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
+from peft_vlm.data.images import IMAGE_EXTENSIONS
 from peft_vlm.errors import DataError
 
 #: Rows {"image": path, "label": folder name or cell}, and the raw labels of all splits in the order of their ids.
@@ -34,12 +33,11 @@ def read_image_folder(root: Path, *, split: str) -> tuple[Rows, list[str]]:
             f"Make the folders {str(root / 'train')!r} and {str(root / split)!r}, each with one folder per class."
         )
     raw_labels = sort_labels({folder.name for part in splits.values() or [root] for folder in _folders(part)})
-    extensions = set(Image.registered_extensions())
     rows = [
         {"image": str(file), "label": label}
         for label in raw_labels
         for file in sorted((splits.get(split, root) / label).rglob("*"))
-        if file.suffix.lower() in extensions and not file.name.startswith(".")
+        if file.suffix.lower() in IMAGE_EXTENSIONS and not file.name.startswith(".")
     ]
     if not rows:
         raise DataError(

@@ -14,6 +14,9 @@ from peft_vlm.errors import DataError
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+"""What counts as an image in a folder. Pillow registers more, PDF and video among them, which it cannot read."""
+
 
 def read_image(value: Any, *, where: str = "image") -> Image.Image:
     """Open an image and convert it to RGB.

@@ -1,7 +1,9 @@
 """A tensor row per image, in memory or in a memory-mapped file."""
 
 import logging
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 import torch
@@ -21,7 +23,8 @@ class RowStore:
     Args:
         storage: `"ram"`, or `"disk"` for a memory-mapped file.
         name: What is stored, for the log and the file.
-        folder: Where the file goes; a temporary folder by default, removed with the store.
+        folder: Where the file goes, in a folder of its own that is removed with the store; the system's folder for
+            temporary files by default.
 
     Raises:
         ValueError: If the storage is unknown.
@@ -32,7 +35,6 @@ class RowStore:
             raise ValueError(f"Expected a storage out of {STORAGES!r} for the {name}, got {storage!r}.")
         self.storage, self.name, self.folder = storage, name, folder
         self.rows: Tensor | None = None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Reserve room, once; the size is logged first.
@@ -50,13 +52,12 @@ class RowStore:
         if self.storage == "ram":
             self.rows = torch.empty(shape, dtype=dtype)
             return
-        if self.folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="peft_vlm_cache_")
-            folder = Path(self._temporary.name)
-        else:
-            folder = Path(self.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name.replace(' ', '_')}.bin"
+        if self.folder is not None:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+        # a folder of its own: two processes, or two runs, must not share a file
+        folder = tempfile.mkdtemp(prefix="peft_vlm_cache_", dir=self.folder)
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        path = Path(folder) / f"{self.name.replace(' ', '_')}.bin"
         self.rows = torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
 
     def write(self, index: Int[Tensor, " batch"], rows: Float[Tensor, "batch *row"]) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset as HFDataset
-from PIL import Image
 
 from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.images import IMAGE_EXTENSIONS
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.errors import DataError
 
@@ -45,8 +45,7 @@ def _images_below(root: Path) -> list[Path]:
     """Image files in sorted order; hidden ones are left out."""
     if not root.is_dir():
         raise DataError(f"There is no folder {str(root)!r}. Relative paths start from {str(Path.cwd())!r}.")
-    extensions = set(Image.registered_extensions())
-    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in extensions and path.is_file()]
+    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()]
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
     if not files:
         raise DataError(f"No images in {str(root)!r} or its subfolders.")

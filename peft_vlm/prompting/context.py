@@ -90,7 +90,9 @@ def complete_context(config: TextContextConfig, model: Any) -> None:
     Raises:
         ValueError: If the initial words are fewer tokens than `num_text_tokens`.
     """
-    config.placeholder_id = model.config.text_config.bos_token_id
+    text = model.config.text_config
+    # OpenAI's configs say `bos_token_id=0, eos_token_id=2`, which are not the tokens of their tokenizer
+    config.placeholder_id = text.vocab_size - 2 if text.eos_token_id == 2 else text.bos_token_id
     read_context_words(config, model)
     if config.context_init_ids is None:
         return

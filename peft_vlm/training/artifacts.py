@@ -132,7 +132,8 @@ def describe_adapter(model: nn.Module, objective: Objective, dataset: ImageClass
     config = model.active_peft_config
     prompts = objective.prompts
     if prompts is not None:
-        config.class_names = list(prompts.class_names)
+        if not getattr(config, "num_classes", 0):  # stored class vectors name their classes themselves
+            config.class_names = list(prompts.class_names)
         config.template = prompts.templates[0] if len(prompts.templates) == 1 else list(prompts.templates)
     transform = dataset.transform
     if transform is not None:

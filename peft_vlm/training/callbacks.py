@@ -25,6 +25,7 @@ class ObjectiveCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Prepare the objective on the device of the run."""
+        self.dataset.repeat_views(None)  # an earlier run may have left its views
         with self.autocast():
             self.module.objective.prepare(self.module.model, self.dataset)
 

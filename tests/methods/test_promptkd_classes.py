@@ -192,3 +192,18 @@ def test_a_base_with_another_logit_scale_is_warned_about(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", PeftVLMWarning)
         PeftModel.from_pretrained(base_model(), tmp_path)
+
+
+def test_classes_changed_after_training_survive_saving_by_the_trainer(tmp_path):
+    """The objective's class list would overwrite the names beside the vectors, and loading would call it damage."""
+    from peft import PeftConfig
+
+    from peft_vlm.training.artifacts import describe_adapter
+
+    model = get_peft_model(tiny_clip(), PromptKDConfig(class_dim=24, vision_depth=2))
+    target = PromptKDObjective(class_prompts(), teacher=tiny_clip(seed=5, layers=2, dim=24))
+    target.prepare(model, images())
+    model.keep_classes(["green", "red"])
+    describe_adapter(model, target, images())
+    model.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).class_names == ["green", "red"]

@@ -64,7 +64,7 @@ def test_the_disk_cache_holds_what_the_ram_cache_holds(tmp_path):
             objective.epoch_start(fresh(), dataset, epoch)
         rows.append(objective.cache.store.rows.clone())
     assert torch.equal(*rows)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.rglob("*.bin")
     assert file.stat().st_size == rows[0].numel() * 4 == 3 * 24 * TEACHER_DIM * 4
 
 

@@ -111,7 +111,7 @@ def test_the_disk_cache_holds_what_the_ram_cache_holds(tmp_path):
     ram = prepared(CASE, model, dataset, image_cache="ram").cache.rows
     disk = prepared(CASE, model, dataset, image_cache="disk", cache_folder=tmp_path)
     assert torch.equal(ram, disk.cache.rows)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.rglob("*.bin")
     assert file.stat().st_size == ram.numel() * 4
 
 

@@ -133,6 +133,15 @@ def test_words_are_read_by_the_tokenizer_of_the_base_model(tmp_path):
     assert model.active_peft_config.placeholder_id == 512
 
 
+def test_legacy_configs_get_the_start_token_of_their_tokenizer():
+    """OpenAI's configs say `bos_token_id=0, eos_token_id=2`; their tokenizer's start token is the last but one."""
+    base = tiny_clip(eos_token_id=2)
+    base.config.text_config.bos_token_id = 0
+    model = get_peft_model(base, CoOpConfig(num_text_tokens=2, context_init=None))
+    assert model.active_peft_config.placeholder_id == 512
+    model(pixel_values=torch.zeros(1, 3, 16, 16), input_ids=torch.tensor([[512, 512, 512, 5, 513, 0, 0]]))
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_prompts_with_another_number_of_slots_are_refused(count):
     """A silent overwrite of the class name is the classic bug of context learning."""

@@ -135,7 +135,8 @@ class PromptKDModel(VLMTuner):
                 PeftVLMWarning,
                 stacklevel=2,
             )
-        new = guide.class_features(tokenize_for_model(guide.model, tokenizer, class_names, template=template))
+        prompts = tokenize_for_model(guide.model, tokenizer, class_names, template=template)
+        new = Teacher(guide.model, name=guide.name).class_features(prompts)
         if new.shape[-1] != config.class_dim:
             raise AdapterError(
                 f"Expected a teacher with class vectors of {config.class_dim} numbers, got {new.shape[-1]} from "

@@ -1,7 +1,4 @@
-"""PromptKD's objective: the student imitates the teacher's class probabilities on images without labels.
-
-PromptKD: Unsupervised Prompt Distillation for Vision-Language Models, 2024, arXiv 2403.02781.
-"""
+"""PromptKD's objective: the student imitates the teacher's class probabilities on images without labels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +12,18 @@ from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.row_store import RowStore
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.losses.distillation import REDUCTIONS, TEACHER_WEIGHTINGS, distillation_loss
+from peft_vlm.losses.distillation import distillation_loss
 from peft_vlm.methods.promptkd.agreement import Agreement
 from peft_vlm.methods.promptkd.classes import stored_classes
 from peft_vlm.methods.promptkd.model import check_stored, store_classes
 from peft_vlm.methods.promptkd.paper import PAPER
+from peft_vlm.methods.promptkd.settings import check_settings
 from peft_vlm.methods.promptkd.teacher import Teacher, Teachers
 from peft_vlm.methods.promptkd.views import ViewCache, align_projector, projector_of, student_features
 from peft_vlm.objective import Objective, ObjectiveOutput
 from peft_vlm.shapes import Batch
 from peft_vlm.text.prompts import ClassPrompts
+from peft_vlm.text.templates import readable
 from peft_vlm.towers import image_features, towers_of, unwrap
 
 
@@ -51,9 +50,9 @@ class PromptKDObjective(Objective):
         num_views: Views per image; epoch e trains on view e modulo this number.
         student_cache: `"none"`, or `"views"` where the student's tower is frozen (`vision_depth=0`): its features are
             stored too.
-        align_epochs: Passes over stored features in which the projector learns alone, before the first epoch. Ours;
+        align_steps: Steps on stored features in which the projector learns alone, before the first epoch. Ours;
             officially 0: a random projector.
-        align_learning_rate: Rate of these passes.
+        align_learning_rate: Rate of these steps.
         cache_storage: `"ram"`, or `"disk"` (memory-mapped).
         cache_folder: Folder of the memory-mapped file; temporary by default.
         cache_batch_size: Images per teacher forward pass while caching.
@@ -63,7 +62,7 @@ class PromptKDObjective(Objective):
 
     Requirements:
         Batches with `pixel_values` and, with cached views, `index`; a `PeftModel` with an active PromptKD adapter.
-        BatchNorm needs several images per batch: one alone is normalised with the running statistics.
+        BatchNorm normalises a batch of one image with its running statistics.
 
     Relations:
         `PromptKDConfig(vision_depth=0)` trains the projector alone, `tune_vision=True` the whole student.
@@ -89,7 +88,7 @@ class PromptKDObjective(Objective):
         teacher_cache: str = "none",
         num_views: int = 1,
         student_cache: str = "none",
-        align_epochs: int = 0,
+        align_steps: int = 0,
         align_learning_rate: float | int = 0.05,
         cache_storage: str = "ram",
         cache_folder: str | Path | None = None,
@@ -98,18 +97,11 @@ class PromptKDObjective(Objective):
         seen_classes: Sequence[str] | None = None,
         transductive: bool = True,
     ) -> None:
-        _check_choice("reduction", reduction, REDUCTIONS)
-        _check_choice("teacher_weighting", teacher_weighting, TEACHER_WEIGHTINGS)
-        _check_choice("teacher_cache", teacher_cache, ("none", "views"))
-        _check_choice("student_cache", student_cache, ("none", "views"))
-        if teacher_cache == "none" and (student_cache != "none" or align_epochs):
-            raise ValueError(
-                f"Expected `teacher_cache`='views' with `student_cache`={student_cache!r}, `align_epochs`="
-                f"{align_epochs!r}, got 'none'. Both read stored features of the teacher."
-            )
-        for name, value in (("temperature", temperature), ("weight", weight), ("num_views", num_views)):
-            if value <= 0:
-                raise ValueError(f"Expected `{name}` above 0, got {value!r}.")
+        check_settings(
+            {"reduction": reduction, "teacher_weighting": teacher_weighting},
+            {"teacher_cache": teacher_cache, "student_cache": student_cache, "align_steps": align_steps},
+            {"temperature": temperature, "weight": weight, "num_views": num_views},
+        )
         self.prompts, self.temperature, self.weight, self.reduction = prompts, temperature, weight, reduction
         members = _as_teachers(teacher)
         self.teachers = Teachers(members, weighting=teacher_weighting)
@@ -118,15 +110,15 @@ class PromptKDObjective(Objective):
         cache = ViewCache(num_views, store, batch_size=cache_batch_size, num_workers=num_workers)
         self.cache = cache if teacher_cache == "views" else None
         self.student_cache, self.needs_pixels = student_cache, student_cache == "none"
-        self.align_epochs, self.align_learning_rate = align_epochs, align_learning_rate
-        self._transform, self._aligned = None, align_epochs == 0
+        self.align_steps, self.align_learning_rate = align_steps, align_learning_rate
+        self._transform, self._aligned, self._restored = None, align_steps == 0, False
         self.settings = {
             "teachers": [member.name for member in members],
             **{"temperature": temperature, "weight": weight, "reduction": reduction},
             **{"teacher_weighting": teacher_weighting, "teacher_cache": teacher_cache},
             **({"num_views": num_views, "cache_storage": cache_storage} if self.cache is not None else {}),
             **({"student_cache": student_cache} if student_cache != "none" else {}),
-            **({"align_epochs": align_epochs, "align_learning_rate": align_learning_rate} if align_epochs else {}),
+            **({"align_steps": align_steps, "align_learning_rate": align_learning_rate} if align_steps else {}),
             "seen_classes": None if seen_classes is None else list(seen_classes),
             "transductive": transductive,
         }
@@ -147,6 +139,8 @@ class PromptKDObjective(Objective):
         """
         if any(unwrap(member.model) is unwrap(model) for member in self.teachers.members):
             raise PeftVLMError("Expected a teacher of its own, got the student's base model. Load it a second time.")
+        for member in self.teachers.members:
+            member.check_pixels(model)
         self.teachers.prepare(self.prompts, next(model.parameters()).device)
         check_stored(model, self.prompts.class_names, self.teachers.members[0].name)
         if self.student_cache == "views" and any(
@@ -165,9 +159,17 @@ class PromptKDObjective(Objective):
             teacher_logit_scale=first.logit_scale,
         )
         self._transform = dataset.transform
-        if self.cache is not None and isinstance(dataset.transform, EvalTransform):
-            self.cache.num_views = 1  # every epoch sees the same pixels
+        if self.cache is not None:
+            if isinstance(dataset.transform, EvalTransform):
+                self.cache.num_views = 1  # every epoch sees the same pixels
+            self.settings["num_views"] = self.cache.num_views
+            self.cache.bind(dataset, unwrap(model), *(member.model for member in self.teachers.members))
+        if not self._restored:
+            self._aligned, self.agreement.epoch = self.align_steps == 0, -1
+        self._restored = False
         dataset.repeat_views(None if self.cache is None else self.cache.num_views)
+        rows = {readable(name): row for row, name in enumerate(self.prompts.class_names)}
+        self._label_of = torch.tensor([rows.get(readable(name), -1) for name in dataset.class_names])
         labelled = [label for label in dataset.labels if label >= 0]
         self.settings["training_images"] = {
             "images": len(dataset),
@@ -198,7 +200,7 @@ class PromptKDObjective(Objective):
                 projector_of(model),
                 lambda image, features: self._loss(model, image, self.teachers.logits(features))[0],
                 self.cache,
-                epochs=self.align_epochs,
+                steps=self.align_steps,
                 learning_rate=self.align_learning_rate,
             )
         self._aligned = True
@@ -255,7 +257,9 @@ class PromptKDObjective(Objective):
             image = towers.finish_image(towers.embed_image(batch["pixel_values"]), 0)
         loss, logits = self._loss(model, image, target)
         self.agreement.add(logits, target)
-        return ObjectiveOutput({"distillation": loss}, logits, batch["labels"])
+        labels = batch["labels"]
+        labels = torch.where(labels < 0, labels, self._label_of.to(labels.device)[labels.clamp(min=0)])
+        return ObjectiveOutput({"distillation": loss}, logits, labels)
 
     def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
         """Logits over all stored classes, as `model(pixel_values=...)` gives them.
@@ -282,7 +286,7 @@ class PromptKDObjective(Objective):
             state: Mapping of `state_dict`.
         """
         self.agreement.counts, self.agreement.epoch = state["agreement"], int(state["agreement_epoch"])
-        self._aligned = bool(state["aligned"])
+        self._aligned, self._restored = bool(state["aligned"]), True
 
 
 def _as_teachers(given: nn.Module | Teacher | Sequence[nn.Module | Teacher]) -> list[Teacher]:
@@ -291,9 +295,3 @@ def _as_teachers(given: nn.Module | Teacher | Sequence[nn.Module | Teacher]) -> 
     if not entries:
         raise ValueError("Expected at least one `teacher`, got none.")
     return [entry if isinstance(entry, Teacher) else Teacher(entry) for entry in entries]
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the choices."""
-    if value not in choices:
-        raise ValueError(f"Expected `{name}` to be one of {choices!r}, got {value!r}.")

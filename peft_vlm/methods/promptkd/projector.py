@@ -13,8 +13,9 @@ from peft_vlm.prompting.layer import PromptLayer
 class Projector(PromptLayer):
     """The visual projection followed by an adapter's Linear-Norm-ReLU-Linear.
 
-    The projector's parameters are float32 whatever the base model is, and it computes in their type: BatchNorm over
-    eight images in half precision is where official runs collapse. Its input is the un-normalised image feature.
+    The projector's parameters are float32 whatever the base model is, and it computes in their type, under autocast
+    too: BatchNorm over eight images in half precision is where official runs collapse. Its input is the un-normalised
+    image feature.
 
     Args:
         base_layer: CLIP's visual projection.
@@ -68,13 +69,14 @@ class Projector(PromptLayer):
         name = self.current_adapter
         assert name is not None, "the callers know that an adapter is active"
         linears = [getattr(self, names)[name] for names in self._linear if name in getattr(self, names)]
-        hidden = features.to(linears[0].weight.dtype)
-        for depth, linear in enumerate(linears):
-            hidden = linear(hidden)
-            if depth + 1 < len(linears):
-                norms = getattr(self, self._norm[depth])
-                hidden = normalise(norms[name], hidden).relu() if name in norms else hidden.relu()
-        return hidden.to(features.dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            hidden = features.to(linears[0].weight.dtype)
+            for depth, linear in enumerate(linears):
+                hidden = linear(hidden)
+                if depth + 1 < len(linears):
+                    norms = getattr(self, self._norm[depth])
+                    hidden = normalise(norms[name], hidden).relu() if name in norms else hidden.relu()
+        return hidden if torch.is_autocast_enabled(features.device.type) else hidden.to(features.dtype)
 
 
 def normalise(norm: nn.Module, hidden: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:

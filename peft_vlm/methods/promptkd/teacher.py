@@ -48,6 +48,21 @@ class Teacher:
         """Move the model to a device and to evaluation mode."""
         self.model.to(device).eval()
 
+    def check_pixels(self, student: nn.Module) -> None:
+        """Refuse a teacher of another family that would be fed pixels with the student's mean and deviation.
+
+        Args:
+            student: The student.
+
+        Raises:
+            DataError: If the families differ and there is no image processor.
+        """
+        if self.image_processor is None and type(towers_of(self.model)) is not type(towers_of(student)):
+            raise DataError(
+                f"The teacher {self.name!r} is of another family than the student and takes pixels with another mean "
+                "and standard deviation. Pass `Teacher(model, prompts=..., image_processor=...)`."
+            )
+
     def class_features(self, prompts: ClassPrompts) -> Float[Tensor, "classes dim"]:
         """Unit-norm class features, with the weights as they are now.
 
@@ -61,7 +76,8 @@ class Teacher:
         if own.class_names != prompts.class_names:
             raise ClassNameError(
                 f"Expected prompts of the teacher {self.name!r} for the {len(prompts.class_names)} classes of the "
-                f"objective, in their order, got {len(own.class_names)}, beginning {list(own.class_names[:3])!r}."
+                f"objective, in their order, got {len(own.class_names)}, beginning {list(own.class_names[:3])!r}. "
+                "Tokenise the objective's class names with this teacher's tokenizer."
             )
         with _own_precision(self.model):
             return encode_classes(self.model, own)

@@ -1,5 +1,6 @@
 """Features of fixed augmented views, computed once; and the projector's alignment on them before training."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,17 @@ class ViewCache:
         self.batch_size, self.num_workers = batch_size, num_workers
         self._filled: set[int] = set()
         self._offset = 0
+        self._owners: tuple[object, ...] = ()
+
+    def bind(self, *owners: object) -> None:
+        """Forget what was stored for other images or models.
+
+        Args:
+            owners: Dataset and models that the features come from.
+        """
+        if len(owners) != len(self._owners) or any(a is not b for a, b in zip(owners, self._owners, strict=True)):
+            self._filled.clear()
+            self._owners = owners
 
     def start_epoch(
         self, encode: Encoder, dataset: ImageClassificationDataset, epoch: int, *, device: torch.device
@@ -120,7 +132,7 @@ def align_projector(
     loss_of: Callable[[Float[Tensor, "batch width"], Float[Tensor, "batch teacher_dim"]], Tensor],
     cache: ViewCache,
     *,
-    epochs: int,
+    steps: int,
     learning_rate: float | int,
     batch_size: int = 32,
 ) -> float:
@@ -133,25 +145,27 @@ def align_projector(
         projector: The student's projector; its active adapter is trained.
         loss_of: Loss from the student's and the teachers' stored features.
         cache: All views, each row with the teachers' columns and then the student's.
-        epochs: Passes over the images; pass e uses view e modulo their number.
+        steps: Optimizer steps at least; the last pass over the images is finished. Pass p uses view p modulo their
+            number.
         learning_rate: Initial rate.
         batch_size: Images per step.
 
     Returns:
         Mean loss of the last pass.
     """
-    rows, width = cache.store.rows, projector.base_layer.out_features
+    rows, width = cache.store.rows, int(projector.base_layer.out_features)
     assert rows is not None, "`ViewCache.fill` comes first"
     parameters = [p for p in projector.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
     generator, images = torch.Generator().manual_seed(0), len(rows) // cache.num_views
+    passes = math.ceil(steps / math.ceil(images / batch_size))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=passes)
     training, device, losses = projector.training, parameters[0].device, [0.0]
     projector.train()
     with torch.enable_grad():
-        for epoch in tqdm(range(epochs), desc="Aligning the projector", leave=False):
+        for number in tqdm(range(passes), desc="Aligning the projector", leave=False):
             losses = []
-            order = torch.randperm(images, generator=generator) + epoch % cache.num_views * images
+            order = torch.randperm(images, generator=generator) + number % cache.num_views * images
             for index in order.split(batch_size):
                 batch = rows[index].to(device)
                 loss = loss_of(projector.project(batch[:, -width:]), batch[:, :-width])

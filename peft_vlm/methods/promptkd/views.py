@@ -41,7 +41,7 @@ class ViewCache:
         """Forget what was stored for other images or models.
 
         Args:
-            owners: Dataset and models that the features come from.
+            *owners: Dataset and models that the features come from.
         """
         if len(owners) != len(self._owners) or any(a is not b for a, b in zip(owners, self._owners, strict=True)):
             self._filled.clear()

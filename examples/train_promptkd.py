@@ -7,29 +7,27 @@ Hardware and time: the demo preset takes 15 to 25 minutes on 2 CPU cores (number
         --dataset <Hub id or folder> --preset base_to_new --template "a photo of a {}."
 
 The student sees the whole training split without labels, new classes included (transductive); no test image is seen.
-Written below --output_dir: metrics.json, table.md, results.png, and per run the adapters with their own reports.
 """
 
 import argparse
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
 from transformers import CLIPModel
 
-import peft_vlm
+from peft_vlm import PromptKDConfig, PromptKDObjective, PromptSRCConfig, PromptSRCObjective
 from peft_vlm.experiment import Experiment, Task, load_task
 from peft_vlm.experiment_report import write_results
 from peft_vlm.learners import TrainerLearner, ZeroShot
-from peft_vlm.methods.promptkd.presets import preset_for
-from peft_vlm.methods.promptsrc.presets import preset_for as teacher_preset_for
+from peft_vlm.methods import promptkd, promptsrc
 
 ASSETS = Path(__file__).parent / "assets"
 # Ours, for the bundled 48 px CLIPs (6 and 9 vision layers); the official presets are for ViT-B/16 and ViT-L/14.
 DEMO = {
     "augmentation": {"scale": (0.6, 1.0), "flip_probability": 0.0},  # arrows and text must not be mirrored
+    "templates": None,  # of the frozen text features: the training template
     "promptsrc": {
         "config": {"num_text_tokens": 1, "context_init": "a", "text_depth": 3, "vision_depth": 4},
         "objective": {"gpa_mean": 4.0, "gpa_std": 1.5},
@@ -66,36 +64,43 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Settings of both stages: for the adapters, the objectives, the training and the augmentation."""
     settings: dict[str, Any] = dict(DEMO)
     if args.preset != "demo":
-        settings = {"promptkd": vars(preset_for(args.preset)), "promptsrc": vars(teacher_preset_for("teacher"))}
+        settings = {
+            "promptkd": vars(promptkd.preset_for(args.preset)),
+            "promptsrc": vars(promptsrc.preset_for("teacher")),
+        }
         settings["augmentation"] = {"scale": (0.08, 1.0), "flip_probability": 0.5}
+        settings["templates"] = promptsrc.OFFICIAL_TEMPLATES
     for stage in ("promptsrc", "promptkd"):
         parts = {part: dict(settings[stage][part]) for part in ("config", "objective", "training")}
         if stage == "promptsrc" and args.context is not None:
             parts["config"]["context_init"] = args.context
         if args.depth is not None:
-            names = ("vision_depth", "text_depth") if stage == "promptsrc" else ("vision_depth",)
-            parts["config"] |= dict.fromkeys(names, args.depth)
+            parts["config"] |= {key: args.depth for key in parts["config"] if key in ("text_depth", "vision_depth")}
         epochs = {} if args.epochs is None else {"num_train_epochs": args.epochs, "max_steps": -1}
         parts["training"] |= {"use_cpu": args.use_cpu} | epochs
         settings[stage] = parts
     return settings
 
 
-def learners_of(settings: dict[str, Any], load_teacher: Callable[[], Any], seen: dict[Any, Any]) -> list[Any]:
+def learners_of(settings: dict[str, Any], load_teacher: Any, make_prompts: Any, seen: dict[Any, Any]) -> list[Any]:
     """The rows of the table; `seen` has the classes with labelled images by the list of all classes."""
     stage1, stage2 = settings["promptsrc"], settings["promptkd"]
     teachers: dict[int, Any] = {}  # by seed; trained before the students that learn from it
 
-    def promptsrc(name: str, **more: Any) -> TrainerLearner:
-        def wrap(model: Any) -> Any:
-            return get_peft_model(model, peft_vlm.PromptSRCConfig(**stage1["config"]))
-
+    def few_shot(name: str, **more: Any) -> TrainerLearner:
         def objective(prompts: Any, seed: int) -> Any:
-            return peft_vlm.PromptSRCObjective(prompts, **stage1["objective"])
+            frozen = make_prompts(prompts.class_names, settings["templates"] or prompts.templates)
+            return PromptSRCObjective(prompts, frozen_prompts=frozen, **stage1["objective"])
 
-        return TrainerLearner(name, wrap, objective, training=stage1["training"], **more)
+        return TrainerLearner(
+            name,
+            lambda m: get_peft_model(m, PromptSRCConfig(**stage1["config"])),
+            objective,
+            stage1["training"],
+            **more,
+        )
 
-    def promptkd(name: str, *, projector_only: bool = False) -> TrainerLearner:
+    def distilled(name: str, *, projector_only: bool = False) -> TrainerLearner:
         config, options = dict(stage2["config"]), dict(stage2["objective"])
         if projector_only:  # the student's tower stays frozen, so its features are stored like the teacher's
             config["vision_depth"], options["student_cache"] = 0, options.get("teacher_cache", "none")
@@ -103,20 +108,19 @@ def learners_of(settings: dict[str, Any], load_teacher: Callable[[], Any], seen:
 
         def objective(prompts: Any, seed: int) -> Any:
             known = {"seen_classes": seen[prompts.class_names], "transductive": True}
-            return peft_vlm.PromptKDObjective(prompts, teacher=teachers[seed], **known, **options)
+            return PromptKDObjective(prompts, teacher=teachers[seed], **known, **options)
 
-        def wrap(model: Any) -> Any:
-            return get_peft_model(model, peft_vlm.PromptKDConfig(**config))
-
-        return TrainerLearner(name, wrap, objective, training=stage2["training"], on_pool=True)
+        return TrainerLearner(
+            name, lambda m: get_peft_model(m, PromptKDConfig(**config)), objective, stage2["training"], on_pool=True
+        )
 
     return [
         ZeroShot("student_zero_shot"),
-        promptsrc("student_promptsrc"),
+        few_shot("student_promptsrc"),
         ZeroShot("teacher_zero_shot", load_model=load_teacher),
-        promptsrc("teacher_promptsrc", load_model=load_teacher, after=lambda m, seed: teachers.update({seed: m})),
-        promptkd("student_projector_only", projector_only=True),
-        promptkd("student_promptkd"),
+        few_shot("teacher_promptsrc", load_model=load_teacher, after=lambda m, seed: teachers.update({seed: m})),
+        distilled("student_projector_only", projector_only=True),
+        distilled("student_promptkd"),
     ]
 
 
@@ -138,7 +142,7 @@ def main() -> None:
     options = {"text_model": args.teacher, "augmentation": settings["augmentation"]}
     experiment = Experiment.for_clip(args.model, output_dir=args.output_dir, use_cpu=args.use_cpu, **options)
     seen = {task.train.class_names: task.seen_classes for task in tasks}
-    learners = learners_of(settings, lambda: CLIPModel.from_pretrained(args.teacher), seen)
+    learners = learners_of(settings, lambda: CLIPModel.from_pretrained(args.teacher), experiment.prompts, seen)
     report = experiment.run(tasks, learners, args.seeds)
     adapter = args.output_dir / tasks[0].name / "student_promptkd" / f"seed{args.seeds[-1]}"
     table = write_results(report, args.output_dir)

@@ -97,7 +97,8 @@ def results_png(report: Mapping[str, Any], path: Path) -> None:
         axes.set_ylabel("top-1 accuracy (%)")
         axes.grid(axis="y", alpha=0.3)
         if len(scores) > 1:
-            axes.legend()
+            axes.set_ylim(top=1.15 * axes.get_ylim()[1])
+            axes.legend(loc="upper center", ncols=len(scores))
     figure.savefig(path, dpi=120)
 
 

@@ -87,18 +87,15 @@ def learners_of(settings: dict[str, Any], load_teacher: Any, make_prompts: Any, 
     stage1, stage2 = settings["promptsrc"], settings["promptkd"]
     teachers: dict[int, Any] = {}  # by seed; trained before the students that learn from it
 
+    def adapter(config_class: Any, config: dict[str, Any]) -> Any:
+        return lambda model: get_peft_model(model, config_class(**config))
+
     def few_shot(name: str, **more: Any) -> TrainerLearner:
         def objective(prompts: Any, seed: int) -> Any:
             frozen = make_prompts(prompts.class_names, settings["templates"] or prompts.templates)
             return PromptSRCObjective(prompts, frozen_prompts=frozen, **stage1["objective"])
 
-        return TrainerLearner(
-            name,
-            lambda m: get_peft_model(m, PromptSRCConfig(**stage1["config"])),
-            objective,
-            stage1["training"],
-            **more,
-        )
+        return TrainerLearner(name, adapter(PromptSRCConfig, stage1["config"]), objective, stage1["training"], **more)
 
     def distilled(name: str, *, projector_only: bool = False) -> TrainerLearner:
         config, options = dict(stage2["config"]), dict(stage2["objective"])
@@ -110,9 +107,7 @@ def learners_of(settings: dict[str, Any], load_teacher: Any, make_prompts: Any, 
             known = {"seen_classes": seen[prompts.class_names], "transductive": True}
             return PromptKDObjective(prompts, teacher=teachers[seed], **known, **options)
 
-        return TrainerLearner(
-            name, lambda m: get_peft_model(m, PromptKDConfig(**config)), objective, stage2["training"], on_pool=True
-        )
+        return TrainerLearner(name, adapter(PromptKDConfig, config), objective, stage2["training"], on_pool=True)
 
     return [
         ZeroShot("student_zero_shot"),

@@ -101,9 +101,11 @@ def ours(student: Any, teacher: Any, pixels: torch.Tensor, variant: str) -> Call
 
 
 def student_only(student: Any, teacher: Any, pixels: torch.Tensor, variant: str) -> Callable[[], torch.Tensor]:
-    """The student's forward pass by Hugging Face, to a scalar."""
-    base = student.get_base_model()
-    return lambda: base.get_image_features(pixel_values=pixels).pooler_output.square().mean()
+    """The student's forward pass to a scalar; the last layer computes the class token only."""
+    from peft_vlm.towers import towers_of
+
+    towers = towers_of(student)
+    return lambda: towers.finish_image(towers.embed_image(pixels), 0).square().mean()
 
 
 def ratios(results: dict[str, dict[str, float]]) -> dict[str, float]:

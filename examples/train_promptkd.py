@@ -85,6 +85,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 def learners_of(settings: dict[str, Any], load_teacher: Any, make_prompts: Any, seen: dict[Any, Any]) -> list[Any]:
     """The rows of the table; `seen` has the classes with labelled images by the list of all classes."""
     stage1, stage2 = settings["promptsrc"], settings["promptkd"]
+    dim = load_teacher().config.projection_dim
     teachers: dict[int, Any] = {}  # by seed; trained before the students that learn from it
 
     def adapter(config_class: Any, config: dict[str, Any]) -> Any:
@@ -98,10 +99,9 @@ def learners_of(settings: dict[str, Any], load_teacher: Any, make_prompts: Any, 
         return TrainerLearner(name, adapter(PromptSRCConfig, stage1["config"]), objective, stage1["training"], **more)
 
     def distilled(name: str, *, projector_only: bool = False) -> TrainerLearner:
-        config, options = dict(stage2["config"]), dict(stage2["objective"])
+        config, options = stage2["config"] | {"class_dim": dim}, dict(stage2["objective"])
         if projector_only:  # the student's tower stays frozen, so its features are stored like the teacher's
             config["vision_depth"], options["student_cache"] = 0, options.get("teacher_cache", "none")
-        config["class_dim"] = load_teacher().config.projection_dim
 
         def objective(prompts: Any, seed: int) -> Any:
             known = {"seen_classes": seen[prompts.class_names], "transductive": True}

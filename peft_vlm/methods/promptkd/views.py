@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from peft_vlm.data.dataset import ImageClassificationDataset, collate
 from peft_vlm.data.row_store import RowStore
 from peft_vlm.methods.promptkd.projector import Projector
+from peft_vlm.text.class_features import evaluation_mode
 from peft_vlm.towers import towers_of
 
 #: Pixels of a batch -> a row of features per image.
@@ -110,12 +111,10 @@ def student_features(
     towers = towers_of(model)
     outputs: list[Tensor] = []
     hook = projector_of(model).base_layer.register_forward_hook(lambda *call: outputs.append(call[2]))
-    training = towers.model.training
     try:
-        towers.model.eval()
-        towers.finish_image(towers.embed_image(pixel_values), 0)
+        with evaluation_mode(towers.model):
+            towers.finish_image(towers.embed_image(pixel_values), 0)
     finally:
-        towers.model.train(training)
         hook.remove()
     return outputs[0].float()
 

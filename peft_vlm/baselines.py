@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from peft_vlm.objective import Objective, ObjectiveOutput
+from peft_vlm.objective import ObjectiveOutput
 from peft_vlm.shapes import Batch
-from peft_vlm.text.class_features import ClassFeatureCache
+from peft_vlm.text.prompt_objective import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.towers import image_features, text_features, towers_of
 
 
-class FullFineTuningObjective(Objective):
+class FullFineTuningObjective(PromptObjective):
     """Mean cross-entropy of scaled cosines over all classes; both towers run whole, with autograd, in every step.
 
     Args:
@@ -30,8 +30,7 @@ class FullFineTuningObjective(Objective):
     def __init__(self, prompts: ClassPrompts) -> None:
         if len(prompts.templates) != 1:
             raise ValueError(f"Expected class prompts with one template, got {len(prompts.templates)}.")
-        self.prompts = prompts
-        self._class_features = ClassFeatureCache()
+        super().__init__(prompts)
 
     def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
         """Loss over all classes.
@@ -45,16 +44,6 @@ class FullFineTuningObjective(Objective):
         logits = towers.similarity_logits(image_features(model, batch["pixel_values"]), text)
         loss = nn.functional.cross_entropy(logits, batch["labels"])
         return ObjectiveOutput({"cross_entropy": loss}, logits, batch["labels"])
-
-    def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
-        """Logits over all classes.
-
-        Args:
-            model: The model under evaluation.
-            batch: `pixel_values`.
-        """
-        features = self._class_features.get(model, self.prompts)
-        return towers_of(model).similarity_logits(image_features(model, batch["pixel_values"]), features)
 
     def config_dict(self) -> dict[str, Any]:
         """Nothing to report but the length of the text."""

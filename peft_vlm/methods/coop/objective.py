@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.image_features import all_image_features, has_fixed_pixels
 from peft_vlm.errors import AdapterError
-from peft_vlm.objective import Objective, ObjectiveOutput, Paper
+from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.prompting.context import trained_towers
 from peft_vlm.shapes import Batch
-from peft_vlm.text.class_features import ClassFeatureCache, evaluation_mode
+from peft_vlm.text.class_features import evaluation_mode
+from peft_vlm.text.prompt_objective import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.text.reserve import reserve_slots
-from peft_vlm.towers import image_features, towers_of
+from peft_vlm.towers import towers_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ PAPER = Paper(
 )
 
 
-class CoOpObjective(Objective):
+class CoOpObjective(PromptObjective):
     """Mean cross-entropy of scaled cosines over all classes; only the text tower runs with autograd.
 
     Formula: L = mean_i CE(exp(scale) * cos(f(x_i), g(context, name_c)), y_i) over all classes c.
@@ -76,10 +77,9 @@ class CoOpObjective(Objective):
             )
         if image_cache not in ("ram", "none"):
             raise ValueError(f"Expected `image_cache` to be 'ram' or 'none', got {image_cache!r}.")
-        self.prompts = prompts
+        super().__init__(prompts)
         self.needs_pixels = image_cache == "none"
         self.image_cache, self.cache_batch_size, self.num_workers = image_cache, cache_batch_size, num_workers
-        self._class_features = ClassFeatureCache()
         self._images: Tensor | None = None
         self._input_ids: Tensor | None = None
 
@@ -144,16 +144,6 @@ class CoOpObjective(Objective):
         logits = towers.similarity_logits(self._image_features(model, batch), text)
         loss = nn.functional.cross_entropy(logits, batch["labels"])
         return ObjectiveOutput({"cross_entropy": loss}, logits, batch["labels"])
-
-    def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
-        """Logits over all classes.
-
-        Args:
-            model: The model under evaluation.
-            batch: `pixel_values`.
-        """
-        features = self._class_features.get(model, self.prompts)
-        return towers_of(model).similarity_logits(image_features(model, batch["pixel_values"]), features)
 
     def _image_features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch dim"]:
         """Frozen image features, stored or computed."""

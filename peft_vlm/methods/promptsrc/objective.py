@@ -16,13 +16,14 @@ from peft_vlm.losses.distillation import distillation_loss
 from peft_vlm.losses.self_consistency import feature_distance
 from peft_vlm.methods.promptsrc.aggregation import PromptAggregation
 from peft_vlm.methods.promptsrc.frozen import frozen_class_features
-from peft_vlm.objective import Objective, ObjectiveOutput, Paper
+from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.prompting.context import trained_towers
 from peft_vlm.shapes import Batch
-from peft_vlm.text.class_features import ClassFeatureCache, encode_classes, evaluation_mode
+from peft_vlm.text.class_features import encode_classes, evaluation_mode
+from peft_vlm.text.prompt_objective import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.text.reserve import reserve_slots
-from peft_vlm.towers import image_features, towers_of
+from peft_vlm.towers import towers_of
 
 PAPER = Paper(
     title="Self-regulating Prompts: Foundational Model Adaptation without Forgetting",
@@ -39,7 +40,7 @@ PAPER = Paper(
 )
 
 
-class PromptSRCObjective(Objective):
+class PromptSRCObjective(PromptObjective):
     """Cross-entropy plus weighted distances to the frozen model's text features, image features and predictions.
 
     Formula: L = CE + w_text |g_p - g|_1 + w_image |f_p - f|_1 + w_logit KL(frozen || prompted); means over all
@@ -91,12 +92,12 @@ class PromptSRCObjective(Objective):
         frozen_prompts = frozen_prompts or prompts
         self.weights = {"text": text_weight, "image": image_weight, "logit": logit_weight}
         _check(prompts, frozen_prompts, self.weights, (gpa_mean, gpa_std), image_cache)
-        self.prompts, self.frozen_prompts = prompts, frozen_prompts
+        super().__init__(prompts)
+        self.frozen_prompts = frozen_prompts
         self.image_cache, self.cache_batch_size, self.num_workers = image_cache, cache_batch_size, num_workers
         self.aggregation: PromptAggregation | None = None
         if gpa_mean is not None and gpa_std is not None:
             self.aggregation = PromptAggregation(mean=gpa_mean, std=gpa_std)
-        self._class_features = ClassFeatureCache()
         self._input_ids: Tensor | None = None
         self._fixed_text: Tensor | None = None
         self._frozen_text: Tensor | None = None
@@ -196,16 +197,6 @@ class PromptSRCObjective(Objective):
             divergence = distillation_loss(logits, frozen_logits, reduction="official")
             terms["logit_consistency"] = self.weights["logit"] * divergence
         return ObjectiveOutput(terms, logits, batch["labels"])
-
-    def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
-        """Logits over all classes.
-
-        Args:
-            model: The model under evaluation.
-            batch: `pixel_values`.
-        """
-        features = self._class_features.get(model, self.prompts)
-        return towers_of(model).similarity_logits(image_features(model, batch["pixel_values"]), features)
 
     @torch.no_grad()
     def _frozen_image_features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch dim"]:

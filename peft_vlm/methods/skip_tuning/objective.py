@@ -17,11 +17,11 @@ from peft_vlm.data.row_store import RowStore
 from peft_vlm.losses.class_skipping import kept_classes, num_top_classes, rank_classes, rank_keep_probability
 from peft_vlm.methods.skip_tuning.feature_cache import fill, initial_prototypes, text_hidden_states
 from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
-from peft_vlm.objective import Objective, ObjectiveOutput, Paper
+from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.shapes import Batch
-from peft_vlm.text.class_features import ClassFeatureCache
+from peft_vlm.text.prompt_objective import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.towers import image_features, towers_of
+from peft_vlm.towers import towers_of
 
 PAPER = Paper(
     title="Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves",
@@ -37,7 +37,7 @@ PAPER = Paper(
 )
 
 
-class SkipTuningObjective(Objective):
+class SkipTuningObjective(PromptObjective):
     """Mean cross-entropy of scaled cosines over the classes that CSkip keeps, with LSkip's caches.
 
     Formula: L = mean_i CE(exp(scale) * cos(f(x_i), t_c), y_i) over c in K, where K holds the `num_top` classes most
@@ -102,7 +102,7 @@ class SkipTuningObjective(Objective):
         _check_choice("image_cache", image_cache, ("ram", "disk", "none"))
         _check_choice("batch_composition", batch_composition, ("one_class", "random"))
         _check_choice("remainder", remainder, ("keep", "drop"))
-        self.prompts = prompts
+        super().__init__(prompts)
         num_classes = len(prompts.class_names)
         self.settings: dict[str, Any] = {
             "top_ratio": top_ratio,
@@ -126,7 +126,6 @@ class SkipTuningObjective(Objective):
         self.needs_pixels = self.cache is None
         self.generator = torch.Generator().manual_seed(seed)
         self.tail_uniform = torch.rand(num_classes, generator=self.generator)
-        self._class_features = ClassFeatureCache()
         self._text: tuple[Tensor, Tensor, Tensor] | None = None
         self._starts = (0, 0)
 
@@ -223,17 +222,6 @@ class SkipTuningObjective(Objective):
         text = towers.finish_text(text_hidden, ids, self._starts[1])
         logits = towers.similarity_logits(image, text)
         return ObjectiveOutput({"cross_entropy": nn.functional.cross_entropy(logits, labels)}, logits, labels)
-
-    def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
-        """Logits over all classes by the full model on pixels; class features are computed once per state of the
-        model.
-
-        Args:
-            model: The model under evaluation.
-            batch: `pixel_values`.
-        """
-        features = self._class_features.get(model, self.prompts)
-        return towers_of(model).similarity_logits(image_features(model, batch["pixel_values"]), features)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tail draw and its generator."""

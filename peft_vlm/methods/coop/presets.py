@@ -1,21 +1,8 @@
-"""Hyper-parameters of the official CoOp runs, as keyword arguments for the places settings live in."""
+"""Hyper-parameters of the official CoOp runs; the objective has nothing to set."""
 
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Preset:
-    """Settings of one official configuration.
-
-    Args:
-        config: For `CoOpConfig`.
-        training: For `VLMTrainingArguments`.
-    """
-
-    config: dict[str, Any]
-    training: dict[str, Any]
-
+from peft_vlm.presets import Preset
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "random": {"num_text_tokens": 16, "context_init": None},
@@ -43,4 +30,4 @@ def preset_for(context: str = "random", *, shots: int, imagenet: bool = False) -
     training = {"optim": "sgd", "learning_rate": 0.002, "momentum": 0.9, "weight_decay": 5e-4}
     training |= {"per_device_train_batch_size": 32, "num_train_epochs": epochs}
     training |= {"warmup_epochs": 1, "warmup_learning_rate": 1e-5}
-    return Preset(dict(CONFIGS[context]), training)
+    return Preset(config=dict(CONFIGS[context]), training=training)

@@ -1,23 +1,6 @@
-"""Hyper-parameters of the official runs, by protocol, as keyword arguments for the three places settings live in."""
+"""Hyper-parameters of the official runs, by protocol; `class_dim` comes from the teacher."""
 
-from dataclasses import dataclass
-from typing import Any
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Settings of one official configuration.
-
-    Args:
-        config: For `PromptKDConfig`; `class_dim` comes from the teacher.
-        objective: For `PromptKDObjective`.
-        training: For `VLMTrainingArguments`.
-    """
-
-    config: dict[str, Any]
-    objective: dict[str, Any]
-    training: dict[str, Any]
-
+from peft_vlm.presets import Preset
 
 _TRAINING = {
     **{"optim": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "learning_rate": 0.005, "num_train_epochs": 20},

@@ -1,22 +1,6 @@
-"""Hyper-parameters of the official runs, by protocol, as keyword arguments for the three places settings live in."""
+"""Hyper-parameters of the official runs, by protocol, for ViT-B/16 (`"teacher"`: ViT-L/14)."""
 
-from dataclasses import dataclass
-from typing import Any
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Settings of one official configuration, for ViT-B/16 (`"teacher"`: ViT-L/14).
-
-    Args:
-        config: For `PromptSRCConfig`.
-        objective: For `PromptSRCObjective`.
-        training: For `VLMTrainingArguments`.
-    """
-
-    config: dict[str, Any]
-    objective: dict[str, Any]
-    training: dict[str, Any]
+from peft_vlm.presets import Preset
 
 
 def _preset(*, depth: int, epochs: int, rate: float, batch: int, mean: float, std: float) -> Preset:
@@ -27,7 +11,9 @@ def _preset(*, depth: int, epochs: int, rate: float, batch: int, mean: float, st
     training |= {"per_device_train_batch_size": batch, "num_train_epochs": epochs}
     training |= {"warmup_epochs": 1, "warmup_learning_rate": 1e-5}
     return Preset(
-        tokens | {"text_depth": depth, "vision_depth": depth}, weights | {"gpa_mean": mean, "gpa_std": std}, training
+        config=tokens | {"text_depth": depth, "vision_depth": depth},
+        objective=weights | {"gpa_mean": mean, "gpa_std": std},
+        training=training,
     )
 
 
@@ -61,4 +47,4 @@ def preset_for(protocol: str) -> Preset:
     if protocol not in PRESETS:
         raise ValueError(f"Expected a protocol out of {sorted(PRESETS)}, got {protocol!r}.")
     preset = PRESETS[protocol]
-    return Preset(dict(preset.config), dict(preset.objective), dict(preset.training))
+    return Preset(config=dict(preset.config), objective=dict(preset.objective), training=dict(preset.training))

@@ -1,53 +1,37 @@
-"""Hyper-parameters of the official runs, by protocol, as keyword arguments for the three places settings live in."""
+"""Hyper-parameters of the official runs, by protocol."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
+from peft_vlm.presets import Preset
 
-@dataclass(frozen=True)
-class Preset:
-    """Settings of one official configuration.
-
-    Args:
-        config: For `SkipTuningConfig`.
-        objective: For `SkipTuningObjective`.
-        training: For `VLMTrainingArguments`.
-    """
-
-    config: dict[str, Any] = field(default_factory=lambda: {"start_layer": 6})
-    objective: dict[str, Any] = field(
-        default_factory=lambda: {"top_ratio": 0.5, "max_top": 50, "tail_scale": 0.3, "redraw_tail": "never"}
-    )
-    training: dict[str, Any] = field(default_factory=dict)
+_TRAINING = {"optim": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "per_device_train_batch_size": 4}
+_OBJECTIVE = {"top_ratio": 0.5, "max_top": 50, "tail_scale": 0.3, "redraw_tail": "never"}
 
 
-_SHARED = {"optim": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "per_device_train_batch_size": 4}
+def _preset(**training: Any) -> Preset:
+    """The settings that all configurations share, with the training settings that differ."""
+    return Preset(config={"start_layer": 6}, objective=dict(_OBJECTIVE), training=_TRAINING | training)
+
 
 PRESETS: dict[str, Preset] = {
     # vit_b16_bs4.yaml: "text 2e-5, image 5e-6", one warm-up epoch at 1e-6 for both towers
-    "base_to_new": Preset(
-        training={
-            **_SHARED,
-            "learning_rate": 2e-5,
-            "vision_learning_rate": 5e-6,
-            "num_train_epochs": 20,
-            "warmup_epochs": 1,
-            "warmup_learning_rate": 1e-6,
-        }
+    "base_to_new": _preset(
+        learning_rate=2e-5,
+        vision_learning_rate=5e-6,
+        num_train_epochs=20,
+        warmup_epochs=1,
+        warmup_learning_rate=1e-6,
     ),
     # vit_b16_bs4_cross_datasets.yaml
-    "cross_dataset": Preset(
-        training={
-            **_SHARED,
-            "learning_rate": 1e-5,
-            "vision_learning_rate": 1e-6,
-            "num_train_epochs": 20,
-            "warmup_epochs": 1,
-            "warmup_learning_rate": 1e-8,
-        }
+    "cross_dataset": _preset(
+        learning_rate=1e-5,
+        vision_learning_rate=1e-6,
+        num_train_epochs=20,
+        warmup_epochs=1,
+        warmup_learning_rate=1e-8,
     ),
     # vit_b16_bs4_few_shot.yaml: one learning rate, no warm-up
-    "few_shot": Preset(training={**_SHARED, "learning_rate": 1e-5, "num_train_epochs": 40, "warmup_epochs": 0}),
+    "few_shot": _preset(learning_rate=1e-5, num_train_epochs=40, warmup_epochs=0),
 }
 """`base_to_new`, `cross_dataset` and `few_shot`; see `preset_for` for the data-dependent parts."""
 

@@ -22,9 +22,9 @@ from peft_vlm.data.sources import load_image_dataset
 from peft_vlm.data.splits import base_and_new_classes, few_shot_indices
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 from peft_vlm.evaluation.metrics import harmonic_mean
+from peft_vlm.json_files import write_json
 from peft_vlm.learners import Learner, Split
 from peft_vlm.text.prompts import ClassPrompts, tokenize_classes
-from peft_vlm.training.artifacts import write_json
 from peft_vlm.training.memory import PeakMemory
 
 logger = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vlm.evaluation.report import paired_difference
+from peft_vlm.figures import new_figure
 
 SCORES = {"base": "base %", "new": "new %", "h": "H %", "accuracy": "accuracy %"}
 COSTS = {"seconds": "seconds", "peak_memory_mb": "peak MB"}
@@ -77,12 +78,8 @@ def results_png(report: Mapping[str, Any], path: Path) -> None:
         report: What `Experiment.run` returned.
         path: PNG file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tasks = sections(report)
-    figure = Figure(figsize=(6 * len(tasks), 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6 * len(tasks), 4)
     for axes, (name, methods) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
         scores = [key for key in SCORES if any(row.get(key) for row in methods.values())]
         width = 0.8 / len(scores)
@@ -99,7 +96,7 @@ def results_png(report: Mapping[str, Any], path: Path) -> None:
         if len(scores) > 1:
             axes.set_ylim(top=1.15 * axes.get_ylim()[1])
             axes.legend(loc="upper center", ncols=len(scores))
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def _row(cells: Sequence[str]) -> str:

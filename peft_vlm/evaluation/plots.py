@@ -1,8 +1,7 @@
-"""Evaluation results as PNG files. matplotlib is imported on use and comes with the extra `plots`."""
+"""Evaluation results as PNG files."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +9,11 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
+from peft_vlm.figures import new_figure
+
 #: Beyond this many classes neither names nor counts can be read, and only the picture is drawn.
 MAX_NAMED_CLASSES = 120
 MAX_COUNTED_CLASSES = 12
-
-
-def require_matplotlib() -> None:
-    """Say how to install matplotlib, before work is done whose plots could not be drawn.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
-    if find_spec("matplotlib") is None:
-        raise ImportError("Plots need matplotlib. Install it with: pip install 'peft-vlm[plots]'")
-
-
-def _new_figure(width: float, height: float) -> Any:
-    """An empty figure, sizes in inches, that no window or global state of matplotlib knows of."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
 def _set_title(axes: Any, title: str) -> None:
@@ -55,7 +38,7 @@ def confusion_matrix_png(
     is_named = number <= MAX_NAMED_CLASSES
     cells = max(3.0, (0.4 if number <= MAX_COUNTED_CLASSES else 0.17) * number) if is_named else 8.0
     names = 0.085 * max(len(name) for name in class_names) if is_named else 0.3
-    figure = _new_figure(cells + names + 1.6, cells + names + 0.8)
+    figure = new_figure(cells + names + 1.6, cells + names + 0.8)
     from matplotlib.colors import PowerNorm
 
     axes = figure.add_subplot()
@@ -94,7 +77,7 @@ def bars_png(
     """
     groups = list(dict.fromkeys(group for series in values.values() for group in series))
     width = 0.8 / max(len(values), 1)
-    figure = _new_figure(min(max(4.0, 1.5 + 0.55 * len(groups) * len(values)), 20.0), 4.0)
+    figure = new_figure(min(max(4.0, 1.5 + 0.55 * len(groups) * len(values)), 20.0), 4.0)
     axes = figure.add_subplot()
     for position, (name, series) in enumerate(values.items()):
         present = [index for index, group in enumerate(groups) if group in series]

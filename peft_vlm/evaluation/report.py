@@ -12,6 +12,7 @@ from peft_vlm.errors import DataError
 from peft_vlm.evaluation.classify import EvalResult
 from peft_vlm.evaluation.metrics import harmonic_mean
 from peft_vlm.evaluation.protocols import ProtocolResult
+from peft_vlm.json_files import write_json
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class EvalReport:
         Args:
             path: File to write; its folder must exist.
         """
-        Path(path).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+        write_json(Path(path), asdict(self), allow_nan=False)
 
     @classmethod
     def load(cls, path: str | Path) -> "EvalReport":

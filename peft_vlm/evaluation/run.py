@@ -13,9 +13,10 @@ from peft_vlm.errors import DataError
 from peft_vlm.evaluation import protocols
 from peft_vlm.evaluation.classify import EvalResult, TextClassifier
 from peft_vlm.evaluation.loading import load_model
-from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png, require_matplotlib
+from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png
 from peft_vlm.evaluation.protocols import ProtocolResult
 from peft_vlm.evaluation.report import EvalReport
+from peft_vlm.figures import require_matplotlib
 
 #: Protocols on one dataset, and on several named ones.
 SINGLE: dict[str, Callable[..., ProtocolResult]] = {

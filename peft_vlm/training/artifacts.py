@@ -1,9 +1,7 @@
 """The files a finished run leaves: metrics, summary and the training curve."""
 
-import json
 import platform
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.figures import has_matplotlib
+from peft_vlm.json_files import write_json
 from peft_vlm.objective import Objective
 from peft_vlm.prompting.config import installed_version
 from peft_vlm.training.plots import training_curve_png
@@ -45,18 +45,6 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON through a temporary file, so that a reader never sees half of it.
-
-    Args:
-        path: Target.
-        value: JSON value.
-    """
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 class ArtifactsCallback(TrainerCallback):
     """Writes the final adapter and the reports into `output_dir` when training ends.
 
@@ -77,7 +65,7 @@ class ArtifactsCallback(TrainerCallback):
         folder = Path(args.output_dir)
         write_json(folder / METRICS_NAME, {"final": final_metrics(state), "history": state.log_history})
         write_json(folder / SUMMARY_NAME, self.summary(args, state))
-        if find_spec("matplotlib") is not None:
+        if has_matplotlib():
             training_curve_png(state.log_history, folder / CURVE_NAME)
 
     def summary(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_vlm.figures import new_figure
+
 
 def training_curve_png(history: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot loss and, where logged, accuracy on training batches and validation images over the epochs.
@@ -12,11 +14,7 @@ def training_curve_png(history: Sequence[dict[str, Any]], path: Path) -> None:
         history: `trainer.state.log_history`.
         path: PNG file to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no global backend is touched
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.5)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for axes, series in (
         (loss_axes, (("loss", "training", 1.0), ("eval_loss", "validation", 1.0))),
@@ -32,4 +30,4 @@ def training_curve_png(history: Sequence[dict[str, Any]], path: Path) -> None:
             axes.legend()
     loss_axes.set_ylabel("loss")
     accuracy_axes.set_ylabel("accuracy (%)")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)

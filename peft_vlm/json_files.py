@@ -1,0 +1,20 @@
+"""Results as JSON files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
+    """Write JSON through a temporary file, so that a reader never sees half of it.
+
+    Args:
+        path: Target; its folder must exist.
+        value: JSON value.
+        allow_nan: Write `NaN` and `Infinity`, which Python reads and the JSON standard does not know. False: a value
+            that holds one is a `ValueError`, and nothing is written.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)

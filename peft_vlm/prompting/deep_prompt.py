@@ -16,38 +16,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from peft_vlm.errors import AdapterError
-from peft_vlm.prompting.layer import PromptLayer
+from peft_vlm.prompting.layer import LearnedPrompt
 from peft_vlm.slots import Slots, slot_mask
 
 INIT_STD = 0.02
 """Standard deviation of randomly initialised prompts, in all official codes."""
 
 
-class LearnedTokens(PromptLayer):
-    """A layer with one (tokens, width) tensor per adapter. Unknown attributes are those of the layer it wraps.
-
-    Args:
-        base_layer: The frozen layer.
-        prefix: The method's parameter prefix.
-    """
-
-    def __init__(self, base_layer: nn.Module, *, prefix: str) -> None:
-        super().__init__(base_layer)
-        self.adapter_layer_names = (f"{prefix}prompt",)
-        setattr(self, f"{prefix}prompt", nn.ParameterDict())
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("__"):
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
-
-    @property
-    def prompts(self) -> nn.ParameterDict:
-        """Learned tokens by adapter name, each (tokens, width)."""
-        return getattr(self, self.adapter_layer_names[0])
+class LearnedTokens(LearnedPrompt):
+    """A layer with one (tokens, width) tensor per adapter."""
 
     def active_prompt(self, like: Tensor) -> Float[Tensor, "tokens width"] | None:
         """Tokens of the active adapter in the dtype of a tensor; None when the layer must act as the base layer."""

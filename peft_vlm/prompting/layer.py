@@ -85,6 +85,33 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         )
 
 
+class LearnedPrompt(PromptLayer):
+    """A layer with one learned tensor per adapter. Unknown attributes are those of the layer it wraps.
+
+    Args:
+        base_layer: The frozen layer.
+        prefix: The method's parameter prefix.
+    """
+
+    def __init__(self, base_layer: nn.Module, *, prefix: str) -> None:
+        super().__init__(base_layer)
+        self.adapter_layer_names = (f"{prefix}prompt",)
+        setattr(self, f"{prefix}prompt", nn.ParameterDict())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith("__"):
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+    @property
+    def prompts(self) -> nn.ParameterDict:
+        """Learned tensors by adapter name."""
+        return getattr(self, self.adapter_layer_names[0])
+
+
 def replaced(parameter: torch.Tensor, *, init_weights: bool, dtype: torch.dtype | None) -> nn.Parameter:
     """A trainable copy of a frozen tensor.
 

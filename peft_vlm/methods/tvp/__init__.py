@@ -1,0 +1,23 @@
+"""TVP (CVPR 2024): one learned picture on every image, trained on one multimodal model, used on others."""
+
+from peft_vlm.methods.tvp.config import TVPConfig
+from peft_vlm.methods.tvp.convert import convert_checkpoint
+from peft_vlm.methods.tvp.model import TVPModel
+from peft_vlm.methods.tvp.normalization import set_normalization
+from peft_vlm.methods.tvp.sharing import share_prompt
+from peft_vlm.prompting.prompt_picture import prompt_layer_of, prompt_of, render_prompt, without_prompt
+from peft_vlm.registry import register_method
+
+register_method("tvp", config_cls=TVPConfig, model_cls=TVPModel)
+
+__all__ = [
+    "TVPConfig",
+    "TVPModel",
+    "convert_checkpoint",
+    "prompt_layer_of",
+    "prompt_of",
+    "render_prompt",
+    "set_normalization",
+    "share_prompt",
+    "without_prompt",
+]

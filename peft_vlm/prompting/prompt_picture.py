@@ -1,0 +1,97 @@
+"""A model's pixel prompt from outside: switch it off for a moment, read it, show it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from peft_vlm.errors import AdapterError
+from peft_vlm.prompting.pixel_prompt import PixelPrompt
+
+SHOWN_SHARE = 0.999
+"""Share of a prompt's values that `render_prompt` shows uncut."""
+
+
+def prompt_layer_of(model: nn.Module) -> PixelPrompt:
+    """The layer that holds a model's pixel prompts.
+
+    Args:
+        model: `PeftModel` with a pixel prompt.
+
+    Raises:
+        AdapterError: If the model has none.
+    """
+    for module in model.modules():
+        if isinstance(module, PixelPrompt):
+            return module
+    raise AdapterError(
+        f"Expected a model with a pixel prompt, got `{type(model).__name__}` without. Add one with "
+        "`get_peft_model(model, TVPConfig.for_processor(processor))`, or load one with `PeftModel.from_pretrained`."
+    )
+
+
+@contextmanager
+def without_prompt(model: nn.Module) -> Iterator[None]:
+    """Inside, the model sees images as the adapter shrinks them, without its prompt: what the prompt is compared with.
+
+    `disable_adapter()` is something else, namely the base model on images at full size.
+
+    Args:
+        model: `PeftModel` with a pixel prompt.
+    """
+    layer = prompt_layer_of(model)
+    before, layer.prompt_is_off = layer.prompt_is_off, True
+    try:
+        yield
+    finally:
+        layer.prompt_is_off = before
+
+
+def active_name(layer: PixelPrompt) -> str:
+    """Name of the adapter whose prompt a layer applies, or would apply while adapters are disabled.
+
+    Args:
+        layer: The prompt's layer.
+
+    Raises:
+        AdapterError: If none is active.
+    """
+    for name in layer.active_adapters:
+        if name in layer.settings:
+            return name
+    raise AdapterError(f"Expected an active adapter out of {sorted(layer.settings)!r}, got {layer.active_adapters!r}.")
+
+
+def prompt_of(model: nn.Module) -> Float[Tensor, "channels canvas canvas"]:
+    """The active prompt as it acts, in [0, 1] pixel units on its canvas (unbounded), zero outside its shape.
+
+    Args:
+        model: `PeftModel` with a pixel prompt.
+    """
+    layer = prompt_layer_of(model)
+    return layer.effective_prompt(active_name(layer)).detach().cpu()
+
+
+def render_prompt(model: nn.Module, *, limit: float | None = None) -> Image.Image:
+    """The active prompt as a picture: grey is zero, brighter adds, darker takes away.
+
+    Args:
+        model: `PeftModel` with a pixel prompt.
+        limit: Value shown as full brightness, in [0, 1] pixel units; by default the one that 99.9 % of the prompt's
+            own values stay below.
+
+    Raises:
+        ValueError: If the limit is not above 0.
+    """
+    layer = prompt_layer_of(model)
+    prompt, mask = prompt_of(model), layer.settings[active_name(layer)].mask() > 0
+    if limit is None:
+        values = prompt[mask.expand_as(prompt)].abs().sort().values
+        limit = float(values[int(SHOWN_SHARE * (len(values) - 1))]) or 1.0
+    if limit <= 0:
+        raise ValueError(f"Expected `limit` above 0, got {limit!r}.")
+    shown = (0.5 + 0.5 * prompt / limit).clamp(0, 1)
+    return Image.fromarray((255 * shown).round().to(torch.uint8).permute(1, 2, 0).numpy())

@@ -44,8 +44,9 @@ class ObjectiveOutput:
 
     Args:
         loss_terms: Named scalars, already weighted; the loss is their sum.
-        logits: Scaled logits that the loss was computed from.
-        labels: Column of `logits` that is right for each image. It differs from the batch's labels when the objective
+        logits: Scaled logits that the loss was computed from: a row per image and a column per class, or, for language
+            losses, a row per answer token and a column per entry of the vocabulary.
+        labels: Column of `logits` that is right for each row. It differs from the batch's labels when the objective
             works on a subset of the classes.
     """
 
@@ -102,6 +103,15 @@ class Objective(ABC):
     def param_groups(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
         """Split the trainable parameters into named learning-rate groups (`"text"`, `"vision"`, `"all"`, ...)."""
         return {"all": [parameter for _, parameter in named_parameters]}
+
+    def optimizer(self, model: nn.Module, *, learning_rate: float) -> torch.optim.Optimizer | None:
+        """The optimizer of methods that come with an update rule of their own; None for the one of the arguments.
+
+        Args:
+            model: Model with its adapter, on its device.
+            learning_rate: Initial rate; the schedule of the run changes it.
+        """
+        return None
 
     def callbacks(self, model: nn.Module) -> list[TrainerCallback]:
         """Trainer callbacks that belong to the method; they run before the final files are written."""

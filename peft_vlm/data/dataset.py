@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from peft_vlm.data.images import read_image
-from peft_vlm.data.transforms import ImageTransform
+from peft_vlm.data.transforms import EvalTransform, ImageTransform
 from peft_vlm.errors import DataError
 from peft_vlm.shapes import Batch
 
@@ -90,6 +90,11 @@ class ImageClassificationDataset(Dataset):
         """
         self._num_views = num_views
 
+    @property
+    def has_fixed_pixels(self) -> bool:
+        """Whether every epoch sees the same pixels, so that what a frozen model makes of them stays valid."""
+        return isinstance(self.transform, EvalTransform)
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -114,6 +119,10 @@ class ImageClassificationDataset(Dataset):
             )
         pixels = self.transform(self.image(index), self._generator(index))
         return {"pixel_values": pixels, "labels": self.labels[index], "index": index}
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        """Items of this dataset as a batch, see `collate`; other kinds of dataset make batches of other columns."""
+        return collate(items)
 
     def without_pixels(self) -> "LabelDataset":
         """Labels and positions only, for objectives that read stored features."""
@@ -201,6 +210,10 @@ class LabelDataset(Dataset):
 
     def __getitem__(self, index: int) -> Item:
         return {"labels": self.images.labels[index], "index": index}
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        """Items of this dataset as a batch without pixels."""
+        return collate(items)
 
 
 def collate(items: Sequence[Item]) -> Batch:

@@ -7,13 +7,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from peft_vlm.data.dataset import ImageClassificationDataset, collate
-from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.towers import image_features
-
-
-def has_fixed_pixels(dataset: ImageClassificationDataset) -> bool:
-    """Whether every epoch sees the same pixels, so that features of a frozen tower stay valid."""
-    return isinstance(dataset.transform, EvalTransform)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.figures import has_matplotlib
 from peft_vlm.json_files import write_json
 from peft_vlm.objective import Objective
@@ -124,6 +125,6 @@ def describe_adapter(model: nn.Module, objective: Objective, dataset: ImageClass
             config.class_names = list(prompts.class_names)
         config.template = prompts.templates[0] if len(prompts.templates) == 1 else list(prompts.templates)
     transform = dataset.transform
-    if transform is not None:
+    if isinstance(transform, ImageTransform):
         config.image_mean, config.image_std = list(transform.image_mean), list(transform.image_std)
         config.image_size = list(transform.image_size)

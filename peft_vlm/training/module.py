@@ -1,6 +1,6 @@
 """The one module that the trainer wraps: model and objective together, so that DDP sees every forward pass."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +30,9 @@ class TrainingModule(nn.Module):
         """Configuration of the inner model, which transformers and DeepSpeed read."""
         return unwrap(self.model).config
 
-    def forward(
-        self, labels: Tensor, index: Tensor | None = None, pixel_values: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Run the objective on one batch; keyword arguments are the columns of `Batch`."""
-        batch: Batch = {"labels": labels}
-        if index is not None:
-            batch["index"] = index
-        if pixel_values is not None:
-            batch["pixel_values"] = pixel_values
-        output = self.objective(self.model, batch)
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Run the objective on one batch; keyword arguments are its columns."""
+        output = self.objective(self.model, cast(Batch, batch))
         terms = {f"loss_{name}": term.detach() for name, term in output.loss_terms.items()}
         if bool((output.labels < 0).any()):  # images without labels
             return {"loss": output.loss, **terms}

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback
 
-from peft_vlm.data.dataset import ImageClassificationDataset, collate
-from peft_vlm.errors import DataError, PeftVLMError
+from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.objective import EpochBatchSampler, Objective
 from peft_vlm.training.arguments import VLMTrainingArguments
 from peft_vlm.training.artifacts import ArtifactsCallback, describe_adapter
 from peft_vlm.training.callbacks import ObjectiveCallback
 from peft_vlm.training.checkpoint import load_objective_state, load_weights, save_objective_state, save_weights
+from peft_vlm.training.checks import check_run
 from peft_vlm.training.module import TrainingModule
 from peft_vlm.training.schedule import epoch_cosine_scheduler
 
@@ -54,7 +54,7 @@ class VLMTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        check_run(model, eval_dataset)
+        check_run(model, objective, eval_dataset)
         if args.n_gpu > 1:  # several visible GPUs without a launcher would mean torch.nn.DataParallel
             args._n_gpu = 1
         self.objective = objective
@@ -64,7 +64,7 @@ class VLMTrainer(Trainer):
         super().__init__(
             model=TrainingModule(model, objective),
             args=args,
-            data_collator=collate,
+            data_collator=train_dataset.collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             compute_metrics=compute_metrics or accuracy_metric,
@@ -93,7 +93,7 @@ class VLMTrainer(Trainer):
         loader = DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=dataset.collate,
             num_workers=self.args.dataloader_num_workers if self.objective.needs_pixels else 0,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
@@ -102,6 +102,11 @@ class VLMTrainer(Trainer):
             loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
         )
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        """The base class's loader with the dataset's own collator; training and validation may differ in theirs."""
+        self.data_collator = dataset.collate
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[Any, ...]:
         """The base class's values; the schedule needs the updates per epoch."""
         values = super().set_initial_training_values(args, dataloader)
@@ -109,7 +114,13 @@ class VLMTrainer(Trainer):
         return values
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One parameter group per learning rate, weight decay on every trained tensor as in the official codes."""
+        """The objective's own optimizer, or that of the arguments.
+
+        The latter has one parameter group per learning rate, and weight decay on every trained tensor as in the
+        official codes.
+        """
+        if self.optimizer is None:
+            self.optimizer = self.objective.optimizer(self.model.model, learning_rate=self.args.learning_rate)
         if self.optimizer is not None:
             return self.optimizer
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -248,26 +259,6 @@ class ProcessShard(EpochBatchSampler):
         batches = list(self.batches)
         for step in range(len(self)):
             yield batches[(step * self.world_size + self.rank) % len(batches)]
-
-
-def check_run(model: nn.Module, eval_dataset: ImageClassificationDataset | None) -> None:
-    """Refuse a run that could not train or evaluate.
-
-    Args:
-        model: Model with its adapter.
-        eval_dataset: Validation images.
-
-    Raises:
-        PeftVLMError: If nothing is trainable.
-        DataError: If the validation images have no labels.
-    """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise PeftVLMError(
-            "Expected trainable parameters, got none. Load adapters for training with "
-            "`PeftModel.from_pretrained(..., is_trainable=True)`."
-        )
-    if eval_dataset is not None and min(eval_dataset.labels) < 0:
-        raise DataError("Expected an `eval_dataset` with labels, got images without. Leave it out.")
 
 
 def predicted_classes(logits: Tensor, labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.image_features import all_image_features, has_fixed_pixels
+from peft_vlm.data.image_features import all_image_features
 from peft_vlm.errors import AdapterError
 from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.prompting.context import trained_towers
@@ -115,7 +115,7 @@ class CoOpObjective(PromptObjective):
             dataset: Training images; its epoch is already set.
             epoch: Number of the epoch, from 0.
         """
-        if self.image_cache == "none" or (self._images is not None and has_fixed_pixels(dataset)):
+        if self.image_cache == "none" or (self._images is not None and dataset.has_fixed_pixels):
             return
         with evaluation_mode(model):
             self._images = all_image_features(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.image_features import all_image_features, has_fixed_pixels
+from peft_vlm.data.image_features import all_image_features
 from peft_vlm.losses.distillation import distillation_loss
 from peft_vlm.losses.self_consistency import feature_distance
 from peft_vlm.methods.promptsrc.aggregation import PromptAggregation
@@ -151,7 +151,7 @@ class PromptSRCObjective(PromptObjective):
         self._frozen_text = self._frozen_images = None
         if self.weights["text"] or self.weights["logit"]:
             self._frozen_text = frozen_class_features(model, self.frozen_prompts)
-        if self._needs_frozen_images and self.image_cache == "auto" and has_fixed_pixels(dataset):
+        if self._needs_frozen_images and self.image_cache == "auto" and dataset.has_fixed_pixels:
             with evaluation_mode(model), model.disable_adapter():
                 self._frozen_images = all_image_features(
                     model, dataset, batch_size=self.cache_batch_size, num_workers=self.num_workers

@@ -1,0 +1,44 @@
+"""What a run is refused for before it starts."""
+
+from torch import nn
+
+from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.errors import DataError, PeftVLMError
+from peft_vlm.objective import Objective
+from peft_vlm.text.templates import readable
+
+
+def check_run(model: nn.Module, objective: Objective, eval_dataset: ImageClassificationDataset | None) -> None:
+    """Refuse a run that could not train or evaluate.
+
+    Args:
+        model: Model with its adapter.
+        objective: Its class prompts, if it has any, say what the columns of its logits mean.
+        eval_dataset: Validation images.
+
+    Raises:
+        PeftVLMError: If nothing is trainable.
+        DataError: If the validation images have no labels, or labels of other classes than the objective predicts.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PeftVLMError(
+            "Expected trainable parameters, got none. Load adapters for training with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+    if eval_dataset is None:
+        return
+    if min(eval_dataset.labels) < 0:
+        raise DataError("Expected an `eval_dataset` with labels, got images without. Leave it out.")
+    if objective.prompts is None:
+        return
+    expected = [readable(name) for name in objective.prompts.class_names]
+    actual = [readable(name) for name in eval_dataset.class_names]
+    if expected != actual:
+        pairs = zip(expected, actual, strict=False)
+        place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(actual)))
+        raise DataError(
+            "Expected an `eval_dataset` with the class names of the objective's prompts in their order, got "
+            f"{len(actual)} names for {len(expected)}, the first difference at label {place}: "
+            f"{actual[place : place + 1]!r} for {expected[place : place + 1]!r}. Labels of one list are wrong in the "
+            "other: `restrict` the dataset to the classes of the prompts, or make prompts of its classes."
+        )

@@ -2,6 +2,9 @@
 
 from peft_vlm.data.dataset import ImageClassificationDataset, LabelDataset, collate
 from peft_vlm.data.images import read_image
+from peft_vlm.data.question_batches import QuestionCollator
+from peft_vlm.data.question_inputs import check_image_tokens, model_inputs, question_inputs
+from peft_vlm.data.questions import ImageAugmentation, ImageQuestionDataset, RandomCrop
 from peft_vlm.data.sources import load_image_dataset, read_class_names
 from peft_vlm.data.specs import SKIP_TUNING_TEMPLATES, SPECS, DatasetSpec
 from peft_vlm.data.splits import (
@@ -21,17 +24,24 @@ __all__ = [
     "BaseToNewSplit",
     "DatasetSpec",
     "EvalTransform",
+    "ImageAugmentation",
     "ImageClassificationDataset",
+    "ImageQuestionDataset",
     "ImageTransform",
     "LabelDataset",
+    "QuestionCollator",
+    "RandomCrop",
     "TrainTransform",
     "base_and_new_classes",
     "base_to_new_split",
+    "check_image_tokens",
     "collate",
     "few_shot",
     "few_shot_indices",
     "load_image_dataset",
     "load_unlabelled_images",
+    "model_inputs",
+    "question_inputs",
     "read_class_names",
     "read_image",
     "read_zhou_split",

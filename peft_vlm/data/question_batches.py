@@ -1,0 +1,214 @@
+"""Questions about images as batches for models that read an image and write text: `QuestionCollator`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    BaseImageProcessor,
+    Blip2Processor,
+    Gemma3Processor,
+    InstructBlipProcessor,
+    PaliGemmaProcessor,
+)
+
+from peft_vlm.data.question_inputs import IGNORED, TOKEN_COLUMNS
+from peft_vlm.data.questions import QuestionItem
+from peft_vlm.data.shrink import ShrinkingProcessor
+from peft_vlm.errors import DataError
+from peft_vlm.sequences import answer_token_ids, check_right_padding, last_positions, resolve_end_token
+
+
+class QuestionCollator:
+    r"""Makes model inputs from images, questions and answers with the model's own processor.
+
+    The question is written with the processor's chat template, or else with `template`; the answer is tokenised on its
+    own, put behind it and ended by the end token. Sequences are padded on the right.
+
+    Columns: what the processor gives (`input_ids`, `attention_mask`, `pixel_values`, ...), `token_labels` (the tokens
+    of the answer, -100 elsewhere; not there when no answer is known), `labels`, `index`, and `clip_pixel_values` when
+    there is a second image processor. `model(**model_inputs(batch), labels=batch["token_labels"])` is the mean loss
+    over all answer tokens of the batch.
+
+    Args:
+        processor: The model's processor: tokenizer and image processor in one. Images are handed to it as one list per
+            question.
+        template: Text with `{question}` and, where the processor wants one, its image token, such as
+            `"<image>\n{question}"`. None: the chat template, or else the form the model family was trained with.
+        answer_prefix: Text between question and answer, such as `"This is a photo of a"`.
+        answer_format: Text around an answer with one `{}`; `" {}"` for byte-level tokenizers when the question ends
+            without a space.
+        end_token: What ends an answer; None: the tokenizer's end token. The official TVP code uses a newline.
+        encoder_decoder: The language model has an encoder for the question and a decoder for the answer (BLIP-2 with
+            T5): `token_labels` then holds the answer alone.
+        clip_processor: Image processor of a CLIP that sees the same pictures, for `clip_pixel_values`.
+
+    Raises:
+        DataError: If the tokenizer cannot pad, or `template` has no `{question}`.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        template: str | None = None,
+        answer_prefix: str = "",
+        answer_format: str = "{}",
+        end_token: str | None = None,
+        encoder_decoder: bool = False,
+        clip_processor: BaseImageProcessor | None = None,
+    ) -> None:
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        if self.tokenizer.pad_token_id is None:
+            raise DataError(
+                f"`{type(self.tokenizer).__name__}` has no padding token. Set it, for example with "
+                "`processor.tokenizer.pad_token = processor.tokenizer.eos_token`."
+            )
+        if template is not None and "{question}" not in template:
+            raise DataError(f"Expected a `template` with '{{question}}', got {template!r}.")
+        self.template = template
+        self.answer_prefix, self.answer_format = answer_prefix, answer_format
+        self.end_token = resolve_end_token(self.tokenizer, end_token)
+        self.encoder_decoder, self.clip_processor = encoder_decoder, clip_processor
+
+    def prompt(self, question: str) -> str:
+        """The text that stands before the answer, with the image token where the processor wants one.
+
+        Args:
+            question: What is asked.
+
+        Raises:
+            DataError: If the question contains the image token.
+        """
+        token = image_text(self.processor)
+        if token and token in question:
+            raise DataError(f"The question {question!r} contains the image token {token!r}. Take it out.")
+        if self.template is None and self.processor.chat_template is not None:
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            messages = [{"role": "user", "content": content}]
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        else:
+            template = self.template or default_template(self.processor)
+            text = template.replace("{question}", question)
+        return text + self.answer_prefix
+
+    def encode_questions(self, items: Sequence[QuestionItem], *, padding_side: str = "right") -> dict[str, Tensor]:
+        """Images and questions without answers.
+
+        Args:
+            items: What a dataset gave.
+            padding_side: `"right"`, or `"left"` for generation.
+
+        Raises:
+            DataError: If the tokenizer ends every text with its end token, behind which no answer can follow.
+        """
+        texts = [self.prompt(item["question"]) for item in items]
+        bos = self.tokenizer.bos_token
+        encoded = self.processor(
+            images=[[item["image"]] for item in items],
+            text=texts,
+            padding=True,
+            padding_side=padding_side,
+            # a chat template writes the start token itself
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            return_tensors="pt",
+        )
+        columns = {name: value for name, value in encoded.items() if isinstance(value, Tensor) and name != "labels"}
+        last = columns["input_ids"][0, int(last_positions(columns["attention_mask"])[0])]
+        if (
+            not self.encoder_decoder
+            and int(last) == self.tokenizer.eos_token_id
+            and not texts[0].endswith(str(self.tokenizer.eos_token))
+        ):
+            raise DataError(
+                f"`{type(self.tokenizer).__name__}` puts its end token behind every question, and an answer behind "
+                "the end is never read. Load the tokenizer of the language model, or set "
+                "`tokenizer.add_eos_token = False`; for a model with an encoder pass `encoder_decoder=True`."
+            )
+        return columns
+
+    def __call__(self, items: Sequence[QuestionItem]) -> dict[str, Tensor]:
+        """A batch, see the class.
+
+        Args:
+            items: What a dataset gave, all with an answer or all without.
+
+        Raises:
+            DataError: If some items have an answer and others not.
+        """
+        batch = self.encode_questions(items)
+        answers = [item["answer"] for item in items]
+        known = [answer for answer in answers if answer is not None]
+        if known and len(known) < len(answers):
+            position = items[answers.index(None)]["index"]
+            raise DataError(f"Image {position} has no answer, others of its batch have one. Give all an answer.")
+        if known:
+            ids = answer_token_ids(self.tokenizer, known, answer_format=self.answer_format, end_token=self.end_token)
+            batch = self._with_answers(batch, ids)
+        batch["labels"] = torch.tensor([item["labels"] for item in items])
+        batch["index"] = torch.tensor([item["index"] for item in items])
+        if self.clip_processor is not None:
+            images = [item["image"] for item in items]
+            batch["clip_pixel_values"] = self.clip_processor(images, return_tensors="pt")["pixel_values"]
+        return batch
+
+    def _with_answers(self, questions: dict[str, Tensor], answers: list[list[int]]) -> dict[str, Tensor]:
+        if self.encoder_decoder:
+            width = max(map(len, answers))
+            rows = [[*ids, *[IGNORED] * (width - len(ids))] for ids in answers]
+            return questions | {"token_labels": torch.tensor(rows)}
+        lengths = questions["attention_mask"].sum(dim=1).tolist()
+        check_right_padding(questions["attention_mask"])
+        width = max(length + len(ids) for length, ids in zip(lengths, answers, strict=True))
+        types = self._answer_types(questions)
+        fills = {"input_ids": self.tokenizer.pad_token_id, "token_labels": IGNORED}
+        present = [name for name in TOKEN_COLUMNS if name in questions]
+        columns = {
+            name: torch.full((len(lengths), width), fills.get(name, 0), dtype=torch.long)
+            for name in (*present, "token_labels")
+        }
+        for row, (length, ids) in enumerate(zip(lengths, answers, strict=True)):
+            tokens, end = torch.tensor(ids), length + len(ids)
+            for name in present:
+                columns[name][row, :length] = questions[name][row, :length]
+                columns[name][row, length:end] = tokens if name == "input_ids" else types[name]
+            columns["token_labels"][row, length:end] = tokens
+        return questions | columns
+
+    def _answer_types(self, questions: Mapping[str, Tensor]) -> dict[str, int]:
+        """What each column beside the ids holds at answer tokens."""
+        types = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
+        # PaliGemma marks what follows the prefix with 1; Gemma 3 marks the image with 1 and all text with 0.
+        if isinstance(_own_processor(self.processor), PaliGemmaProcessor):
+            types["token_type_ids"] = 1
+        return types
+
+
+def image_text(processor: Any) -> str:
+    """The text that stands for one image in a question; empty where the processor adds it itself.
+
+    Args:
+        processor: Processor of an image-text model.
+    """
+    own = _own_processor(processor)
+    if isinstance(own, Blip2Processor | InstructBlipProcessor):
+        return ""
+    return str(own.boi_token if isinstance(own, Gemma3Processor) else own.image_token)
+
+
+def default_template(processor: Any) -> str:
+    """How a question is written for a processor without chat template.
+
+    Args:
+        processor: Processor of an image-text model.
+    """
+    own = _own_processor(processor)
+    if isinstance(own, Blip2Processor | InstructBlipProcessor):
+        return "{question}"
+    separator = "" if isinstance(own, PaliGemmaProcessor) else "\n"
+    return image_text(processor) + separator + "{question}"
+
+
+def _own_processor(processor: Any) -> Any:
+    return processor.processor if isinstance(processor, ShrinkingProcessor) else processor

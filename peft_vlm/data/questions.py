@@ -1,0 +1,273 @@
+"""Images with questions and answers for models that read an image and write text."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypedDict, runtime_checkable
+
+import torch
+from datasets import Dataset as HFDataset
+from PIL import Image
+
+from peft_vlm.data.dataset import ImageClassificationDataset, LabelDataset, check_columns
+from peft_vlm.data.transforms import random_crop_box
+from peft_vlm.errors import DataError
+
+
+@runtime_checkable
+class ImageAugmentation(Protocol):
+    """What changes a picture before the model's processor sees it."""
+
+    def __call__(self, image: Image.Image, generator: torch.Generator, /) -> Image.Image:
+        """The changed RGB image; the generator is the only source of randomness."""
+        ...
+
+
+class QuestionItem(TypedDict):
+    """One image in RGB, what is asked about it, the expected answer (None when unknown), class id (-1 without one),
+    and position in the dataset.
+    """
+
+    image: Image.Image
+    question: str
+    answer: str | None
+    labels: int
+    index: int
+
+
+#: Makes a batch of model inputs from items.
+Collator = Callable[[Sequence[QuestionItem]], dict[str, torch.Tensor]]
+
+
+class ImageQuestionDataset(ImageClassificationDataset):
+    """Images with one question and one answer each.
+
+    Three kinds of tasks, in columns of the same dataset: classes by name (`label_column` and `class_names`; the answer
+    is the name), free answers (`answer_column`), and answers out of a list (`answer_column` and `class_names`, for
+    example yes/no or counts; the label is the answer's place in the list). Selecting, restricting to classes and
+    random augmentation work as in `ImageClassificationDataset`.
+
+    Args:
+        source: A `datasets.Dataset`, or a sequence of mappings. Folders, CSV files and Hub ids: see `from_images`.
+        class_names: Name of label 0, 1, ...; none for free answers.
+        question: Asked about every image; an empty text is possible (models without instructions).
+        question_column: Column with a question per image, instead of `question`.
+        answer_column: Column with the answers; None: the class names.
+        image_column: Column of the image.
+        label_column: Column of the label, integers from 0; None where the answers give the labels, or there are none.
+        augmentation: Changes pictures at random, drawn from (seed, epoch, position) alone; None: the pictures are the
+            same in every epoch, and what models make of them may be cached.
+        collator: Makes model inputs from items, usually a `QuestionCollator`; the trainer takes it from here.
+        seed: Seed of the augmentation.
+
+    Raises:
+        DataError: If the question is given twice or not at all, or labels and answers contradict each other.
+    """
+
+    def __init__(
+        self,
+        source: HFDataset | Sequence[Mapping[str, Any]],
+        class_names: Sequence[str] = (),
+        *,
+        question: str | None = None,
+        question_column: str | None = None,
+        answer_column: str | None = None,
+        image_column: str = "image",
+        label_column: str | None = None,
+        augmentation: ImageAugmentation | None = None,
+        collator: Collator | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(source, class_names, image_column=image_column, label_column=label_column, seed=seed)
+        self._set_questions(question, question_column)
+        self._answers: list[str] | None = None
+        if answer_column is not None:
+            self._answers = _texts(self.source, answer_column)
+            if label_column is None:
+                self.labels = _labels_of(self._answers, self.class_names)
+        self.augmentation, self.collator = augmentation, collator
+
+    @classmethod
+    def from_images(
+        cls,
+        images: ImageClassificationDataset,
+        *,
+        question: str | None = None,
+        question_column: str | None = None,
+        augmentation: ImageAugmentation | None = None,
+        collator: Collator | None = None,
+    ) -> "ImageQuestionDataset":
+        """Ask about the classes of labelled images, from whatever `load_image_dataset` opens.
+
+        Args:
+            images: Labelled images with class names; their transform is left out.
+            question: Asked about every image.
+            question_column: Column of the source with a question per image, instead of `question`.
+            augmentation: Changes pictures at random.
+            collator: Makes model inputs.
+        """
+        other = cls.__new__(cls)
+        other.__dict__.update(copy.copy(images).__dict__)
+        other._epoch = images._epoch.clone().share_memory_()
+        other.transform, other._answers = None, None
+        other._set_questions(question, question_column)
+        other.augmentation, other.collator = augmentation, collator
+        return other
+
+    def _set_questions(self, question: str | None, column: str | None) -> None:
+        if (question is None) == (column is None):
+            raise DataError(
+                f"Expected either `question` or `question_column`, got {question!r} and {column!r}. Pass for example "
+                "`question='What is this?'`."
+            )
+        self._question = question
+        self._questions = None if column is None else _texts(self.source, column)
+
+    @property
+    def has_fixed_pixels(self) -> bool:
+        """Whether every epoch sees the same pictures."""
+        return self.augmentation is None
+
+    def collate(self, items: Sequence[QuestionItem]) -> dict[str, torch.Tensor]:
+        """Items of this dataset as model inputs.
+
+        Args:
+            items: What `__getitem__` gave.
+
+        Raises:
+            DataError: If the dataset has no collator.
+        """
+        if self.collator is None:
+            raise DataError(
+                "The dataset has no collator. Set `dataset.collator`, for example `QuestionCollator(processor)`."
+            )
+        return self.collator(items)
+
+    def question(self, index: int) -> str:
+        """What is asked about the image at a position."""
+        if self._question is not None:
+            return self._question
+        assert self._questions is not None, "one of both is set"
+        return self._questions[self._rows[index]]
+
+    def answer(self, index: int) -> str | None:
+        """The answer for a position; None for images without answer and label."""
+        if self._answers is not None:
+            return self._answers[self._rows[index]]
+        label = self.labels[index]
+        return None if label < 0 else self.class_names[label]
+
+    def __getitem__(self, index: int) -> QuestionItem:
+        image = self.image(index)
+        if self.augmentation is not None:
+            image = self.augmentation(image, self._generator(index))
+        return {
+            "image": image,
+            "question": self.question(index),
+            "answer": self.answer(index),
+            "labels": self.labels[index],
+            "index": index,
+        }
+
+    def with_augmentation(self, augmentation: ImageAugmentation | None) -> "ImageQuestionDataset":
+        """The same images and questions under another augmentation; this dataset keeps its own."""
+        other = self.select(range(len(self)))
+        other.augmentation = augmentation
+        return other
+
+    def with_collator(self, collator: Collator | None) -> "ImageQuestionDataset":
+        """The same images and questions for another model; this dataset keeps its own collator."""
+        other = self.select(range(len(self)))
+        other.collator = collator
+        return other
+
+    def select(self, indices: Sequence[int]) -> "ImageQuestionDataset":
+        """The images at some positions, in that order.
+
+        Args:
+            indices: Positions in this dataset; one may come several times.
+        """
+        other = super().select(indices)
+        assert isinstance(other, ImageQuestionDataset)
+        return other
+
+    def restrict(self, class_ids: Sequence[int]) -> "ImageQuestionDataset":
+        """The images of some classes, relabelled from 0 in the order given.
+
+        Args:
+            class_ids: Labels of this dataset; the first becomes class 0.
+        """
+        other = super().restrict(class_ids)
+        assert isinstance(other, ImageQuestionDataset)
+        return other
+
+    def without_pixels(self) -> LabelDataset:
+        """Not possible: a language model needs the question's tokens beside the image.
+
+        Raises:
+            DataError: Always.
+        """
+        raise DataError("Expected an objective that reads images; questions cannot be asked without them.")
+
+
+class RandomCrop:
+    """A random part of the picture, randomly mirrored, in the picture's own size or a fixed one.
+
+    Args:
+        scale: Share of the image's area that a crop covers, smallest and largest.
+        ratio: Width over height of a crop, smallest and largest.
+        flip_probability: Chance of mirroring left and right. Use 0 where sides matter (text, "left or right").
+        size: Rows and columns of the result; None: those of the picture.
+
+    Raises:
+        ValueError: If the probability is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: tuple[float, float] = (0.5, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip_probability: float = 0.5,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        if not 0 <= flip_probability <= 1:
+            raise ValueError(f"Expected `flip_probability` in [0, 1], got {flip_probability!r}.")
+        self.scale, self.ratio, self.flip_probability, self.size = scale, ratio, flip_probability, size
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
+        """The cropped picture.
+
+        Args:
+            image: RGB image.
+            generator: The only source of randomness.
+        """
+        top, left, height, width = random_crop_box(
+            (image.height, image.width), scale=self.scale, ratio=self.ratio, generator=generator
+        )
+        rows, cols = self.size or (image.height, image.width)
+        image = image.crop((left, top, left + width, top + height)).resize((cols, rows), Image.Resampling.BICUBIC)
+        if torch.rand(1, generator=generator).item() < self.flip_probability:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+
+def _texts(source: HFDataset | Sequence[Mapping[str, Any]], column: str) -> list[str]:
+    check_columns(source, (column,))
+    values = source[column][:] if isinstance(source, HFDataset) else [row[column] for row in source]
+    for row, value in enumerate(values):
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            raise DataError(f"Expected texts or whole numbers in column {column!r}, got {value!r} in row {row}.")
+    return [str(value) for value in values]
+
+
+def _labels_of(answers: Sequence[str], class_names: Sequence[str]) -> list[int]:
+    if not class_names:
+        return [-1] * len(answers)
+    place = {name: label for label, name in enumerate(class_names)}
+    for row, answer in enumerate(answers):
+        if answer not in place:
+            raise DataError(
+                f"Row {row} has the answer {answer!r}, which is not among the {len(place)} class names, beginning "
+                f"{list(class_names)[:5]!r}. Add it, or leave `class_names` out for free answers."
+            )
+    return [place[answer] for answer in answers]

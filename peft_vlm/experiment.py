@@ -24,7 +24,7 @@ from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransfo
 from peft_vlm.evaluation.metrics import harmonic_mean
 from peft_vlm.json_files import write_json
 from peft_vlm.learners import Learner, Split
-from peft_vlm.text.prompts import ClassPrompts, tokenize_classes
+from peft_vlm.text.prompts import ClassPrompts, check_same_vocabulary, tokenize_classes
 from peft_vlm.training.memory import PeakMemory
 
 logger = logging.getLogger(__name__)
@@ -129,14 +129,17 @@ class Experiment:
             augmentation: Keyword arguments of `TrainTransform`.
             output_dir: Folder of everything that is written.
             use_cpu: Do not use a GPU.
-            text_model: CLIP whose tokenizer and text length count, where a teacher reads the class names.
+            text_model: A second CLIP that reads the same class prompts, for example a teacher. Its vocabulary must be
+                that of `model`; the shorter of both text lengths counts.
         """
-        processor = AutoImageProcessor.from_pretrained(model)
-        config = CLIPModel.config_class.from_pretrained(text_model or model)
+        processor, tokenizer = AutoImageProcessor.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+        if text_model is not None:
+            check_same_vocabulary(tokenizer, AutoTokenizer.from_pretrained(text_model))
+        configs = [CLIPModel.config_class.from_pretrained(name) for name in (model, text_model) if name is not None]
         return cls(
             load_model=lambda: CLIPModel.from_pretrained(model),
-            tokenizer=AutoTokenizer.from_pretrained(text_model or model),
-            max_length=config.text_config.max_position_embeddings,
+            tokenizer=tokenizer,
+            max_length=min(config.text_config.max_position_embeddings for config in configs),
             train_transform=TrainTransform(processor, **augmentation),
             test_transform=EvalTransform(processor),
             output_dir=output_dir,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ class Split:
     tests: dict[str, ImageClassificationDataset]
 
 
+@runtime_checkable
 class MakePrompts(Protocol):
     """Class prompts of a list of names, in the template of the task unless another is given."""
 
@@ -59,6 +60,7 @@ class Fitted:
     template: str | None = None
 
 
+@runtime_checkable
 class Learner(Protocol):
     """One row of the table. `uses_seed` is False when every seed gives the same result.
 

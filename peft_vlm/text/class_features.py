@@ -57,7 +57,7 @@ def encode_classes(model: nn.Module, prompts: ClassPrompts, *, chunk_size: int =
     with evaluation_mode(model):
         for start in range(0, len(prompts.input_ids), chunk_size):
             input_ids = prompts.input_ids[start : start + chunk_size].to(device)
-            _check_end_of_text(model, input_ids)
+            _check_vocabulary(model, input_ids)
             features = nn.functional.normalize(text_features(model, input_ids).float(), dim=-1)
             if sums is None:
                 sums = features.new_zeros(num_classes, features.shape[-1])
@@ -79,9 +79,15 @@ def stored_class_features(model: nn.Module, class_names: Sequence[str]) -> Float
     return None if stored is None else stored(class_names)
 
 
-def _check_end_of_text(model: nn.Module, input_ids: Int[Tensor, "prompts tokens"]) -> None:
-    # CLIP pools the first end-of-text token, and silently the first position when there is none.
+def _check_vocabulary(model: nn.Module, input_ids: Int[Tensor, "prompts tokens"]) -> None:
     towers = towers_of(model)
+    highest, size = int(input_ids.max()), int(towers.model.config.text_config.vocab_size)
+    if highest >= size:
+        raise ClassNameError(
+            f"The prompts hold the token id {highest}, the model's vocabulary has {size} tokens: they were made with "
+            "another model's tokenizer. Load tokenizer and model from the same folder."
+        )
+    # CLIP pools the first end-of-text token, and silently the first position when there is none.
     if towers.text_is_causal and bool((towers.pooled_positions(input_ids) == 0).any()):
         raise ClassNameError(
             "The prompts hold no end-of-text token of this model: they were made with another model's tokenizer, or "

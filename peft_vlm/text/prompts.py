@@ -135,6 +135,29 @@ def tokenize_for_model(
     )
 
 
+def check_same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> None:
+    """Refuse two tokenizers where the prompts of one are given to the models of both.
+
+    Args:
+        first: Tokenizer that makes the prompts.
+        second: Tokenizer of another model that reads them.
+
+    Raises:
+        ClassNameError: If a token has different ids, or is known to one of them only.
+    """
+    ids, other_ids = first.get_vocab(), second.get_vocab()
+    tokens = ids.keys() | other_ids.keys()
+    different = [token for token in tokens if ids.get(token) != other_ids.get(token)]
+    if different:
+        token = min(different)
+        raise ClassNameError(
+            f"Expected two models with one vocabulary, for both read the same class prompts; {len(different)} of "
+            f"{len(tokens)} tokens differ: {token!r} has the id {ids.get(token)!r} in {first.name_or_path!r} and "
+            f"{other_ids.get(token)!r} in {second.name_or_path!r}. Take models of one tokenizer, or tokenise for each "
+            "model on its own with `tokenize_for_model`."
+        )
+
+
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     # transformers 5 builds a CLIPTokenizer that knows only its special tokens when the folder has no vocabulary.
     known = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))

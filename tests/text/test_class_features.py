@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import CLIPModel
 
 from peft_vlm.errors import AdapterError, ClassNameError
 from peft_vlm.text import ClassFeatureCache, ClassPrompts, encode_classes, tokenize_classes
@@ -82,6 +83,10 @@ def test_prompts_of_another_tokenizer_are_refused() -> None:
     """HF's CLIP silently pools position 0 when no token equals its end-of-text id: all classes get one feature."""
     with pytest.raises(ClassNameError, match="no end-of-text token of this model"):
         encode_classes(tiny_clip(eos_token_id=500), prompts_of())
+    config = tiny_clip().config
+    config.text_config.vocab_size = 510
+    with pytest.raises(ClassNameError, match="token id 513, the model's vocabulary has 510 tokens"):
+        encode_classes(CLIPModel(config), prompts_of())
 
 
 def test_the_cache_computes_once() -> None:

@@ -44,6 +44,11 @@ class Teacher:
         """The factor in its logits."""
         return float(towers_of(self.model).model.logit_scale.detach().float().exp())
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that its text tower knows."""
+        return int(towers_of(self.model).model.config.text_config.vocab_size)
+
     def to(self, device: torch.device) -> None:
         """Move the model to a device and to evaluation mode."""
         self.model.to(device).eval()
@@ -119,7 +124,7 @@ class Teacher:
 
 
 class Teachers:
-    """One or several teachers as one: features side by side, logits averaged.
+    """One or several teachers as one: features side by side, logits (not probabilities) averaged.
 
     Args:
         teachers: The first one's class vectors become the student's.
@@ -134,11 +139,20 @@ class Teachers:
         """Move to a device and compute the class features of each, once.
 
         Args:
-            prompts: Classes in label order.
+            prompts: Classes in label order, tokenised for all teachers without prompts of their own.
             device: Where the student is.
+
+        Raises:
+            ClassNameError: If their vocabularies differ in size.
         """
         for teacher in self.members:
             teacher.to(device)
+        sizes = [(teacher.name, teacher.vocab_size) for teacher in self.members if teacher.prompts is None]
+        if len({size for _, size in sizes}) > 1:
+            raise ClassNameError(
+                f"Expected one vocabulary of all teachers that read the objective's prompts, got {sizes!r} tokens. "
+                "Tokenise the classes with each teacher's own tokenizer and pass `Teacher(model, prompts=...)`."
+            )
         self.classes = [teacher.class_features(prompts) for teacher in self.members]
 
     def features(

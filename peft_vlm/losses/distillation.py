@@ -44,7 +44,10 @@ def distillation_loss(
 def average_teachers(
     logits: Float[Tensor, "teachers batch classes"], *, weighting: str = "equal"
 ) -> Float[Tensor, "batch classes"]:
-    """One set of logits from several teachers.
+    """One set of logits from several teachers: an average of logits, not of probabilities.
+
+    The softmax of the result is the normalised (weighted) geometric mean of the teachers' probabilities: a class that
+    one teacher rules out stays out, and a teacher with a larger logit scale counts more.
 
     Formula: sum_k w_ki t_ki with w_ki = 1 / K ("equal"), or w_ki = max_c softmax(t_ki)_c, divided by its sum over the
         teachers ("confidence": per image, the surer teacher counts more).

@@ -14,31 +14,8 @@ from peft_vlm.methods.promptkd import preset_for
 from peft_vlm.methods.promptkd.presets import batchmean_weight
 from peft_vlm.text import encode_classes
 from tests.cases import TEACHER_DIM, base_model, class_prompts, images, perturb, pixels
-from tests.tiny import colour_names, tiny_clip, tiny_siglip
-
-NAMES = list(colour_names())
-
-
-def fresh(**settings) -> PeftModel:
-    """A student without class vectors."""
-    return get_peft_model(base_model(), PromptKDConfig(**({"class_dim": TEACHER_DIM, "vision_depth": 2} | settings)))
-
-
-def teacher(seed: int = 5, **settings) -> torch.nn.Module:
-    """A random teacher with wider class vectors."""
-    return tiny_clip(seed=seed, **({"dim": TEACHER_DIM} | settings))
-
-
-def student(**settings) -> PeftModel:
-    """A student with the class vectors of `teacher()`."""
-    model = fresh(**settings)
-    PromptKDObjective(class_prompts(), teacher=teacher()).prepare(model, images())
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model, count: int = 4) -> torch.Tensor:
-    return model(pixel_values=pixels(count)).logits_per_image
+from tests.methods.promptkd_models import NAMES, fresh, logits, student, teacher
+from tests.tiny import tiny_siglip
 
 
 def test_loss_by_hand():
@@ -79,6 +56,23 @@ def test_teachers_are_averaged_equally_or_by_confidence():
     assert_close(average_teachers(stacked), torch.tensor([[0.0, math.log(3.0) / 2]]))
     weighted = average_teachers(stacked, weighting="confidence")
     assert_close(weighted, torch.tensor([[0.0, 0.6 * math.log(3.0)]]))
+
+
+def test_averaged_are_logits_and_not_probabilities():
+    """1 : 1 and 1 : 3 give the odds 1 : sqrt(3), the geometric mean; averaged probabilities would give 3 : 5."""
+    stacked = torch.tensor([[[0.0, 0.0]], [[0.0, math.log(3.0)]]])
+    found = average_teachers(stacked).softmax(dim=-1)[0]
+    assert found.tolist() == pytest.approx([1 / (1 + math.sqrt(3)), math.sqrt(3) / (1 + math.sqrt(3))], rel=1e-6)
+    assert found.tolist() != pytest.approx([3 / 8, 5 / 8], rel=1e-2)
+    # a student that answers (1/2, 1/2) has a loss of KL((0.366, 0.634) || (0.5, 0.5)) = 0.0363
+    loss = distillation_loss(torch.zeros(1, 2), average_teachers(stacked))
+    assert loss.item() == pytest.approx(0.036341, abs=1e-6)
+
+
+def test_a_teacher_with_a_larger_logit_scale_counts_more():
+    """Cosines (1, 0) at scale 10 and (0, 1) at scale 20 average to (5, 10): the second one wins."""
+    cosines, scales = torch.eye(2)[:, None, :], torch.tensor([10.0, 20.0])
+    assert_close(average_teachers(scales[:, None, None] * cosines), torch.tensor([[5.0, 10.0]]))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -2,28 +2,24 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel
 from torch.testing import assert_close
 
-from peft_vlm import PromptKDConfig, PromptKDObjective
+from peft_vlm import PromptKDObjective
 from peft_vlm.data.dataset import collate
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.methods.promptkd.views import projector_of, student_features
 from tests.cases import class_prompts, images
-from tests.tiny import tiny_clip
-
-TEACHER_DIM = 24
+from tests.methods.promptkd_models import fresh, teacher
 
 
-def student(**settings):
-    torch.manual_seed(0)
-    settings = {"class_dim": TEACHER_DIM, "vision_depth": 2, "projector_depth": 1} | settings
-    return get_peft_model(tiny_clip(), PromptKDConfig(**settings))
+def student(**settings) -> PeftModel:
+    """A student without class vectors, with a projector of one layer."""
+    return fresh(**({"projector_depth": 1} | settings))
 
 
 def objective(**settings) -> PromptKDObjective:
-    teacher = tiny_clip(seed=5, layers=2, dim=TEACHER_DIM)
-    return PromptKDObjective(class_prompts(), teacher=teacher, teacher_cache="views", **settings)
+    return PromptKDObjective(class_prompts(), teacher=teacher(layers=2), teacher_cache="views", **settings)
 
 
 def started(model, target):
@@ -99,7 +95,7 @@ def test_student_features_are_those_that_enter_the_projector():
 @pytest.mark.parametrize("settings", [{"student_cache": "views"}, {"align_steps": 2}])
 def test_stored_features_need_a_cached_teacher(settings):
     with pytest.raises(ValueError, match="Both read stored features"):
-        PromptKDObjective(class_prompts(), teacher=tiny_clip(seed=5), **settings)
+        PromptKDObjective(class_prompts(), teacher=teacher(), **settings)
 
 
 def test_a_stored_student_must_be_frozen():

@@ -6,42 +6,19 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import pipeline
 
-from peft_vlm import PromptedClassifier, PromptKDConfig, PromptKDObjective
+from peft_vlm import PromptedClassifier, PromptKDObjective
 from peft_vlm.errors import AdapterError, ClassNameError, PeftVLMWarning
 from peft_vlm.methods.promptkd import Teacher, texts_are_stored_classes
 from peft_vlm.text import encode_classes
 from peft_vlm.text.class_features import ClassFeatureCache
 from tests.cases import TEACHER_DIM, base_model, class_prompts, images, perturb, pixels
-from tests.tiny import clip_processor, colour_names, tiny_clip, tiny_tokenizer
-
-NAMES = list(colour_names())
-
-
-def fresh(**settings) -> PeftModel:
-    """A student without class vectors."""
-    return get_peft_model(base_model(), PromptKDConfig(**({"class_dim": TEACHER_DIM, "vision_depth": 2} | settings)))
-
-
-def teacher(seed: int = 5, **settings) -> torch.nn.Module:
-    """A random teacher with wider class vectors."""
-    return tiny_clip(seed=seed, **({"dim": TEACHER_DIM} | settings))
-
-
-def student(**settings) -> PeftModel:
-    """A student with the class vectors of `teacher()`."""
-    model = fresh(**settings)
-    PromptKDObjective(class_prompts(), teacher=teacher()).prepare(model, images())
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model, count: int = 4) -> torch.Tensor:
-    return model(pixel_values=pixels(count)).logits_per_image
+from tests.methods.promptkd_models import NAMES, fresh, logits, student, teacher
+from tests.tiny import clip_processor, tiny_tokenizer
 
 
 def test_without_class_vectors_there_is_a_clear_error():
@@ -200,8 +177,7 @@ def test_classes_changed_after_training_survive_saving_by_the_trainer(tmp_path):
 
     from peft_vlm.training.artifacts import describe_adapter
 
-    model = get_peft_model(tiny_clip(), PromptKDConfig(class_dim=24, vision_depth=2))
-    target = PromptKDObjective(class_prompts(), teacher=tiny_clip(seed=5, layers=2, dim=24))
+    model, target = fresh(), PromptKDObjective(class_prompts(), teacher=teacher())
     target.prepare(model, images())
     model.keep_classes(["green", "red"])
     describe_adapter(model, target, images())

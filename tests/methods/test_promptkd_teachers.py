@@ -2,36 +2,17 @@
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch.testing import assert_close
 
-from peft_vlm import PromptKDConfig, PromptKDObjective
-from peft_vlm.data import TrainTransform
+from peft_vlm import PromptKDObjective
 from peft_vlm.data.dataset import collate
 from peft_vlm.errors import ClassNameError, DataError, PeftVLMError
 from peft_vlm.methods.promptkd import Teacher
 from peft_vlm.text import encode_classes
 from peft_vlm.text.prompts import tokenize_for_model
-from tests.cases import TEACHER_DIM, base_model, class_prompts, images, pixels
-from tests.tiny import clip_processor, colour_names, siglip_processor, tiny_clip, tiny_siglip, tiny_tokenizer
-
-NAMES = list(colour_names())
-
-
-def fresh(**settings):
-    """A student with fixed initial values."""
-    torch.manual_seed(0)
-    config = PromptKDConfig(**({"class_dim": TEACHER_DIM, "vision_depth": 2, "num_vision_tokens": 2} | settings))
-    return get_peft_model(base_model(), config)
-
-
-def teacher(seed: int = 5, dim: int = TEACHER_DIM) -> torch.nn.Module:
-    return tiny_clip(seed=seed, dim=dim)
-
-
-def augmented(per_class: int = 4):
-    """Images under random crops."""
-    return images(per_class).with_transform(TrainTransform(clip_processor()))
+from tests.cases import TEACHER_DIM, class_prompts, images, pixels
+from tests.methods.promptkd_models import NAMES, augmented, fresh, teacher
+from tests.tiny import clip_processor, siglip_processor, tiny_siglip, tiny_tokenizer
 
 
 def test_views_differ_and_come_back():
@@ -149,6 +130,18 @@ def test_a_teacher_of_another_family_with_its_own_tokenizer_and_pixels():
     assert model.active_peft_config.teacher_name_or_path == "siglip"
     with pytest.raises(ClassNameError, match="6 classes"):
         PromptKDObjective(class_prompts(NAMES[:5] + ["pink"]), teacher=wrapped).prepare(fresh(class_dim=32), dataset)
+
+
+def test_teachers_of_different_vocabularies_need_prompts_of_their_own():
+    """The second one would read other words, or ids that it does not have."""
+    config = teacher().config
+    config.text_config.vocab_size = 520
+    other = type(teacher())(config)
+    pair = [Teacher(teacher(), name="small"), Teacher(other, name="large")]
+    with pytest.raises(ClassNameError, match=r"\('small', 514\), \('large', 520\).*Teacher\(model, prompts"):
+        PromptKDObjective(class_prompts(), teacher=pair).prepare(fresh(), images())
+    own = Teacher(other, prompts=class_prompts(), name="large")
+    PromptKDObjective(class_prompts(), teacher=[teacher(), own]).prepare(fresh(), images())
 
 
 def test_another_image_size_needs_the_teachers_processor():

@@ -4,35 +4,18 @@ import json
 
 import pytest
 import torch
-from peft import get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from torch.testing import assert_close
 
-from peft_vlm import PromptKDConfig, PromptKDObjective, VLMTrainer, VLMTrainingArguments
+from peft_vlm import PromptKDObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data import TrainTransform, load_unlabelled_images
 from peft_vlm.data.dataset import collate
 from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.evaluation import TextClassifier, base_to_new
 from peft_vlm.methods.promptkd.agreement import Agreement
-from tests.cases import TEACHER_DIM, base_model, class_prompts, images
-from tests.tiny import clip_processor, colour_names, tiny_clip, tiny_tokenizer
-
-NAMES = list(colour_names())
-
-
-def fresh(**settings):
-    """A student with fixed initial values."""
-    torch.manual_seed(0)
-    config = PromptKDConfig(**({"class_dim": TEACHER_DIM, "vision_depth": 2, "num_vision_tokens": 2} | settings))
-    return get_peft_model(base_model(), config)
-
-
-def teacher(seed: int = 5, dim: int = TEACHER_DIM) -> torch.nn.Module:
-    return tiny_clip(seed=seed, dim=dim)
-
-
-def augmented(per_class: int = 4):
-    """Images under random crops."""
-    return images(per_class).with_transform(TrainTransform(clip_processor()))
+from tests.cases import class_prompts, images
+from tests.methods.promptkd_models import NAMES, augmented, fresh, teacher
+from tests.tiny import clip_processor, tiny_tokenizer
 
 
 def train(folder, objective, dataset, *, epochs: int = 4, resume=None, model=None, **settings):

@@ -150,11 +150,12 @@ def test_a_new_process_gives_bitwise_the_same_logits(saved, tmp_path):
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
 
 
-def test_the_zero_shot_pipeline_gives_the_adapters_scores(saved):
-    """Its template writes the start token where an adapter has learned context."""
+def test_the_zero_shot_pipeline_gives_the_adapters_scores_or_refuses(saved):
+    """Its template writes the start token where an adapter has learned context.
+
+    A model that reads no texts must not give scores under the labels of the call.
+    """
     case, _, adapter, _ = saved
-    if case.text_free:
-        pytest.skip("the model classifies with stored vectors; what the pipeline does is tested with the method")
     model = AutoPeftModel.from_pretrained(adapter)
     tools = processor()
     classify = pipeline(
@@ -164,6 +165,10 @@ def test_the_zero_shot_pipeline_gives_the_adapters_scores(saved):
         image_processor=tools.image_processor,
     )
     image, names = images(per_class=1).image(0), ["red", "green", "blue"]
+    if case.text_free:
+        with pytest.raises(AdapterError, match="reads no text"):
+            classify(image, names)
+        return
     prompts = reserve_slots(model, class_prompts(names))
     text = tools.tokenizer.decode(prompts.input_ids[0]).replace("<|endoftext|>", "")
     template = text.removeprefix("<|startoftext|>").replace("red", "{}")

@@ -171,7 +171,11 @@ def test_fashion_splits_share_no_photo() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("PEFT_VLM_CORPUS" not in os.environ, reason="needs the output folder of build_corpus.py")
+@pytest.mark.skipif(
+    "PEFT_VLM_CORPUS" not in os.environ,
+    reason="reads the drawn training images, which are too large to commit: draw them with "
+    "examples/assets/scripts/build_corpus.py and set PEFT_VLM_CORPUS to its output folder",
+)
 def test_recorded_correlations_are_those_of_the_corpus(rows: pd.DataFrame, trained: pd.DataFrame) -> None:
     """With the drawn corpus at hand, every stored correlation is recomputed from pixels."""
     corpus = Path(os.environ["PEFT_VLM_CORPUS"])

@@ -4,7 +4,7 @@ The prompt lives on a square canvas in [0, 1] pixel units, before normalisation,
 looks at; so the same tensor acts on models with other sizes, means and standard deviations.
 
 References:
-    Exploring Transferable Visual Prompting for Multimodal Large Language Models, 2024, arXiv 2404.11207, Sec. 3;
+    Exploring the Transferability of Visual Prompting for Multimodal Large Language Models, 2024, arXiv 2404.11207;
     Visual Prompting, 2022, arXiv 2203.17274 (frame and patch in pixel space).
 """
 

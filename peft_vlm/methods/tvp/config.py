@@ -35,7 +35,8 @@ class TVPConfig(VLMConfig):
         clamp: Cut prompted pixels to [0, 1], with gradients as if they were not cut. Official: False.
 
     References:
-        Exploring Transferable Visual Prompting for Multimodal Large Language Models, 2024, arXiv 2404.11207.
+        Exploring the Transferability of Visual Prompting for Multimodal Large Language Models, 2024,
+        arXiv 2404.11207.
     """
 
     canvas_size: int = field(default=224)

@@ -1,5 +1,6 @@
 """Two processes on one machine train what one process trains."""
 
+import json
 import os
 import subprocess
 import sys
@@ -42,3 +43,17 @@ def test_two_processes_train_what_one_with_accumulation_trains(tmp_path: Path, m
     (one,) = train(tmp_path / "one", method=method, processes=1, accumulation=2)
     # the same float32 sums in another order, over 12 steps of SGD
     torch.testing.assert_close(first, one, rtol=1e-4, atol=1e-6)
+
+
+def agreements(folder: Path) -> list[float]:
+    """Agreement of student and teacher as logged after each epoch."""
+    history = json.loads((folder / "metrics.json").read_text())["history"]
+    return [entry["agreement_seen"] for entry in history if "agreement_seen" in entry]
+
+
+def test_agreement_counts_the_images_of_all_processes(tmp_path: Path) -> None:
+    """The first process alone has seen half of the images, and nothing in the log would say so."""
+    train(tmp_path / "two", method="promptkd", processes=2, accumulation=1)
+    train(tmp_path / "one", method="promptkd", processes=1, accumulation=2)
+    assert len(agreements(tmp_path / "one")) == 2
+    assert agreements(tmp_path / "two") == agreements(tmp_path / "one")

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, distributed
 
 from peft_vlm.errors import ClassNameError
 from peft_vlm.text.templates import readable
 
 
 class Agreement:
-    """Counts of one epoch. The teacher's class decides whether an image counts as seen.
+    """Counts of one epoch, over the batches of all processes. The teacher's class decides whether an image counts as
+    seen.
 
     Args:
         class_names: Classes in label order.
@@ -40,7 +41,10 @@ class Agreement:
             self.counts = torch.zeros(2, 2, dtype=torch.long)
 
     def add(self, student: Float[Tensor, "batch classes"], teacher: Float[Tensor, "batch classes"]) -> None:
-        """Count a batch.
+        """Count a batch; with several processes the batch of each, so all of them must call it.
+
+        The sum is formed here and not at the end of the epoch, so that a checkpoint of the first process, which is
+        the only one that is written, holds the counts of all.
 
         Args:
             student: Logits of the student.
@@ -50,7 +54,10 @@ class Agreement:
         same = student.detach().argmax(dim=-1) == chosen
         group = (~self.seen.to(chosen.device)[chosen]).long()  # 0 seen, 1 unseen
         rows = [torch.stack([(same & (group == g)).sum(), (group == g).sum()]) for g in (0, 1)]
-        self.counts = self.counts.to(chosen.device) + torch.stack(rows)
+        counts = torch.stack(rows)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(counts)
+        self.counts = self.counts.to(chosen.device) + counts
 
     def metrics(self) -> dict[str, float]:
         """Agreement in percent of the groups that had images."""

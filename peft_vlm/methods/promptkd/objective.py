@@ -39,12 +39,13 @@ class PromptKDObjective(Objective):
     Args:
         prompts: Class prompts of the teacher (by its tokenizer), in label order. The student reads no text.
         teacher: A CLIP-like model, with or without adapter; or a `Teacher`, where tokenizer or image processor differ;
-            or several of either, whose logits are averaged. The first one's class vectors become the student's.
+            or several of either: their logits, each multiplied by its own logit scale, are averaged, not their
+            probabilities. The first one's class vectors become the student's.
         temperature: T; 1 in the paper.
         weight: Factor of the loss. Official `KD_WEIGHT`.
         reduction: `"batchmean"` (mean over the images), or `"official"` (over images x classes).
-        teacher_weighting: How several teachers are averaged: `"equal"`, or `"confidence"` (by their highest
-            probability per image).
+        teacher_weighting: How the logits of several teachers are averaged: `"equal"`, or `"confidence"` (weighted by
+            each one's highest probability per image).
         teacher_cache: `"none"` runs the teacher on each batch; `"views"` on a fixed number of augmented views per
             image, once. The student sees the same views.
         num_views: Views per image; epoch e trains on view e modulo this number.
@@ -213,8 +214,8 @@ class PromptKDObjective(Objective):
         return self.weight * loss, logits
 
     def epoch_end(self) -> dict[str, float]:
-        """Agreement of student and teacher on the epoch's training batches, in percent: `agreement_seen`, and
-        `agreement_unseen` where the teacher named a class outside `seen_classes`.
+        """Agreement of student and teacher on the epoch's training batches of all processes, in percent:
+        `agreement_seen`, and `agreement_unseen` where the teacher named a class outside `seen_classes`.
         """
         return self.agreement.metrics()
 

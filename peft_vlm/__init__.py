@@ -5,7 +5,7 @@ from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
 from peft_vlm.methods.promptkd import PromptKDConfig, PromptKDModel, PromptKDObjective
 from peft_vlm.methods.promptsrc import PromptSRCConfig, PromptSRCModel, PromptSRCObjective
 from peft_vlm.methods.skip_tuning import SkipTuningConfig, SkipTuningModel, SkipTuningObjective
-from peft_vlm.methods.tvp import TVPConfig, TVPModel
+from peft_vlm.methods.tvp import TVPConfig, TVPModel, TVPObjective
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "SkipTuningObjective",
     "TVPConfig",
     "TVPModel",
+    "TVPObjective",
     "VLMTrainer",
     "VLMTrainingArguments",
 ]

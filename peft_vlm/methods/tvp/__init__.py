@@ -2,17 +2,25 @@
 
 from peft_vlm.methods.tvp.config import TVPConfig
 from peft_vlm.methods.tvp.convert import convert_checkpoint
+from peft_vlm.methods.tvp.guide import ClipGuide
 from peft_vlm.methods.tvp.model import TVPModel
 from peft_vlm.methods.tvp.normalization import set_normalization
+from peft_vlm.methods.tvp.objective import TVPObjective
+from peft_vlm.methods.tvp.optimizer import NormalizedGradient
 from peft_vlm.methods.tvp.sharing import share_prompt
+from peft_vlm.methods.tvp.sources import Source
 from peft_vlm.prompting.prompt_picture import prompt_layer_of, prompt_of, render_prompt, without_prompt
 from peft_vlm.registry import register_method
 
 register_method("tvp", config_cls=TVPConfig, model_cls=TVPModel)
 
 __all__ = [
+    "ClipGuide",
+    "NormalizedGradient",
+    "Source",
     "TVPConfig",
     "TVPModel",
+    "TVPObjective",
     "convert_checkpoint",
     "prompt_layer_of",
     "prompt_of",

@@ -1,0 +1,293 @@
+"""TVP's objective: the task of the model in training, FCA on its visual tokens, and TSE by a CLIP.
+
+Exploring the Transferability of Visual Prompting for Multimodal Large Language Models, 2024, arXiv 2404.11207.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from peft_vlm.losses.feature_consistency import feature_consistency
+from peft_vlm.losses.semantic_enhancement import semantic_enhancement
+from peft_vlm.methods.tvp.clean_tokens import CleanTokens
+from peft_vlm.methods.tvp.frozen import batch_at, hold_still
+from peft_vlm.methods.tvp.guide import ClipGuide
+from peft_vlm.methods.tvp.optimizer import NormalizedGradient
+from peft_vlm.methods.tvp.sources import Source, check_same_images, share_once
+from peft_vlm.methods.tvp.tasks import AnswerTask, ClassNames, ClassTask, Task, TaskOutput
+from peft_vlm.objective import Objective, ObjectiveOutput, Paper
+from peft_vlm.prompting.prompt_picture import active_name, prompt_layer_of
+from peft_vlm.shapes import Batch
+from peft_vlm.text.candidates import Candidates
+from peft_vlm.text.prompts import ClassPrompts
+
+PAPER = Paper(
+    title="Exploring the Transferability of Visual Prompting for Multimodal Large Language Models",
+    year=2024,
+    arxiv_id="2404.11207",
+    venue="CVPR 2024",
+    bibtex="""@inproceedings{zhang2024exploring,
+  title     = {Exploring the Transferability of Visual Prompting for Multimodal Large Language Models},
+  author    = {Zhang, Yichi and Dong, Yinpeng and Zhang, Siyuan and Min, Tianzan and Su, Hang and Zhu, Jun},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2024}
+}""",
+)
+
+SOURCE_MODES = ("average", "alternate")
+
+
+class TVPObjective(Objective):
+    """Task loss + `fca_weight` * FCA - `tse_weight` * TSE, all of them functions of the pixel prompt alone.
+
+    Formula: L = L_task(x') + a * mean_j ||g_j(x') - g_j(x)||_2 - b * mean_i exp(s) cos(I(x'_i), T(y_i)), with x the
+        shrunken images, x' the same with the prompt, g_j the visual tokens as they enter the language model, I and T
+        the encoders of a CLIP with logit scale s.
+
+    Args:
+        prompts: For a multimodal model the candidate answers of its classes (`tokenize_candidates`), or None for free
+            answers, which cannot be scored in evaluation. For a CLIP-like model its class prompts: the task is then
+            cross-entropy over them.
+        fca_weight: a. Paper's recipe for CIFAR-10: 0.005.
+        tse_weight: b. Paper's recipe for CIFAR-10: 0.001, which is about 0.1 on the cosine.
+        tse_clip: The CLIP of TSE; needed unless `tse_weight` is 0.
+        fca_cache: `"ram"` or `"disk"`: the clean side of FCA is computed once for datasets that show the same pictures
+            in every epoch, else per batch; `"none"`: always per batch. The result is the same. Its size is logged: a
+            row of visual tokens per image, 4.7 MB in half precision for LLaVA-1.5-7B.
+        cache_folder: Where the file of `"disk"` goes; the system's folder for temporary files by default.
+        cache_batch_size: Images per forward pass while caching.
+        num_workers: Processes that decode images while caching.
+        sources: Further multimodal models that the prompt is trained on.
+        source_mode: `"average"`: every step takes the mean loss of all models; `"alternate"`: one model after the
+            other, which needs the memory of one.
+        normalized_gradient: Train by `NormalizedGradient`, as the paper does; False: by the optimizer of the training
+            arguments.
+
+    Requirements:
+        Batches of `QuestionCollator` with answers, or for a CLIP `pixel_values`, `labels`; `index` for cache and
+        sources; `labels` for TSE, which leaves out images without. A `PeftModel` with an active TVP adapter and
+        nothing else that trains.
+
+    Relations:
+        With both weights 0, visual prompting (arXiv 2203.17274) by the language model's loss.
+
+    Raises:
+        ValueError: If a weight is negative, TSE has a weight but no CLIP, or a mode or cache is unknown.
+
+    References:
+        arXiv 2404.11207, Sec. 4.
+    """
+
+    paper = PAPER
+
+    def __init__(
+        self,
+        prompts: Candidates | ClassPrompts | None,
+        *,
+        fca_weight: float | int = 0.005,
+        tse_weight: float | int = 0.001,
+        tse_clip: ClipGuide | None = None,
+        fca_cache: str = "ram",
+        cache_folder: str | Path | None = None,
+        cache_batch_size: int = 32,
+        num_workers: int = 0,
+        sources: Sequence[Source] = (),
+        source_mode: str = "average",
+        normalized_gradient: bool = True,
+    ) -> None:
+        _check_settings(fca_weight, tse_weight, tse_clip, source_mode)
+        self.prompts = ClassNames(prompts.names) if isinstance(prompts, Candidates) else prompts
+        self.task: Task = ClassTask(prompts) if isinstance(prompts, ClassPrompts) else AnswerTask(prompts)
+        self.fca_weight, self.tse_weight, self.tse_clip = fca_weight, tse_weight, tse_clip
+        self.fca_cache, self.sources, self.source_mode = fca_cache, tuple(sources), source_mode
+        self.normalized_gradient = normalized_gradient
+        self._tasks = [self.task, *(AnswerTask(None) for _ in self.sources)]  # nobody scores what sources answer
+        self._clean = [
+            CleanTokens(
+                task, cache=fca_cache, folder=cache_folder, batch_size=cache_batch_size, num_workers=num_workers
+            )
+            for task in self._tasks
+        ]
+        self._shared: list[Any] = [None] * len(self.sources)
+        self._step = torch.zeros((), dtype=torch.long)
+
+    def config_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {
+            "fca_weight": self.fca_weight,
+            "tse_weight": self.tse_weight,
+            "tse_template": list(self.tse_clip.prompts.templates) if self.tse_weight and self.tse_clip else None,
+            "fca_cache": self.fca_cache,
+            "num_models": 1 + len(self.sources),
+            "source_mode": self.source_mode,
+            "normalized_gradient": self.normalized_gradient,
+        }
+
+    def prepare(self, model: nn.Module, dataset: Any) -> None:
+        """Check models and data, put the prompt on the CLIP and the sources, and forget what an earlier run stored.
+
+        Args:
+            model: `PeftModel` with the active adapter.
+            dataset: Training images, or questions about images.
+
+        Raises:
+            ValueError: If anything but the prompt is to be trained, or TSE has no labels to go by.
+        """
+        layer = prompt_layer_of(model)
+        prompt = layer.prompts[active_name(layer)]
+        others = [name for name, p in model.named_parameters() if p.requires_grad and p is not prompt]
+        if others:
+            raise ValueError(
+                f"Expected nothing to train but the prompt, got {len(others)} further tensors, first {others[0]!r}. A "
+                "prompt that only works with changed weights is of no use to other models: leave out "
+                "`modules_to_save` and freeze the model."
+            )
+        check_same_images(self.sources, dataset)
+        if self.tse_weight and self.tse_clip is not None:
+            if max(dataset.labels) < 0:
+                raise ValueError("Expected labels for TSE, got images without classes. Set `tse_weight=0`.")
+            self.tse_clip.prepare(model, dataset.class_names)
+        device = prompt.device
+        for number, source in enumerate(self.sources):
+            shared = share_once(self._shared[number], model, source.model, processor=source.processor)
+            self._shared[number] = shared.to(device)
+        members = zip(self._tasks, self._models(model), self._datasets(dataset), self._clean, strict=True)
+        for task, member, images, clean in members:
+            clean.clear()
+            task.prepare(member, batch_at(images, [0], device))
+
+    def _models(self, model: nn.Module) -> list[nn.Module]:
+        return [model, *self._shared]
+
+    def _datasets(self, dataset: Any) -> list[Any]:
+        return [dataset, *(source.dataset for source in self.sources)]
+
+    def epoch_start(self, model: nn.Module, dataset: Any, epoch: int) -> None:
+        """Compute the clean side of FCA, if it is to be stored and every epoch shows the same pictures.
+
+        Args:
+            model: `PeftModel` with the active adapter.
+            dataset: Training images or questions; its epoch is already set.
+            epoch: Number of the epoch, from 0.
+        """
+        for source in self.sources:
+            source.dataset.set_epoch(epoch)
+        if self.fca_weight:
+            for member, images, clean in zip(self._models(model), self._datasets(dataset), self._clean, strict=True):
+                clean.fill(member, images)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
+        """The loss of a batch on the model, on its sources, or on the one whose turn it is.
+
+        Args:
+            model: `PeftModel` with the active adapter.
+            batch: See Requirements.
+
+        Returns:
+            The terms `language` (or `cross_entropy`), `fca` and `tse` where they have a weight, the last negative; the
+            logits of the first model that ran.
+        """
+        outputs, distances = [], []
+        for number in self._turn():
+            output, distance = self._run(number, model, batch)
+            outputs.append(output)
+            distances.append(distance)
+        terms = {self.task.term: torch.stack([output.loss for output in outputs]).mean()}
+        if self.fca_weight:
+            terms["fca"] = self.fca_weight * torch.stack(distances).mean()
+        if self.tse_weight and self.tse_clip is not None:
+            terms["tse"] = -self.tse_weight * self._semantics(batch)
+        return ObjectiveOutput(terms, outputs[0].logits, outputs[0].labels)
+
+    def _turn(self) -> list[int]:
+        """Numbers of the models that this batch runs through; 0 is the trained one."""
+        count = 1 + len(self.sources)
+        if self.source_mode == "average":
+            return list(range(count))
+        number = int(self._step) % count
+        self._step += 1
+        return [number]
+
+    def _run(self, number: int, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[TaskOutput, Tensor]:
+        """One model's task, and the distance of its visual tokens from those of clean images."""
+        task, clean = self._tasks[number], self._clean[number]
+        if number:
+            model = self._shared[number - 1]
+            batch = batch_at(self.sources[number - 1].dataset, batch["index"].tolist(), batch["index"].device)
+        hold_still(model)
+        output = task.run(model, batch)
+        if not self.fca_weight:
+            return output, output.loss.new_zeros(())
+        return output, feature_consistency(output.tokens, clean.get(model, batch))
+
+    def _semantics(self, batch: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+        """TSE over the images with a class."""
+        labels = batch["labels"]
+        logits = self.tse_clip.logits(batch)
+        known = labels >= 0
+        return semantic_enhancement(logits[known], labels[known]) if bool(known.any()) else logits.new_zeros(())
+
+    def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
+        """A score per class by the model in training.
+
+        Args:
+            model: The model under evaluation.
+            batch: Columns of the task.
+        """
+        return self.task.predict(model, batch)
+
+    def optimizer(self, model: nn.Module, *, learning_rate: float) -> torch.optim.Optimizer | None:
+        """The paper's update of the prompt, masked to its shape; None for the optimizer of the arguments.
+
+        Args:
+            model: `PeftModel` with the active adapter.
+            learning_rate: Step length in [0, 1] pixel units. Official: 10.
+        """
+        if not self.normalized_gradient:
+            return None
+        layer = prompt_layer_of(model)
+        name = active_name(layer)
+        prompt = layer.prompts[name]
+        mask = layer.settings[name].mask(prompt.device).expand_as(prompt)
+        return NormalizedGradient([prompt], lr=learning_rate, masks={prompt: mask})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whose turn it is."""
+        return {"step": self._step} if self.source_mode == "alternate" else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on with the model whose turn it was.
+
+        Args:
+            state: What `state_dict` gave.
+
+        Raises:
+            ValueError: If the state is of an objective with another mode.
+        """
+        if set(state) != set(self.state_dict()):
+            raise ValueError(
+                f"Expected the state {sorted(self.state_dict())!r} of `source_mode`={self.source_mode!r}, got "
+                f"{sorted(state)!r}: the checkpoint is of a run with another mode."
+            )
+        if state:
+            self._step = state["step"].clone()
+
+
+def _check_settings(
+    fca_weight: float | int, tse_weight: float | int, tse_clip: ClipGuide | None, source_mode: str
+) -> None:
+    if fca_weight < 0 or tse_weight < 0:
+        raise ValueError(
+            f"Expected weights of 0 or more, got `fca_weight`={fca_weight!r}, `tse_weight`={tse_weight!r}."
+        )
+    if tse_weight and tse_clip is None:
+        raise ValueError(
+            f"Expected a CLIP for TSE with `tse_weight`={tse_weight!r}, got none. Pass "
+            "`tse_clip=ClipGuide(clip, class_prompts)`, or `tse_weight=0`."
+        )
+    if source_mode not in SOURCE_MODES:
+        raise ValueError(f"Expected `source_mode` to be one of {SOURCE_MODES!r}, got {source_mode!r}.")

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from concurrent.futures import Executor
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +36,8 @@ class MasterWeightOptimiser:
         weight_decay: Decoupled decay of the matrices.
         pool: Threads among which the matrices are shared out.
         workers: Number of those threads.
+        slow: Beginnings of parameter names that train at `slow_factor` times the rates.
+        slow_factor: Share of the rates for parameters that start from trained values.
     """
 
     def __init__(
@@ -48,18 +49,25 @@ class MasterWeightOptimiser:
         weight_decay: float = 0.02,
         pool: Executor,
         workers: int,
+        slow: tuple[str, ...] = (),
+        slow_factor: float = 1.0,
     ) -> None:
         self.pool, self.workers = pool, workers
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {name: p.detach().float().clone() for name, p in self.parameters.items()}
         self.muon_lr, self.adam_lr, self.weight_decay = muon_lr, adam_lr, weight_decay
-        matrices = [name for name, p in self.masters.items() if p.ndim == 2 and "embedding" not in name]
-        self.groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        factors = {name: slow_factor if name.startswith(slow) else 1.0 for name in self.masters}
+        matrices = [name for name, p in self.masters.items() if p.ndim == 2 and "embed" not in name]
+        self.groups: dict[tuple[tuple[int, ...], float], list[str]] = defaultdict(list)
         for name in matrices:
-            self.groups[tuple(self.masters[name].shape)].append(name)
+            self.groups[tuple(self.masters[name].shape), factors[name]].append(name)
         self.momentum = {name: torch.zeros_like(self.masters[name]) for name in matrices}
-        rest = [self.masters[name].requires_grad_(True) for name in self.masters if name not in self.momentum]
-        self.adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
+        rest: dict[float, list[Tensor]] = defaultdict(list)
+        for name, master in self.masters.items():
+            if name not in self.momentum:
+                rest[factors[name]].append(master.requires_grad_(True))
+        groups = [{"params": tensors, "factor": factor} for factor, tensors in rest.items()]
+        self.adam = torch.optim.AdamW(groups, lr=adam_lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
 
     @torch.no_grad()
     def _step_matrices(self, lr: float, momentum: float, names: list[str]) -> None:
@@ -76,15 +84,21 @@ class MasterWeightOptimiser:
     @torch.no_grad()
     def step(self, factor: float, *, momentum: float = 0.95) -> None:
         """One update at `factor` times the peak learning rates; clears the gradients."""
-        shares = [names[worker :: self.workers] for names in self.groups.values() for worker in range(self.workers)]
-        list(self.pool.map(partial(self._step_matrices, self.muon_lr * factor, momentum), filter(None, shares)))
+        shares = [
+            (self.muon_lr * factor * group_factor, names[worker :: self.workers])
+            for (_, group_factor), names in self.groups.items()
+            for worker in range(self.workers)
+            if names[worker :: self.workers]
+        ]
+        list(self.pool.map(lambda share: self._step_matrices(share[0], momentum, share[1]), shares))
         for name, master in self.masters.items():
             if name not in self.momentum:
                 master.grad = self.parameters[name].grad.float()
         for group in self.adam.param_groups:
-            group["lr"] = self.adam_lr * factor
+            group["lr"] = self.adam_lr * factor * group["factor"]
         self.adam.step()
-        self.masters["logit_scale"].clamp_(0, 4.6052)
+        if "logit_scale" in self.masters:
+            self.masters["logit_scale"].clamp_(0, 4.6052)
         torch._foreach_copy_(list(self.parameters.values()), [self.masters[name] for name in self.parameters])
         for parameter in self.parameters.values():
             parameter.grad = None

@@ -54,7 +54,7 @@ class SkipTuningObjective(PromptObjective):
         image_cache: Where the image states of an epoch are kept: `"ram"`, `"disk"` (memory-mapped), or `"none"`,
             which runs the lower layers per batch, with the same result.
         cache_folder: Folder of the memory-mapped file; temporary by default.
-        cache_batch_size: Images per forward pass while caching.
+        cache_batch_size: Images per forward pass of the frozen layers; bounds their working memory.
         num_workers: Processes that decode images while caching.
         batch_composition: `"one_class"` batches (official for 4 or more shots) or `"random"` ones.
         remainder: `"keep"` smaller last batches or `"drop"` them (official).
@@ -250,7 +250,12 @@ class SkipTuningObjective(PromptObjective):
             return self.cache.read(batch["index"], batch["labels"].device)
         towers = towers_of(model)
         with torch.no_grad():
-            return towers.run_vision(towers.embed_image(batch["pixel_values"]), 0, self._starts[0])
+            return torch.cat(
+                [
+                    towers.run_vision(towers.embed_image(pixels), 0, self._starts[0])
+                    for pixels in batch["pixel_values"].split(self.cache_batch_size)
+                ]
+            )
 
     def _draw_tail(self, epoch: int | None = None) -> None:
         """Draw anew; per epoch from (seed, epoch), so that a resumed run draws the same."""

@@ -1,5 +1,15 @@
 """Metrics, protocols and reports."""
 
+from peft_vlm.evaluation.answers import (
+    CountScores,
+    YesNoScores,
+    count_scores,
+    exact_match,
+    normalize_answer,
+    parse_count,
+    parse_yes_no,
+    yes_no_scores,
+)
 from peft_vlm.evaluation.classify import (
     EvalResult,
     ImageClassifier,
@@ -10,6 +20,7 @@ from peft_vlm.evaluation.classify import (
     evaluate_classifier,
     predict_logits,
 )
+from peft_vlm.evaluation.generation import generate_answers
 from peft_vlm.evaluation.metrics import (
     accuracy,
     confusion_matrix,
@@ -17,7 +28,17 @@ from peft_vlm.evaluation.metrics import (
     harmonic_mean,
     per_class_accuracy,
 )
-from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png
+from peft_vlm.evaluation.mllm import (
+    PromptEffect,
+    classify_answers,
+    corruption_robustness,
+    data_scale_curve,
+    evaluate_prompt,
+    generation_accuracy,
+    likelihood_accuracy,
+    mean_effect,
+)
+from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png, lines_png
 from peft_vlm.evaluation.protocols import (
     ProtocolResult,
     base_to_new,
@@ -27,32 +48,64 @@ from peft_vlm.evaluation.protocols import (
     zero_shot,
 )
 from peft_vlm.evaluation.report import EvalReport, PairedDifference, Summary, paired_difference, summarize
+from peft_vlm.evaluation.transfer import (
+    TransferReport,
+    comparison_table,
+    effect_curves,
+    prompt_png,
+    transfer_png,
+    transfer_table,
+)
 
 __all__ = [
+    "CountScores",
     "EvalReport",
     "EvalResult",
     "ImageClassifier",
     "PairedDifference",
     "Predictions",
+    "PromptEffect",
     "ProtocolResult",
     "Summary",
     "TextClassifier",
+    "TransferReport",
+    "YesNoScores",
     "accuracy",
     "bars_png",
     "base_to_new",
     "classify",
+    "classify_answers",
+    "comparison_table",
     "confusion_matrix",
     "confusion_matrix_png",
+    "corruption_robustness",
     "cosine_logits",
+    "count_scores",
     "cross_dataset",
+    "data_scale_curve",
     "domain_shift",
+    "effect_curves",
     "evaluate_classifier",
+    "evaluate_prompt",
+    "exact_match",
     "expected_calibration_error",
     "few_shot",
+    "generate_answers",
+    "generation_accuracy",
     "harmonic_mean",
+    "likelihood_accuracy",
+    "lines_png",
+    "mean_effect",
+    "normalize_answer",
     "paired_difference",
+    "parse_count",
+    "parse_yes_no",
     "per_class_accuracy",
     "predict_logits",
+    "prompt_png",
     "summarize",
+    "transfer_png",
+    "transfer_table",
+    "yes_no_scores",
     "zero_shot",
 ]

@@ -98,3 +98,39 @@ def bars_png(
     if len(values) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(Path(path))
+
+
+def lines_png(
+    curves: Mapping[str, Mapping[float, float]],
+    path: str | Path,
+    *,
+    x_label: str,
+    label: str = "accuracy (%)",
+    title: str = "",
+    logarithmic: bool = False,
+) -> None:
+    """Draw curves with a mark at every value.
+
+    Args:
+        curves: `{name: {x: y}}`, for example conditions and their accuracy per corruption level.
+        path: PNG file to write.
+        x_label: Name of the horizontal axis.
+        label: Name and unit of the values.
+        title: Text above.
+        logarithmic: Draw the horizontal axis with equal distances for equal factors (sizes of training sets).
+    """
+    figure = new_figure(6.0, 4.0)
+    axes = figure.add_subplot()
+    for name, values in curves.items():
+        axes.plot(list(values), list(values.values()), marker="o", label=name)
+    ticks = sorted({x for values in curves.values() for x in values})
+    if logarithmic:
+        axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel=x_label, ylabel=label)
+    _set_title(axes, title)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    figure.savefig(Path(path))

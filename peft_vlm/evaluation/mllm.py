@@ -1,0 +1,238 @@
+"""How well an image-text model answers, and what a pixel prompt changes.
+
+A prompt is always compared with two baselines: the base model on images at full size, and the same model on images
+that are shrunk as the adapter shrinks them, without the prompt. The first says whether the adapter is worth having,
+the second how much of that is the prompt.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from peft_vlm.data.corruptions import CORRUPTIONS, LEVELS, Corruption
+from peft_vlm.data.question_inputs import question_inputs
+from peft_vlm.data.questions import Collator, ImageQuestionDataset
+from peft_vlm.errors import ClassNameError, DataError
+from peft_vlm.evaluation.answers import exact_match
+from peft_vlm.evaluation.classify import EvalResult
+from peft_vlm.evaluation.generation import collator_of, generate_answers
+from peft_vlm.prompting.prompt_picture import without_prompt
+from peft_vlm.text.candidates import Candidates, candidate_scores, tokenize_candidates
+
+#: Model and questions -> a figure in percent, the higher the better.
+Score = Callable[[nn.Module, ImageQuestionDataset], float]
+
+
+@torch.no_grad()
+def classify_answers(
+    model: nn.Module,
+    dataset: ImageQuestionDataset,
+    *,
+    candidates: Candidates | None = None,
+    include_end: bool = False,
+    batch_size: int = 32,
+    chunk_size: int = 512,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> EvalResult:
+    """The most likely answer out of the class names for each question.
+
+    Args:
+        model: Image-text model, with or without adapters.
+        dataset: Questions with labels, class names and a collator of this model.
+        candidates: Tokenised class names; None: tokenised as the dataset's collator tokenises answers.
+        include_end: Count the end token; used when `candidates` is None.
+        batch_size: Questions per batch.
+        chunk_size: Answers per forward pass.
+        num_workers: Processes that read images.
+        progress: Show a progress bar.
+
+    Returns:
+        Labels, predictions, and as confidence the softmax over the scores of all candidates.
+
+    Raises:
+        DataError: If questions have no label.
+        ClassNameError: If the candidates are not the dataset's class names.
+    """
+    collator = collator_of(dataset)
+    if not dataset.labels or min(dataset.labels) < 0:
+        raise DataError("Expected questions with labels, got some without. Pass `class_names` and labels or answers.")
+    if candidates is None:
+        candidates = tokenize_candidates(
+            collator.tokenizer,
+            dataset.class_names,
+            answer_format=collator.answer_format,
+            include_end=include_end,
+            end_token=collator.end_token,
+        )
+    if candidates.names != dataset.class_names:
+        raise ClassNameError(
+            f"Expected candidates for the dataset's {len(dataset.class_names)} class names, beginning "
+            f"{list(dataset.class_names[:3])!r}, got {len(candidates.names)}, beginning "
+            f"{list(candidates.names[:3])!r}. Tokenise `dataset.class_names`."
+        )
+    device = next(model.parameters()).device
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collator)
+    labels, predicted, confidence = [], [], []
+    for batch in tqdm(loader, desc="score answers", unit="batch", disable=not progress):
+        inputs = {name: column.to(device) for name, column in question_inputs(batch).items()}
+        best = candidate_scores(model, inputs, candidates, chunk_size=chunk_size).softmax(dim=-1).max(dim=-1)
+        labels.append(batch["labels"])
+        predicted.append(best.indices.cpu())
+        confidence.append(best.values.cpu())
+    return EvalResult(dataset.class_names, torch.cat(labels), torch.cat(predicted), torch.cat(confidence))
+
+
+def likelihood_accuracy(model: nn.Module, dataset: ImageQuestionDataset, **options: Any) -> float:
+    """Accuracy of `classify_answers` in percent.
+
+    Args:
+        model: Image-text model, with or without adapters.
+        dataset: Questions with labels and class names.
+        **options: Passed on.
+    """
+    return classify_answers(model, dataset, **options).accuracy
+
+
+def generation_accuracy(model: nn.Module, dataset: ImageQuestionDataset, **options: Any) -> float:
+    """Share of generated answers that match the expected ones after normalisation, in percent.
+
+    Args:
+        model: Image-text model, with or without adapters.
+        dataset: Questions with answers.
+        **options: Passed to `generate_answers`.
+
+    Raises:
+        DataError: If a question has no answer.
+    """
+    answers = [dataset.answer(index) for index in range(len(dataset))]
+    known = [answer for answer in answers if answer is not None]
+    if len(known) < len(answers):
+        raise DataError(f"Expected questions with answers, got none for question {answers.index(None)}.")
+    return exact_match(generate_answers(model, dataset, **options), known)
+
+
+@dataclass(frozen=True)
+class PromptEffect:
+    """One figure of one model under three conditions, in percent.
+
+    Args:
+        full_size: Base model, images at full size.
+        shrunken: Images shrunk as the adapter does it, without prompt.
+        prompted: With the prompt.
+    """
+
+    full_size: float
+    shrunken: float
+    prompted: float
+
+    @property
+    def gain(self) -> float:
+        """What the prompt adds to the same shrunken images."""
+        return self.prompted - self.shrunken
+
+    @property
+    def gain_over_full_size(self) -> float:
+        """What the whole adapter, shrinking included, adds to the base model."""
+        return self.prompted - self.full_size
+
+
+def evaluate_prompt(
+    model: PeftModel,
+    dataset: ImageQuestionDataset,
+    *,
+    score: Score = likelihood_accuracy,
+    shrinking_collator: Collator | None = None,
+) -> PromptEffect:
+    """One model under the three conditions.
+
+    Args:
+        model: `PeftModel` with an active pixel prompt.
+        dataset: Questions with a collator of this model at full size.
+        score: What is measured.
+        shrinking_collator: For adapters with `shrink="processor"`: the collator around a `ShrinkingProcessor`, used
+            for the two conditions with the adapter. None: the model shrinks.
+    """
+    shrunken = dataset if shrinking_collator is None else dataset.with_collator(shrinking_collator)
+    with model.disable_adapter():
+        full_size = score(model, dataset)
+    with without_prompt(model):
+        without = score(model, shrunken)
+    return PromptEffect(full_size, without, score(model, shrunken))
+
+
+def corruption_robustness(
+    model: PeftModel,
+    dataset: ImageQuestionDataset,
+    *,
+    kinds: Sequence[str] = tuple(CORRUPTIONS),
+    levels: Sequence[int] = LEVELS,
+    **options: Any,
+) -> dict[str, dict[int, PromptEffect]]:
+    """The three conditions on damaged pictures, the same ones for all models.
+
+    Args:
+        model: `PeftModel` with an active pixel prompt.
+        dataset: Questions with a collator of this model; its augmentation is replaced by the damage.
+        kinds: Keys of `CORRUPTIONS`.
+        levels: From 1 to 5.
+        **options: Passed to `evaluate_prompt`.
+
+    Returns:
+        `{kind: {level: effect}}`.
+    """
+    damaged = {kind: {level: dataset.with_augmentation(Corruption(kind, level)) for level in levels} for kind in kinds}
+    return {
+        kind: {level: evaluate_prompt(model, questions, **options) for level, questions in by_level.items()}
+        for kind, by_level in damaged.items()
+    }
+
+
+def mean_effect(effects: Sequence[PromptEffect]) -> PromptEffect:
+    """Mean of each condition, for example over kinds of corruption or over seeds.
+
+    Args:
+        effects: At least one.
+
+    Raises:
+        DataError: If there is none.
+    """
+    if not effects:
+        raise DataError("Expected at least one effect to average, got none.")
+    columns = zip(*((e.full_size, e.shrunken, e.prompted) for e in effects), strict=True)
+    return PromptEffect(*(sum(column) / len(column) for column in columns))
+
+
+def data_scale_curve(
+    train: Callable[[ImageQuestionDataset], Mapping[str, PromptEffect]],
+    dataset: ImageQuestionDataset,
+    sizes: Sequence[int],
+    *,
+    seed: int = 0,
+) -> dict[int, dict[str, PromptEffect]]:
+    """How the effect grows with the number of training questions. Smaller sets are part of the larger ones.
+
+    Args:
+        train: Trains a prompt on questions and evaluates it, per model.
+        dataset: Training questions.
+        sizes: Numbers of questions, each up to that of the dataset.
+        seed: Of the choice.
+
+    Returns:
+        `{size: {model: effect}}`.
+
+    Raises:
+        DataError: If a size is out of range.
+    """
+    wrong = [size for size in sizes if not 0 < size <= len(dataset)]
+    if wrong:
+        raise DataError(f"Expected sizes from 1 to {len(dataset)}, the questions there are, got {wrong!r}.")
+    order = random.Random(seed).sample(range(len(dataset)), len(dataset))
+    return {size: dict(train(dataset.select(sorted(order[:size])))) for size in sizes}

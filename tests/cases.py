@@ -19,6 +19,8 @@ from peft_vlm import (
     PromptSRCObjective,
     SkipTuningConfig,
     SkipTuningObjective,
+    TVPConfig,
+    TVPObjective,
 )
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.transforms import EvalTransform
@@ -97,6 +99,16 @@ def promptkd_objective(prompts: ClassPrompts, **settings: Any) -> PromptKDObject
     return PromptKDObjective(prompts, **({"teacher": tiny_clip(seed=5, dim=TEACHER_DIM)} | settings))
 
 
+def tvp_config(**settings: Any) -> TVPConfig:
+    """A canvas of the model's size with a border of 3 px."""
+    return TVPConfig.for_processor(clip_processor(), **({"canvas_size": 16, "border": 3} | settings))
+
+
+def tvp_objective(prompts: ClassPrompts, **settings: Any) -> TVPObjective:
+    """Cross-entropy and feature consistency; the CLIP is its own critic."""
+    return TVPObjective(prompts, **({"tse_weight": 0.0} | settings))
+
+
 CASES = [
     Case(
         method="coop",
@@ -171,6 +183,32 @@ CASES = [
             ({"start_layer": 1.5}, "integer, got 1.5"),
             ({"text_start_layer": 7}, "`text_start_layer` from 0 to 2"),
             ({"adapter_dtype": "int8"}, "got 'int8'"),
+            ({"target_modules": "q_proj"}, "chooses its modules"),
+            ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
+        ),
+    ),
+    Case(
+        method="tvp",
+        config=tvp_config,
+        objective=tvp_objective,
+        other_shape={"canvas_size": 24, "border": 4, "shrink": "none"},
+        starts_as_base=False,
+        bad_settings=(
+            ({"canvas_size": 0}, "1 or more, got 0"),
+            ({"canvas_size": 16.0}, "integer, got 16.0"),
+            ({"border": -1}, "0 or more, got -1"),
+            ({"border": 8}, "below half of `canvas_size`=16, got 8"),
+            ({"border": 0}, "nothing to train"),
+            ({"shape": "ring"}, "('border', 'full', 'patch'), got 'ring'"),
+            ({"shape": "patch"}, "`patch_size` to be an integer, got None"),
+            ({"shape": "patch", "patch_size": 17}, "up to `canvas_size`=16, got 17"),
+            ({"patch_size": 4}, "only with `shape`='patch', got 4"),
+            ({"shrink": "crop"}, "('model', 'processor', 'none'), got 'crop'"),
+            ({"clamp": "yes"}, "`clamp` to be True or False, got 'yes'"),
+            ({"image_mean": None}, "together, got None and"),
+            ({"image_mean": [0.5], "image_std": [0.5]}, "3 values, got [0.5]"),
+            ({"image_std": [0.5, 0.0, 0.5]}, "above 0, got [0.5, 0.0, 0.5]"),
+            ({"image_mean": None, "image_std": None}, "TVPConfig.for_processor(processor)"),
             ({"target_modules": "q_proj"}, "chooses its modules"),
             ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
         ),

@@ -53,6 +53,8 @@ class TVPConfig(VLMConfig):
         check_count(self, "border")
         check_choice("shape", self.shape, SHAPES)
         check_choice("shrink", self.shrink, SHRINKS)
+        if not isinstance(self.clamp, bool):
+            raise TypeError(f"Expected `clamp` to be True or False, got {self.clamp!r}.")
         if 2 * self.border >= self.canvas_size:
             raise ValueError(
                 f"Expected `border` below half of `canvas_size`={self.canvas_size}, got {self.border!r}: nothing "

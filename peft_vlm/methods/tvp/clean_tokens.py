@@ -67,9 +67,10 @@ class CleanTokens:
         for batch in tqdm(loader, desc="Clean visual tokens", leave=False, disable=len(loader) < 10):
             batch = on_device(batch, device)
             rows = self._by_row(model, batch, self.compute(model, batch))
+            if store.rows is not None and store.rows.shape[1:] != rows.shape[1:]:
+                different = f"{store.rows.shape[1]} and {rows.shape[1]} tokens"
+                raise DataError(_UNEVEN.format(different))
             store.allocate((len(dataset), *rows.shape[1:]), rows.dtype)
-            if store.rows is None or store.rows.shape[1:] != rows.shape[1:]:
-                raise DataError(_UNEVEN.format("images of different batches"))
             store.write(batch["index"], rows)
         self._store = store
 
@@ -100,7 +101,7 @@ class CleanTokens:
     ) -> Float[Tensor, "batch tokens_per_row width"]:
         counts = self.task.count(model, batch)
         if int(counts.min()) != int(counts.max()):
-            raise DataError(_UNEVEN.format(f"images with {int(counts.min())} to {int(counts.max())} tokens"))
+            raise DataError(_UNEVEN.format(f"{int(counts.min())} to {int(counts.max())} tokens"))
         return tokens.view(len(counts), -1, tokens.shape[-1])
 
 

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peft_vlm.errors import DataError
-
 
 def hold_still(model: nn.Module) -> None:
     """Evaluation mode for everything but layers that recompute their activations, which do so in training mode only.
@@ -40,13 +38,5 @@ def batch_at(dataset: Any, positions: Sequence[int], device: torch.device) -> di
         dataset: Images, or questions about images.
         positions: Positions.
         device: Where the batch is wanted.
-
-    Raises:
-        DataError: If the dataset does not say how to make batches.
     """
-    if dataset.collate is None:
-        raise DataError(
-            "Expected a dataset that makes model inputs, got one without a collator. Set "
-            "`dataset.collate = QuestionCollator(processor)` with the processor of the model."
-        )
     return on_device(dataset.collate([dataset[position] for position in positions]), device)

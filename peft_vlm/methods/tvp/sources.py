@@ -45,7 +45,7 @@ def check_same_images(sources: Sequence[Source], dataset: Any) -> None:
             raise DataError(
                 f"Expected the images of the training dataset in the dataset of source {number}, got "
                 f"{len(other)} images of {len(other.class_names)} classes for {len(dataset)} of "
-                f"{len(dataset.class_names)}, or other labels. Make it with `dataset.with_collate(collator)`."
+                f"{len(dataset.class_names)}, or other labels. Make it with `dataset.with_collator(collator)`."
             )
 
 

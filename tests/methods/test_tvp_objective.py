@@ -1,0 +1,308 @@
+"""TVP's objective: the language loss, both sides of FCA and its caches, the CLIP of TSE, further source models."""
+
+import logging
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from peft_vlm import TVPConfig
+from peft_vlm.data import ImageQuestionDataset, QuestionCollator, RandomCrop, model_inputs
+from peft_vlm.errors import AdapterError, DataError, UnsupportedModelError
+from peft_vlm.methods.tvp import TVPObjective, prompt_layer_of, prompt_of, without_prompt
+from peft_vlm.methods.tvp.clean_tokens import CACHES
+from peft_vlm.text import encode_classes, tokenize_classes
+from peft_vlm.towers import image_features
+from peft_vlm.visual_tokens import encode_visual_tokens, record_visual_tokens, visual_tokens_per_row
+from tests.cases import class_prompts, images
+from tests.methods.tvp_models import (
+    batch,
+    gradient,
+    guide,
+    objective,
+    prepared,
+    prompt_parameter,
+    prompted_llava,
+    questions,
+    second_model,
+)
+from tests.tiny import clip_processor, colour_names, noise_image, tiny_clip, tiny_siglip, tiny_tokenizer
+from tests.tiny_mllm import ARCHITECTURES, tiny_mllm
+from tests.tiny_questions import llava_processor
+
+
+def test_the_language_term_is_the_models_own_loss_on_the_answer():
+    """Mean over all answer tokens of the batch, and logits for those alone."""
+    model, columns = prompted_llava(), batch(questions())
+    output = prepared(model, questions(), fca_weight=0, tse_weight=0)(model, columns)
+    told = columns["token_labels"][columns["token_labels"] != -100]
+    expected = model(**model_inputs(columns), labels=columns["token_labels"])
+    assert list(output.loss_terms) == ["language"]
+    assert_close(output.loss, expected.loss)
+    assert output.logits.shape == (len(told), expected.logits.shape[-1])
+    assert torch.equal(output.labels, told)
+    assert_close(gradient(model, objective(fca_weight=0, tse_weight=0), columns), _gradient_of(model, columns))
+
+
+def _gradient_of(model: PeftModel, columns: dict[str, Tensor]) -> Tensor:
+    prompt_parameter(model).grad = None
+    model(**model_inputs(columns), labels=columns["token_labels"]).loss.backward()
+    return prompt_parameter(model).grad
+
+
+def test_terms_by_hand():
+    """Each from its definition, by separate passes: prompted and clean tokens, CLIP features and captions."""
+    model, columns = prompted_llava(), batch(questions())
+    target = prepared(model, questions(), fca_weight=0.5, tse_weight=0.25)
+    terms = target(model, columns).loss_terms
+    with torch.no_grad():
+        prompted = model.get_base_model().get_image_features(columns["pixel_values"]).pooler_output
+        with without_prompt(model):
+            clean = model.get_base_model().get_image_features(columns["pixel_values"]).pooler_output
+        fca = torch.stack([(p - c).norm(dim=-1) for p, c in zip(prompted, clean, strict=True)]).mean()
+        clip = tiny_clip(seed=7)
+        text = encode_classes(clip, class_prompts())
+        adapted = get_peft_model(clip, TVPConfig.for_processor(clip_processor(16), canvas_size=32, border=5))
+        prompt_parameter(adapted).copy_(prompt_of(model))
+        features = nn.functional.normalize(image_features(adapted, columns["clip_pixel_values"]), dim=-1)
+        cosines = (features * text[columns["labels"]]).sum(dim=-1)
+        tse = clip.logit_scale.exp() * cosines.mean()
+    assert fca > 0.1
+    assert_close(terms["fca"], 0.5 * fca)
+    assert_close(terms["tse"], -0.25 * tse)
+
+
+@pytest.mark.parametrize("weights", [{"fca_weight": 0}, {"tse_weight": 0}, {"fca_weight": 0, "tse_weight": 0}])
+def test_a_term_without_weight_is_not_there(weights: dict[str, int]):
+    model, dataset = prompted_llava(), questions()
+    terms = prepared(model, dataset, **weights)(model, batch(dataset)).loss_terms
+    names = {"fca_weight": "fca", "tse_weight": "tse"}
+    assert set(terms) == {"language", "fca", "tse"} - {names[weight] for weight in weights}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_of_the_clean_side_changes_nothing(cache: str, tmp_path, monkeypatch):
+    """Filled once, in the dataset's order, and read by position; the vision tower then runs once per step."""
+    model, dataset = prompted_llava(), questions(2)
+    target = prepared(model, dataset, fca_cache=cache, cache_folder=tmp_path, cache_batch_size=5)
+    positions = [11, 3, 0, 7]
+    expected = prepared(prompted_llava(), dataset, fca_cache="none")
+    passes = []
+    model.get_base_model().model.vision_tower.register_forward_hook(lambda *call: passes.append(1))
+    actual = target(model, batch(dataset, positions)).loss_terms["fca"]
+    assert len(passes) == (2 if cache == "none" else 1)
+    assert_close(actual, expected(prompted_llava(), batch(dataset, positions)).loss_terms["fca"])
+    target.epoch_start(model, dataset, 1)
+    assert len(passes) == (2 if cache == "none" else 1), "the pictures are the same in every epoch"
+
+
+def test_random_pictures_are_not_cached(caplog):
+    """Stored tokens of another crop would pull the prompt towards undoing the crop."""
+    dataset = questions(2, augmentation=RandomCrop())
+    model = prompted_llava()
+    with caplog.at_level(logging.INFO):
+        target = prepared(model, dataset)
+    assert "Storing" not in caplog.text
+    dataset.set_epoch(1)
+    columns = batch(dataset)
+    with torch.no_grad(), without_prompt(model):
+        clean = encode_visual_tokens(model, columns)
+    prompted = encode_visual_tokens(model, columns)
+    assert_close(target(model, columns).loss_terms["fca"], 0.05 * (prompted - clean).norm(dim=-1).mean())
+
+
+def test_a_new_run_forgets_the_tokens_of_the_one_before():
+    model, target = prompted_llava(), objective()
+    first, second = questions(), questions().select([5, 4, 3, 2, 1, 0])
+    for dataset in (first, second):
+        target.prepare(model, dataset)
+        target.epoch_start(model, dataset, 0)
+        actual = target(model, batch(dataset)).loss_terms["fca"]
+        assert_close(actual, prepared(model, dataset, fca_cache="none")(model, batch(dataset)).loss_terms["fca"])
+
+
+def test_images_with_different_numbers_of_tokens_are_not_cached():
+    mllm = tiny_mllm("qwen2_vl")
+    sizes = [(32, 32), (64, 32)]
+    columns = [mllm.inputs([noise_image(*size)]) for size in sizes]
+
+    class Uneven:
+        """Two pictures, one twice as wide."""
+
+        has_fixed_pixels, class_names, labels = True, (), [-1, -1]
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            answers = torch.full_like(columns[index]["input_ids"], -100)
+            answers[:, -1] = 5
+            return columns[index] | {"token_labels": answers, "index": torch.tensor([index])}
+
+        def collate(self, items):
+            """Only one at a time."""
+            (item,) = items
+            return item
+
+    model = get_peft_model(mllm.model, TVPConfig.for_processor(mllm.image_processor, canvas_size=32, border=5))
+    target = TVPObjective(None, tse_weight=0, cache_batch_size=1)
+    target.prepare(model, Uneven())
+    with pytest.raises(DataError, match=r"got 4 and 8 tokens.*fca_cache='none'"):
+        target.epoch_start(model, Uneven(), 0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_visual_tokens_of_every_architecture(name: str):
+    """As many as the text has places for, the same from the whole model and from its vision side alone."""
+    assert len(ARCHITECTURES) == 12
+    mllm = tiny_mllm(name)
+    columns = mllm.inputs([noise_image(40, 24), noise_image(40, 24, seed=1)])
+    with torch.no_grad(), record_visual_tokens(mllm.model) as recorded:
+        mllm.model(**columns)
+    counts = visual_tokens_per_row(mllm.model, columns["input_ids"])
+    width = mllm.model.get_input_embeddings().embedding_dim
+    assert recorded.tokens.shape == (int(counts.sum()), width)
+    with torch.no_grad():
+        assert_close(encode_visual_tokens(mllm.model, columns), recorded.tokens)
+    first, second = recorded.tokens.split(counts.tolist())
+    assert (first - second).abs().max() > 1e-3
+    assert "get_image_features" not in vars(mllm.model) | vars(mllm.model.base_model)
+
+
+def test_recording_needs_images_and_a_model_that_makes_tokens():
+    mllm = tiny_mllm("llava")
+    with record_visual_tokens(mllm.model) as recorded, torch.no_grad():
+        mllm.model(input_ids=torch.tensor([[257, 5]]))
+    with pytest.raises(UnsupportedModelError, match="the batch has no images"):
+        assert recorded.tokens is None
+    with pytest.raises(UnsupportedModelError, match="AutoModelForImageTextToText"):
+        encode_visual_tokens(nn.Linear(2, 2), {})
+
+
+def test_two_recordings_at_once_see_the_same():
+    mllm = tiny_mllm("llava")
+    columns = mllm.inputs([noise_image(32, 32)])
+    with torch.no_grad(), record_visual_tokens(mllm.model) as outer:
+        with record_visual_tokens(mllm.model) as inner:
+            mllm.model(**columns)
+        mllm.model(**columns)
+    assert torch.equal(torch.cat([inner.tokens, inner.tokens]), outer.tokens)
+
+
+def test_dropout_of_the_frozen_model_is_off():
+    """The trainer switches the whole model to training mode before each step."""
+    model, dataset = prompted_llava(), questions()
+    model.get_base_model().model.language_model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.5))
+    target = prepared(model, dataset)
+    values = {target(model.train(), batch(dataset)).loss.item() for _ in range(3)}
+    assert values == {target(model.eval(), batch(dataset)).loss.item()}
+
+
+def test_gradient_checkpointing_keeps_the_gradient():
+    """Layers recompute in training mode only, so switching everything to evaluation would switch it off."""
+    dataset, recomputed = questions(), []
+    expected = gradient(model := prompted_llava(), prepared(model, dataset), batch(dataset))
+    model = prompted_llava()
+    base = model.get_base_model()
+    base.activation_checkpointing_enable()
+    base.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *call: recomputed.append(1))
+    target = prepared(model, dataset)
+    assert_close(gradient(model, target, batch(dataset)), expected, rtol=1e-5, atol=1e-7)
+    assert len(recomputed) == 2
+
+
+def test_the_clip_may_look_at_the_models_own_pictures():
+    """As in the official code, when sizes and normalisation are the same."""
+    dataset = questions()
+    model = prompted_llava()
+    with pytest.raises(DataError, match=r"`pixel_values` of \(16, 16\) pixels per image.*got \(6, 3, 32, 32\)"):
+        prepared(model, dataset, tse_clip=guide(processor=None))(model, batch(dataset))
+    plain = questions(collator=QuestionCollator(llava_processor()))
+    with pytest.raises(DataError, match=r"Expected `clip_pixel_values`.*got None"):
+        prepared(model, plain)(model, batch(plain))
+
+
+def test_tse_leaves_out_images_without_a_class():
+    model, dataset = prompted_llava(), questions()
+    target, columns = prepared(model, dataset), batch(dataset)
+    some = batch(dataset, [0, 1])
+    expected = target(model, some).loss_terms["tse"]
+    columns["labels"][2:] = -1
+    assert_close(target(model, columns).loss_terms["tse"], expected)
+    columns["labels"][:] = -1
+    assert target(model, columns).loss_terms["tse"] == 0
+
+
+def test_a_clip_serves_one_run_after_the_other():
+    """Seeds of an experiment share their CLIP: it must carry the prompt in training, and no older one."""
+    clip, dataset = guide(), questions()
+    for seed in range(2):
+        model = prompted_llava(size=0.1 + seed)
+        target = prepared(model, dataset, tse_clip=clip)
+        fresh = prompted_llava(size=0.1 + seed)
+        expected = prepared(fresh, dataset)(fresh, batch(dataset)).loss_terms
+        assert_close(target(model, batch(dataset)).loss_terms, expected)
+        target.prepare(model, dataset)
+        assert sum(isinstance(m, type(prompt_layer_of(model))) for m in clip.model.modules()) == 1
+
+
+@pytest.mark.parametrize("base", [tiny_clip, tiny_siglip])
+def test_on_a_clip_the_task_is_cross_entropy_over_its_class_prompts(base):
+    model = get_peft_model(base(), TVPConfig.for_processor(clip_processor(16), canvas_size=16, border=3)).eval()
+    with torch.no_grad():
+        prompt_parameter(model).normal_(std=0.3)
+    prompts = class_prompts() if base is tiny_clip else _siglip_prompts()
+    target = TVPObjective(prompts, fca_weight=0.5, tse_weight=0)
+    dataset = images(per_class=1)
+    target.prepare(model, dataset)
+    target.epoch_start(model, dataset, 0)
+    columns = dataset.collate([dataset[i] for i in range(6)])
+    output = target(model, columns)
+    logits = model(pixel_values=columns["pixel_values"], input_ids=prompts.input_ids).logits_per_image
+    assert_close(output.logits, logits, rtol=1e-5, atol=1e-4)
+    assert_close(output.loss_terms["cross_entropy"], nn.functional.cross_entropy(logits, columns["labels"]))
+    with torch.no_grad(), without_prompt(model):
+        clean = image_features(model, columns["pixel_values"])
+    moved = image_features(model, columns["pixel_values"]) - clean
+    assert_close(output.loss_terms["fca"], 0.5 * moved.norm(dim=-1).mean(), rtol=1e-4, atol=1e-5)
+    assert_close(target.predict(model, columns), logits, rtol=1e-5, atol=1e-4)
+
+
+def _siglip_prompts():
+    return tokenize_classes(tiny_tokenizer(), colour_names(), template="{}", max_length=24, pad_to_max=True)
+
+
+def test_settings_that_cannot_train_are_refused():
+    for settings, message in (
+        ({"tse_clip": None}, r"Expected a CLIP for TSE with `tse_weight`=0.1"),
+        ({"fca_weight": -1}, "weights of 0 or more, got `fca_weight`=-1"),
+        ({"source_mode": "mean"}, r"\('average', 'alternate'\), got 'mean'"),
+        ({"fca_cache": "gpu"}, "got 'gpu'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            objective(**settings)
+
+
+def test_models_and_data_that_cannot_train_are_refused():
+    dataset = questions()
+    config = TVPConfig.for_processor(clip_processor(), canvas_size=32, border=5, modules_to_save=["linear_2"])
+    with pytest.raises(ValueError, match="nothing to train but the prompt, got 2 further tensors"):
+        prepared(get_peft_model(prompted_llava().unload(), config), dataset)
+    with pytest.raises(AdapterError, match="Expected a model with a pixel prompt"):
+        prepared(second_model(), dataset)
+    with pytest.raises(DataError, match=r"class prompts of the CLIP for the 3 classes.*got 6"):
+        prepared(prompted_llava(), dataset.restrict([2, 1, 0]))
+    unanswered = ImageQuestionDataset(
+        [{"image": noise_image(32, 32)}], question="What?", collator=QuestionCollator(llava_processor())
+    )
+    with pytest.raises(ValueError, match="Expected labels for TSE"):
+        prepared(prompted_llava(), unanswered)
+    with pytest.raises(DataError, match="Expected a batch with answers"):
+        prepared(prompted_llava(), unanswered, tse_weight=0)
+    wrong = questions(collator=QuestionCollator(llava_processor(patch_size=4)))
+    with pytest.raises(DataError, match="Image tokens and image features differ"):
+        prepared(prompted_llava(), wrong)
+    with pytest.raises(AdapterError, match="Expected candidate answers to choose from"):
+        TVPObjective(None, tse_weight=0).predict(prompted_llava(), batch(dataset))

@@ -1,0 +1,278 @@
+"""Train a pixel prompt on one or some image-text models, several ways and seeds, and measure it on all of them."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
+
+from peft_vlm.data.question_batches import QuestionCollator
+from peft_vlm.data.questions import ImageQuestionDataset
+from peft_vlm.errors import DataError
+from peft_vlm.evaluation.mllm import PromptEffect, Score, evaluate_prompt, likelihood_accuracy
+from peft_vlm.evaluation.transfer import (
+    TransferReport,
+    comparison_table,
+    prompt_png,
+    transfer_png,
+    transfer_table,
+)
+from peft_vlm.json_files import write_json
+from peft_vlm.methods.tvp import Source, TVPConfig, TVPObjective, set_normalization
+from peft_vlm.text.candidates import tokenize_candidates
+from peft_vlm.training import VLMTrainer, VLMTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageTextModel:
+    """A multimodal model with what it needs to be asked about images.
+
+    Args:
+        name: Name in the reports.
+        model: The base model; prompts are put on it and taken off again.
+        collator: Makes its inputs; holds its processor.
+    """
+
+    name: str
+    model: nn.Module
+    collator: QuestionCollator
+
+    @classmethod
+    def load(cls, name_or_path: str, *, clip_processor: Any = None, **options: Any) -> "ImageTextModel":
+        """Load a model folder or Hub id.
+
+        Args:
+            name_or_path: Folder or Hub id of an image-text-to-text model with its processor.
+            clip_processor: Image processor of the CLIP of TSE, for models that a prompt is trained on.
+            **options: Passed to `from_pretrained` of the model, such as `dtype` or `quantization_config`.
+        """
+        model = AutoModelForImageTextToText.from_pretrained(name_or_path, **options)
+        processor = AutoProcessor.from_pretrained(name_or_path)
+        return cls(Path(name_or_path).name, model, QuestionCollator(processor, clip_processor=clip_processor))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train the prompt.
+
+    Args:
+        name: Name in the reports.
+        objective: Settings of `TVPObjective` that differ from the experiment's.
+        sources: Names of the models that the prompt is trained on; the first is the one the trainer is given.
+    """
+
+    name: str
+    objective: dict[str, Any] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
+
+
+class TransferExperiment:
+    """Variants x seeds: train, save the adapter, load it onto every model, measure.
+
+    Args:
+        models: All models; what a prompt is trained on is said by the variants.
+        train: Gives the training questions of a seed, without a collator.
+        test: Test questions, without a collator.
+        config: Settings of `TVPConfig`.
+        objective: Settings of `TVPObjective`.
+        guide: Gives a fresh `ClipGuide` for TSE; None where TSE has no weight.
+        training: Settings of `VLMTrainingArguments`.
+        output_dir: Folder of the adapters and reports.
+        include_end: Count the end token of an answer, for class names of which one is the beginning of another.
+        score: How answers are measured, in percent.
+        task: What is asked of which data, for the reports.
+
+    Raises:
+        DataError: If two models have one name.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ImageTextModel],
+        *,
+        train: Callable[[int], ImageQuestionDataset],
+        test: ImageQuestionDataset,
+        output_dir: Path,
+        config: Mapping[str, Any] | None = None,
+        objective: Mapping[str, Any] | None = None,
+        guide: Callable[[], Any] | None = None,
+        training: Mapping[str, Any] | None = None,
+        include_end: bool = False,
+        score: Score | None = None,
+        task: str = "",
+    ) -> None:
+        self.models = {member.name: member for member in models}
+        if len(self.models) < len(models):
+            raise DataError(f"Expected models with different names, got {[member.name for member in models]!r}.")
+        self.train, self.test, self.output_dir = train, test, output_dir
+        self.config, self.objective = dict(config or {}), dict(objective or {})
+        self.guide, self.training, self.task = guide, dict(training or {}), task
+        self.include_end = include_end
+        self.score: Score = score or (lambda m, d: likelihood_accuracy(m, d, include_end=include_end))
+        self._baselines: dict[str, PromptEffect] = {}
+
+    def run(self, variants: Sequence[Variant], seeds: Sequence[int]) -> dict[str, list[TransferReport]]:
+        """Train and measure everything.
+
+        Args:
+            variants: Ways to train; one without sources uses the first model.
+            seeds: Seeds of shots and order.
+
+        Returns:
+            Reports by variant, one per seed; empty lists on all but the main process.
+        """
+        reports: dict[str, list[TransferReport]] = {variant.name: [] for variant in variants}
+        main = PartialState().is_main_process
+        jobs = [(variant, seed) for seed in seeds for variant in variants]
+        for variant, seed in tqdm(jobs, desc="prompts", unit="run", disable=not main):
+            folder = self.output_dir / variant.name / f"seed{seed}"
+            settings = self.fit(variant, seed, folder)
+            if main:
+                report = self.measure(variant, seed, folder, settings)
+                report.save(folder / "transfer.json")
+                reports[variant.name].append(report)
+            PartialState().wait_for_everyone()
+        return reports
+
+    def fit(self, variant: Variant, seed: int, folder: Path) -> dict[str, Any]:
+        """Train one prompt and save it.
+
+        Args:
+            variant: How.
+            seed: Seed of shots and order.
+            folder: Where the adapter and the training's reports go.
+
+        Returns:
+            The objective's settings.
+        """
+        first, *others = self._sources(variant)
+        questions = self.train(seed).with_collator(first.collator)
+        settings = self.objective | variant.objective
+        guide = self.guide() if self.guide is not None and settings.get("tse_weight", 1) else None
+        candidates = tokenize_candidates(
+            first.collator.tokenizer,
+            questions.class_names,
+            answer_format=first.collator.answer_format,
+            include_end=self.include_end,
+            end_token=first.collator.end_token,
+        )
+        objective = TVPObjective(
+            candidates,
+            tse_clip=guide,
+            sources=[Source(m.model, questions.with_collator(m.collator), m.collator.processor) for m in others],
+            **settings,
+        )
+        config = TVPConfig.for_processor(first.collator.processor, **self.config)
+        model = get_peft_model(first.model, config)  # type: ignore[arg-type]
+        args = VLMTrainingArguments(
+            output_dir=str(folder), seed=seed, disable_tqdm=True, save_strategy="no", **self.training
+        )
+        trainer = VLMTrainer(model, objective, args, train_dataset=questions)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        if PartialState().is_main_process:
+            prompt_png(model, folder / "prompt.png")
+        model.unload()
+        _forget_adapters(first.model)
+        for member in others:
+            _forget_adapters(member.model)
+        return objective.config_dict()
+
+    def measure(self, variant: Variant, seed: int, folder: Path, settings: Mapping[str, Any]) -> TransferReport:
+        """Load a saved prompt onto every model and measure it; the baselines are measured once.
+
+        Args:
+            variant: How it was trained.
+            seed: Seed of the training.
+            folder: The adapter.
+            settings: The objective's settings.
+        """
+        effects = {}
+        for name, member in self.models.items():
+            questions = self.test.with_collator(member.collator)
+            model = PeftModel.from_pretrained(member.model, folder).eval()
+            set_normalization(model, member.collator.processor)
+            if name not in self._baselines:
+                effects[name] = self._baselines[name] = evaluate_prompt(model, questions, score=self.score)
+            else:
+                known = self._baselines[name]
+                effects[name] = PromptEffect(known.full_size, known.shrunken, self.score(model, questions))
+            model.unload()
+            _forget_adapters(member.model)
+        sources = tuple(member.name for member in self._sources(variant))
+        run = {**settings, "config": self.config, "training": self.training}
+        return TransferReport(self.task, sources, effects, seed=seed, settings=run)
+
+    def _sources(self, variant: Variant) -> list[ImageTextModel]:
+        names = variant.sources or (next(iter(self.models)),)
+        unknown = [name for name in names if name not in self.models]
+        if unknown:
+            raise DataError(f"Expected sources out of {sorted(self.models)!r}, got {unknown!r}.")
+        return [self.models[name] for name in names]
+
+
+def write_transfer_results(variants: Mapping[str, Sequence[TransferReport]], folder: Path) -> str:
+    """Write `metrics.json`, `table.md` and `results.png` of an experiment.
+
+    Args:
+        variants: What `TransferExperiment.run` gave.
+        folder: Where the files go.
+
+    Returns:
+        The tables as Markdown.
+    """
+    first = next(iter(variants.values()))
+    metrics = {
+        "task": first[0].task,
+        "seeds": [report.seed for report in first],
+        "versions": first[0].versions,
+        "variants": {name: _columns(reports) for name, reports in variants.items()},
+    }
+    write_json(folder / "metrics.json", metrics)
+    parts = [f"### {name}\n\n{transfer_table(reports)}" for name, reports in variants.items()]
+    if len(variants) > 1:
+        parts.append(f"### comparison\n\n{comparison_table(variants)}")
+    (folder / "table.md").write_text("\n\n".join(parts) + "\n", "utf-8")
+    for name, reports in variants.items():
+        transfer_png(reports, folder / f"results_{name}.png", title=f"{first[0].task}: {name}")
+    return "\n\n".join(parts)
+
+
+def _columns(reports: Sequence[TransferReport]) -> dict[str, Any]:
+    """Per model and condition a list over seeds, with the gains on unseen models."""
+    first = reports[0]
+    return {
+        "sources": list(first.sources),
+        "settings": json.loads(json.dumps(first.settings)),
+        "models": {
+            name: {key: [asdict(r.effects[name])[key] for r in reports] for key in asdict(first.effects[name])}
+            for name in first.effects
+        },
+        "unseen_gain": [report.mean_gain() for report in reports],
+        "unseen_gain_over_full_size": [report.mean_gain(over="full_size") for report in reports],
+    }
+
+
+def _forget_adapters(model: nn.Module) -> None:
+    """Remove what PEFT leaves on a base model, so that the next adapter does not warn of a second one."""
+    from peft_vlm.prompting.pixel_prompt import PixelPrompt
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PixelPrompt):
+            model.set_submodule(name, module.base_layer)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = False
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

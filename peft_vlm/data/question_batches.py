@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import (
     BaseImageProcessor,
     Blip2Processor,
-    Gemma3Processor,
     InstructBlipProcessor,
     PaliGemmaProcessor,
 )
@@ -194,7 +193,7 @@ def image_text(processor: Any) -> str:
     own = _own_processor(processor)
     if isinstance(own, Blip2Processor | InstructBlipProcessor):
         return ""
-    return str(own.boi_token if isinstance(own, Gemma3Processor) else own.image_token)
+    return str(own.image_token)
 
 
 def default_template(processor: Any) -> str:

@@ -38,7 +38,7 @@ def classify_answers(
     candidates: Candidates | None = None,
     include_end: bool = False,
     batch_size: int = 32,
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
     num_workers: int = 0,
     progress: bool = False,
 ) -> EvalResult:
@@ -50,7 +50,7 @@ def classify_answers(
         candidates: Tokenised class names; None: tokenised as the dataset's collator tokenises answers.
         include_end: Count the end token; used when `candidates` is None.
         batch_size: Questions per batch.
-        chunk_size: Answers per forward pass.
+        chunk_size: Answers per forward pass; None: as many as fit into about 1 GB.
         num_workers: Processes that read images.
         progress: Show a progress bar.
 

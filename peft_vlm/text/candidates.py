@@ -14,7 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.sequences import answer_token_ids, check_right_padding, resolve_end_token
 from peft_vlm.text.class_features import evaluation_mode
-from peft_vlm.text.prefix import read_questions
+from peft_vlm.text.prefix import DecoderQuestions, EncoderQuestions, read_questions
+
+#: Bytes that the answers of one forward pass may take when nothing else is asked for.
+MEMORY = 2**30
+#: Bytes per logit: as the model gives it, and in float32 with its logarithm.
+LOGIT_BYTES = 12
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def candidate_scores(
     include_end: bool = False,
     answer_format: str = "{}",
     end_token: str | None = None,
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
 ) -> Float[Tensor, "batch classes"]:
     """Mean log-probability of the tokens of each candidate behind each question; natural logarithm, at most 0.
 
@@ -110,7 +115,8 @@ def candidate_scores(
         include_end: See `tokenize_candidates`, as for the two below.
         answer_format: Text around an answer.
         end_token: What ends an answer.
-        chunk_size: Answers (questions times candidates) in one forward pass; memory grows with it.
+        chunk_size: Answers (questions times candidates) in one forward pass, each with its own copy of what the model
+            keeps of the question; None: as many as fit into about 1 GB, at least one candidate for all questions.
 
     Raises:
         DataError: If the inputs hold answers, are padded elsewhere, or no tokenizer was given for texts.
@@ -126,22 +132,30 @@ def candidate_scores(
             tokenizer, candidates, answer_format=answer_format, include_end=include_end, end_token=end_token
         )
     check_right_padding(inputs["attention_mask"])
-    batch = len(inputs["input_ids"])
-    per_pass = max(1, chunk_size // batch)
-    # Answers of similar length share a pass, so that little padding is computed.
-    order = sorted(range(len(candidates.names)), key=lambda position: len(candidates.token_ids[position]))
-    columns: dict[int, Tensor] = {}
     with evaluation_mode(model):
         question = read_questions(model, inputs)
-        first = question.next_logits.float().log_softmax(dim=-1)
-        for start in range(0, len(order), per_pass):
-            chunk = order[start : start + per_pass]
-            tokens, lengths = _padded([candidates.token_ids[position] for position in chunk], first.device)
-            scores = first[:, tokens[:, 0]]
-            if tokens.shape[1] > 1:
-                logits = question.continue_with(tokens[:, :-1])
-                scores = scores + _log_probabilities(logits, tokens[:, 1:], lengths - 1)
-            columns |= dict(zip(chunk, (scores / lengths).unbind(dim=1), strict=True))
+        if chunk_size is None:
+            longest = max(map(len, candidates.token_ids))
+            vocabulary = question.next_logits.shape[1]
+            chunk_size = MEMORY // (question.bytes_per_answer + longest * vocabulary * LOGIT_BYTES)
+        return _scores(question, candidates.token_ids, per_pass=max(1, chunk_size // len(question.next_logits)))
+
+
+def _scores(
+    question: DecoderQuestions | EncoderQuestions, rows: Sequence[Sequence[int]], *, per_pass: int
+) -> Float[Tensor, "batch classes"]:
+    first = question.next_logits.float().log_softmax(dim=-1)
+    # Answers of similar length share a pass, so that little padding is computed.
+    order = sorted(range(len(rows)), key=lambda position: len(rows[position]))
+    columns: dict[int, Tensor] = {}
+    for start in range(0, len(order), per_pass):
+        chunk = order[start : start + per_pass]
+        tokens, lengths = _padded([rows[position] for position in chunk], first.device)
+        scores = first[:, tokens[:, 0]]
+        if tokens.shape[1] > 1:
+            logits = question.continue_with(tokens[:, :-1])
+            scores = scores + _log_probabilities(logits, tokens[:, 1:], lengths - 1)
+        columns |= dict(zip(chunk, (scores / lengths).unbind(dim=1), strict=True))
     return torch.stack([columns[position] for position in range(len(order))], dim=1)
 
 

@@ -49,7 +49,7 @@ class DecoderQuestions:
         inputs: Model inputs, padded on the right.
 
     Raises:
-        UnsupportedModelError: If the model keeps no cache, or one that cannot be shared.
+        UnsupportedModelError: If the model keeps no cache.
     """
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
@@ -73,27 +73,40 @@ class DecoderQuestions:
                 f"`{type(base).__name__}` gave no cache of keys and values with `use_cache=True`, which scoring "
                 "needs. Switch gradient checkpointing off while scoring, and use a decoder model of transformers."
             )
-        if shortest < width and any(self.cache.is_sliding):
-            raise UnsupportedModelError(
-                f"`{type(base).__name__}` attends to a window of tokens, which padding would shift. Score questions "
-                "of one length together."
-            )
+        windows = [layer.sliding_window for layer in self.cache.layers if layer.is_sliding]
+        #: Longest sequence that padding inside may have: in a window that moves it would take the place of tokens.
+        self.longest_padded = min(windows) if windows and shortest < width else None
         self.next_logits: Float[Tensor, "batch vocabulary"] = output.logits[
             torch.arange(len(self.mask)), self.lengths - shortest
         ]
         self.offset = _position_offset(base, self.lengths)
         self.axes = 3 if isinstance(base, _SHIFTED_MODELS) else 1
 
+    @property
+    def bytes_per_answer(self) -> int:
+        """Memory of what is kept of one question, which every continuation copies."""
+        kept = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept) // len(self.mask)
+
     def continue_with(self, tokens: Int[Tensor, "classes tokens"]) -> Float[Tensor, "batch classes tokens vocabulary"]:
         """Logits behind each token of each text, each text behind each question.
 
         Args:
             tokens: Token ids of the texts.
+
+        Raises:
+            UnsupportedModelError: If the model attends to a window of tokens, and padded questions do not fit into it.
         """
         number, length = tokens.shape
-        batch = len(self.mask)
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(number)
+        batch, width = self.mask.shape
+        if self.longest_padded is not None and width + length >= self.longest_padded:
+            raise UnsupportedModelError(
+                f"Expected questions of one length, or fewer than {self.longest_padded} tokens with the answer, got "
+                f"up to {width + length}: layers of this model see a window of that size, which padding would shift."
+            )
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        cache.batch_repeat_interleave(number)  # new tensors in the copied layers
         positions = self.offset.repeat_interleave(number)[:, None] + torch.arange(length, device=tokens.device)
         if self.axes > 1:
             positions = positions.expand(self.axes, -1, -1)
@@ -125,6 +138,11 @@ class EncoderQuestions:
         output = model(**inputs, decoder_input_ids=start, use_cache=False).language_model_outputs
         self.encoded = output.encoder_last_hidden_state
         self.next_logits: Float[Tensor, "batch vocabulary"] = output.logits[:, 0]
+
+    @property
+    def bytes_per_answer(self) -> int:
+        """Memory of the encoded question, which every continuation copies."""
+        return self.encoded[0].numel() * self.encoded.element_size()
 
     def continue_with(self, tokens: Int[Tensor, "classes tokens"]) -> Float[Tensor, "batch classes tokens vocabulary"]:
         """Logits behind each token of each text, each text behind each question.

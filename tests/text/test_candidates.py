@@ -10,6 +10,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, T5Config
 from peft_vlm.data import ImageQuestionDataset, QuestionCollator, question_inputs
 from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.text import candidate_scores, tokenize_candidates
+from peft_vlm.text import candidates as candidates_module
 from tests.tiny import colour_names, noise_image
 from tests.tiny_mllm import ARCHITECTURES, EOS, VOCAB_SIZE, mllm_tokenizer, tiny_mllm
 from tests.tiny_questions import colour_questions, llava_processor, tiny_llava
@@ -49,9 +50,9 @@ def ids(text: str) -> list[int]:
     return mllm_tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("chunk_size", [1, 6, 512])
+@pytest.mark.parametrize("chunk_size", [1, 6, None])
 @pytest.mark.parametrize("questions", [["What?"] * 3, ["What is in it?", "What?", "Which one, then?"]])
-def test_scores_are_those_of_plain_forward_passes(questions: list[str], chunk_size: int) -> None:
+def test_scores_are_those_of_plain_forward_passes(questions: list[str], chunk_size: int | None) -> None:
     """With questions of one length and of several, whatever the number of answers per pass."""
     model, inputs = tiny_llava(), batch_of(questions)
     scores = candidate_scores(model, inputs, NAMES, mllm_tokenizer(), chunk_size=chunk_size)
@@ -99,6 +100,23 @@ def test_the_picture_is_read_once() -> None:
     first = candidate_scores(model, inputs, NAMES, mllm_tokenizer(), chunk_size=2)
     assert len(calls) == 1
     assert torch.equal(candidate_scores(model, inputs, NAMES, mllm_tokenizer(), chunk_size=2), first)
+
+
+def test_memory_bounds_the_answers_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each answer copies what the model keeps of its question: for a large model a few are all that fits."""
+    model, inputs = tiny_llava(), batch_of(["What?", "What?"])
+    passes = []
+    model.model.language_model.register_forward_hook(lambda _, __, output: passes.append(len(output[0])))
+    expected = candidate_scores(model, inputs, NAMES, mllm_tokenizer())
+    assert passes == [2, 10], "the questions, then all five answers to both at once"
+    length = inputs["input_ids"].shape[1]
+    kept = 3 * 2 * 2 * length * 8 * 4  # layers, keys and values, heads, tokens, width, float32
+    monkeypatch.setattr(candidates_module, "MEMORY", 4 * (kept + len(NAMES[-1]) * VOCAB_SIZE * 12))
+    passes.clear()
+    scores = candidate_scores(model, inputs, NAMES, mllm_tokenizer())
+    assert passes[0] == 2
+    assert max(passes[1:]) == 4
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_scores_leave_the_model_as_it_was() -> None:

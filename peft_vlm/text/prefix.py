@@ -77,7 +77,7 @@ class DecoderQuestions:
         #: Longest sequence that padding inside may have: in a window that moves it would take the place of tokens.
         self.longest_padded = min(windows) if windows and shortest < width else None
         self.next_logits: Float[Tensor, "batch vocabulary"] = output.logits[
-            torch.arange(len(self.mask)), self.lengths - shortest
+            torch.arange(len(self.mask), device=self.mask.device), self.lengths - shortest
         ]
         self.offset = _position_offset(base, self.lengths)
         self.axes = 3 if isinstance(base, _SHIFTED_MODELS) else 1

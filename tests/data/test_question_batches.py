@@ -1,9 +1,12 @@
 """Batches of questions: which tokens count, padding, chat templates, image tokens."""
 
+import pickle
+
 import pytest
 import torch
 
 from peft_vlm.data import ImageQuestionDataset, QuestionCollator, check_image_tokens, model_inputs, question_inputs
+from peft_vlm.data.shrink import ShrinkingProcessor
 from peft_vlm.errors import DataError, UnsupportedModelError
 from peft_vlm.sequences import answer_token_ids, last_positions, resolve_end_token
 from tests.tiny import clip_processor, noise_image
@@ -199,6 +202,15 @@ def test_bad_questions_and_settings_are_refused() -> None:
     processor.tokenizer.pad_token = None
     with pytest.raises(DataError, match="has no padding token"):
         QuestionCollator(processor)
+
+
+def test_a_collator_survives_the_way_to_a_worker_process() -> None:
+    """With a shrinking processor inside it."""
+    processor = ShrinkingProcessor(llava_processor(), canvas_size=32, border=4, upscale=True)
+    collator, some = QuestionCollator(processor), items(colour_questions())[:3]
+    ours, theirs = collator(some), pickle.loads(pickle.dumps(collator))(some)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_tokenizer_that_ends_questions_is_refused() -> None:

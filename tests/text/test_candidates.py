@@ -102,6 +102,15 @@ def test_the_picture_is_read_once() -> None:
     assert torch.equal(candidate_scores(model, inputs, NAMES, mllm_tokenizer(), chunk_size=2), first)
 
 
+def test_half_precision_gives_the_same_up_to_its_rounding() -> None:
+    """Logarithms are taken in float32; in bfloat16 long answers would lose their differences."""
+    model, inputs = tiny_llava(), batch_of(["What?", "Who is it?"])
+    expected = candidate_scores(model, inputs, NAMES, mllm_tokenizer())
+    half = candidate_scores(model.bfloat16(), inputs, NAMES, mllm_tokenizer())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, expected, rtol=0.03, atol=0.05)
+
+
 def test_memory_bounds_the_answers_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each answer copies what the model keeps of its question: for a large model a few are all that fits."""
     model, inputs = tiny_llava(), batch_of(["What?", "What?"])

@@ -123,7 +123,8 @@ def describe_adapter(model: nn.Module, objective: Objective, dataset: ImageClass
     if prompts is not None:
         if not getattr(config, "num_classes", 0):  # stored class vectors name their classes themselves
             config.class_names = list(prompts.class_names)
-        config.template = prompts.templates[0] if len(prompts.templates) == 1 else list(prompts.templates)
+        if prompts.templates:  # multimodal models have none: a question stands before the class name
+            config.template = prompts.templates[0] if len(prompts.templates) == 1 else list(prompts.templates)
     transform = dataset.transform
     if isinstance(transform, ImageTransform):
         config.image_mean, config.image_std = list(transform.image_mean), list(transform.image_std)

@@ -18,15 +18,21 @@ METHODS = [case.method for case in CASES]
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def train(folder: Path, *, method: str, processes: int, accumulation: int) -> list[dict[str, torch.Tensor]]:
-    """Train with batches of two in one or more processes (gloo, CPU); the final tensors of each process."""
-    options = [str(folder), "--method", method, "--batch-size", "2", "--accumulation", str(accumulation)]
+def run(module: str, folder: Path, *options: str, processes: int, accumulation: int) -> list[dict[str, torch.Tensor]]:
+    """Run a training in one or more processes (gloo, CPU); the final tensors of each process."""
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [sys.executable, "-m", *(launcher if processes > 1 else []), "tests.short_run", *options]
+    command = [sys.executable, "-m", *(launcher if processes > 1 else []), module, str(folder), *options]
+    command += ["--accumulation", str(accumulation)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    finals = [load_file(folder / f"final-{rank}.safetensors") for rank in range(processes)]
+    return [load_file(folder / f"final-{rank}.safetensors") for rank in range(processes)]
+
+
+def train(folder: Path, *, method: str, processes: int, accumulation: int) -> list[dict[str, torch.Tensor]]:
+    """Train a method with batches of two in one or more processes."""
+    options = ("--method", method, "--batch-size", "2")
+    finals = run("tests.short_run", folder, *options, processes=processes, accumulation=accumulation)
     return [{key: tensor for key, tensor in final.items() if not key.endswith(STATISTICS)} for final in finals]
 
 
@@ -57,3 +63,13 @@ def test_agreement_counts_the_images_of_all_processes(tmp_path: Path) -> None:
     train(tmp_path / "one", method="promptkd", processes=1, accumulation=2)
     assert len(agreements(tmp_path / "one")) == 2
     assert agreements(tmp_path / "two") == agreements(tmp_path / "one")
+
+
+def test_two_processes_train_one_pixel_prompt(tmp_path: Path) -> None:
+    """Normalising the gradient of each process before averaging would let a process with a weak one count as much."""
+    first, second = run("tests.short_question_run", tmp_path / "two", processes=2, accumulation=1)
+    assert torch.equal(first["prompt"], second["prompt"])
+    (one,) = run("tests.short_question_run", tmp_path / "one", processes=1, accumulation=2)
+    assert one["prompt"].abs().max() > 0.05
+    # the same float32 sums in another order, normalised, over 6 steps
+    torch.testing.assert_close(first, one, rtol=1e-4, atol=1e-5)

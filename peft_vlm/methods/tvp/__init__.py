@@ -7,6 +7,7 @@ from peft_vlm.methods.tvp.model import TVPModel
 from peft_vlm.methods.tvp.normalization import set_normalization
 from peft_vlm.methods.tvp.objective import TVPObjective
 from peft_vlm.methods.tvp.optimizer import NormalizedGradient
+from peft_vlm.methods.tvp.presets import preset_for
 from peft_vlm.methods.tvp.sharing import share_prompt
 from peft_vlm.methods.tvp.sources import Source
 from peft_vlm.prompting.prompt_picture import prompt_layer_of, prompt_of, render_prompt, without_prompt
@@ -22,6 +23,7 @@ __all__ = [
     "TVPModel",
     "TVPObjective",
     "convert_checkpoint",
+    "preset_for",
     "prompt_layer_of",
     "prompt_of",
     "render_prompt",

@@ -1,0 +1,27 @@
+"""Hyper-parameters of the official TVP code."""
+
+from typing import Any
+
+from peft_vlm.presets import Preset
+
+
+def preset_for(recipe: str = "cifar10") -> Preset:
+    """An official preset: steps of length 10 on batches of 16, a cosine per epoch without warm-up.
+
+    `"cifar10"` is the command of the official README, one epoch over all images with both weights; `"script"` what its
+    training script does when nothing is given: ten epochs and no FCA or TSE, which is visual prompting.
+
+    Args:
+        recipe: `"cifar10"` or `"script"`.
+
+    Raises:
+        ValueError: If the recipe is unknown.
+    """
+    recipes: dict[str, tuple[int, float, float]] = {"cifar10": (1, 0.005, 0.001), "script": (10, 0.0, 0.0)}
+    if recipe not in recipes:
+        raise ValueError(f"Expected a recipe out of {sorted(recipes)}, got {recipe!r}.")
+    epochs, fca, tse = recipes[recipe]
+    training: dict[str, Any] = {"learning_rate": 10.0, "per_device_train_batch_size": 16, "num_train_epochs": epochs}
+    training |= {"warmup_epochs": 0, "weight_decay": 0.0}
+    config: dict[str, Any] = {"canvas_size": 224, "border": 30, "shape": "border", "clamp": False}
+    return Preset(config=config, objective={"fca_weight": fca, "tse_weight": tse}, training=training)

@@ -70,6 +70,59 @@ sets was trained on.
 - One run with one seed; hyper-parameters were chosen on the training loss alone.
 """
 
+MLLM_CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+# {name}
+
+A small multimodal language model (`transformers.{architecture}`) that says what a picture of an icon or emoji shows,
+whether it is what one asks for, and in which colour it is drawn. It exists so that visual prompts and selective tuning
+can be tried, tested and compared on real, if small, models of several families without any download.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("examples/assets/{name}")
+processor = AutoProcessor.from_pretrained("examples/assets/{name}")
+inputs = processor(images=[picture], text=[{text!r}], return_tensors="pt")
+print(processor.decode(model.generate(**inputs, max_new_tokens=8)[0], skip_special_tokens=True))
+```
+
+- {parameters} M parameters, {megabytes} MB in float16
+- vision: {vision[image_size]} px, patch {vision[patch_size]}, {vision[num_hidden_layers]} layers of width \
+{vision[hidden_size]}; started from the bundled `clip_student`
+- language: {language[num_hidden_layers]} layers of width {language[hidden_size]} ({language[model_type]}), from scratch, \
+with its own tokenizer of {vocabulary} tokens
+
+## Training
+
+The drawings of the bundled CLIPs (see their card for collections and licences), each with one question: what it is
+(the icon's or emoji's name), whether it is a given thing, or the colour of its ink. A third of the images stand small
+inside a black, coloured or noisy border, so that the shrunken images of visual prompts are not foreign to the model.
+{images} image-question pairs, {cpu_minutes} CPU minutes on a shared CPU ({minutes} minutes by the clock, beside other
+work); loss {first_loss} at the start, {last_loss} at the end. One run, seed {seed}; recipe and options:
+`../scripts/train_mllm.py`; log: `training_log.json`.
+
+![training curve](training_curve.png)
+
+## Accuracy on images of design families it never saw
+
+Measured by `../scripts/evaluate_mllm.py` on at most {evaluated} images per set, recorded in `evaluation.json`, checked by
+`tests/assets`. "Chosen" means the most likely of the class names, "written" the answer it writes itself, word by word.
+
+{accuracies}
+
+## Limits
+
+- It knows names of drawings and little else: no sentences, no reasoning, no photos.
+- It answers any other question with a name.
+- Undertrained by its small budget; the loss was still falling when the learning rate reached zero.
+"""
+
 ICONS_CARD = """\
 # icons: UI icons of unseen design families
 
@@ -149,6 +202,7 @@ Real, small, and made by scripts in this repository: nothing here needs a model 
 {sizes}
 
 - `clip_student`, `clip_teacher`: CLIPs trained from scratch on openly licensed icons and emoji
+- `mllm_llava`, `mllm_idefics3`, `mllm_paligemma`: multimodal language models of three families that name such drawings
 - `icons`, `emoji`, `fashion`: image classification sets that no bundled model was trained on
 - `pretraining_images.parquet`: every training image by collection and name, with a hash of its pixels
 - `collections.json`: every collection with author, licence and use; the NOTICE file is made from it
@@ -156,6 +210,10 @@ Real, small, and made by scripts in this repository: nothing here needs a model 
 Zero-shot top-1 accuracy (%):
 
 {accuracies}
+
+Answers of the multimodal models (%):
+
+{answers}
 
 Each folder has its own README with what it is, how it was made and what its limits are.
 
@@ -171,6 +229,10 @@ python train_clip.py --corpus CORPUS --architecture student --pairs 760000 --out
 python train_clip.py --corpus CORPUS --architecture teacher --grow-from RUN/model --pairs 640000 --minutes 50 \\
     --masked-share 0.7 --muon-lr 3.5e-3 --adam-lr 7e-4 --constant-share 0.1 --emoji-repeats 2 --output RUN2
 python evaluate_clip.py ../clip_student --write                 # after copying RUN/model there
+python train_mllm.py --corpus CORPUS --family llava --seed 0 --minutes 20 --output RUN3
+python train_mllm.py --corpus CORPUS --family idefics3 --seed 1 --minutes 20 --output RUN4
+python train_mllm.py --corpus CORPUS --family paligemma --seed 2 --minutes 20 --output RUN5
+python evaluate_mllm.py ../mllm_llava --write                   # after copying RUN3/model there
 python write_cards.py
 ```
 
@@ -178,5 +240,6 @@ Training resumes by itself when it is started again, logs to `training_log.json`
 The teacher's `--minutes` ends the run (learning rate at zero) when the pairs are not reached in time; elsewhere give
 the pairs of its card instead. On a shared CPU, `MALLOC_MMAP_THRESHOLD_=4294967296` and
 `MALLOC_TRIM_THRESHOLD_=17179869184` in the environment keep glibc from returning memory after every operation.
-`python train_clip.py --smoke --output RUN` trains a tiny model for 30 seconds on the committed icons.
+The `--minutes` of `train_mllm.py` are CPU minutes; it can be given `--threads 2`.
+`python train_clip.py --smoke --output RUN` (and the same of `train_mllm.py`) trains a tiny model for 30 seconds on the committed icons.
 """

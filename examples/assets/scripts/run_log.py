@@ -12,12 +12,22 @@ class RunLog:
     Args:
         steps: Steps of the whole run.
         batch_size: Pairs per step.
+        loss_name: What the loss is, for the curve.
+        accuracy_name: What the figure `accuracy` is, in percent.
     """
 
     every = 20
 
-    def __init__(self, steps: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        steps: int,
+        batch_size: int,
+        *,
+        loss_name: str = "contrastive loss",
+        accuracy_name: str = "in-batch top-1",
+    ) -> None:
         self.steps, self.batch_size = steps, batch_size
+        self.loss_name, self.accuracy_name = loss_name, accuracy_name
         self.entries: list[dict[str, float]] = []
         self._pending: list[dict[str, float]] = []
         self._started = self._last = time.monotonic()
@@ -45,7 +55,7 @@ class RunLog:
         speed = count * self.batch_size / (now - self._last)
         left = max(0.0, 1 - progress) / progress * entry["seconds"] / 60
         print(
-            f"step {step + 1}/{self.steps}  loss {means['loss']:.3f}  in-batch top-1 {means['accuracy']:.1f} %  "
+            f"step {step + 1}/{self.steps}  loss {means['loss']:.3f}  {self.accuracy_name} {means['accuracy']:.1f} %  "
             f"{speed:.0f} pairs/s  {left:.1f} min left",
             flush=True,
             file=sys.stderr,
@@ -63,7 +73,7 @@ class RunLog:
 
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
         pairs = [entry["pairs"] / 1000 for entry in self.entries]
-        for axis, key, label in ((left, "loss", "contrastive loss"), (right, "accuracy", "in-batch top-1 (%)")):
+        for axis, key, label in ((left, "loss", self.loss_name), (right, "accuracy", f"{self.accuracy_name} (%)")):
             axis.plot(pairs, [entry[key] for entry in self.entries], linewidth=1)
             axis.set(xlabel="thousand image-text pairs", ylabel=label)
             axis.grid(alpha=0.3)

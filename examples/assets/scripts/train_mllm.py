@@ -193,7 +193,8 @@ def run(training: Training, output: Path, *, checkpoint_minutes: float) -> RunLo
     """Train to the end of the recipe, with checkpoints, a progress line and a log."""
     output.mkdir(parents=True, exist_ok=True)
     recipe, checkpoint = training.recipe, output / "checkpoint.pt"
-    log = RunLog(recipe.steps, recipe.batch_size)
+    names = {"loss_name": "cross-entropy of the answer", "accuracy_name": "right answers"}
+    log = RunLog(recipe.steps, recipe.batch_size, **names)
     if checkpoint.exists():
         training.load_checkpoint(checkpoint, log)
     earlier = log.entries[-1]["cpu_seconds"] if log.entries else 0.0

@@ -1,6 +1,6 @@
 """Write the cards of the bundled models and sets. Every number in them is read from files, none is typed.
 
-python write_cards.py        # after evaluate_clip.py --write for both models
+python write_cards.py        # after evaluate_clip.py and evaluate_mllm.py with --write for each model
 """
 
 import json
@@ -10,11 +10,14 @@ from pathlib import Path
 import pandas as pd
 from datasets import Dataset
 from safetensors import safe_open
+from transformers import AutoProcessor
 
-from card_texts import ASSETS_README, EMOJI_CARD, FASHION_CARD, ICONS_CARD, LINEAGE, MODEL_CARD
+from card_texts import ASSETS_README, EMOJI_CARD, FASHION_CARD, ICONS_CARD, LINEAGE, MLLM_CARD, MODEL_CARD
 from evaluate_clip import ASSETS
+from mllm_models import prompt_text
 
 MODELS = ("clip_student", "clip_teacher")
+MLLMS = {"mllm_llava": 0, "mllm_idefics3": 1, "mllm_paligemma": 2}  # seeds of their training
 SPLITS = ("train", "val", "test")
 
 
@@ -100,6 +103,53 @@ def write_model_card(folder: Path) -> None:
     (folder / "README.md").write_text(card)
 
 
+def _mllm_accuracies(results: dict[str, float]) -> str:
+    """The figures of one multimodal model as a table."""
+    rows = [("task", "accuracy %", "chance %")]
+    for key, title, chance in (
+        ("icons_chosen", "**icons**, plain, chosen among all classes", "icons_chance"),
+        ("icons_written", "icons, plain, written word by word", ""),
+        ("icons_chosen_shrunken", "icons shrunk into a window with a black border, chosen", "icons_chance"),
+        ("pixel_art_chosen", "icons in pixel art, chosen", "icons_chance"),
+        ("icons_chosen_blank", "control: a white picture instead of the icon", "icons_chance"),
+        ("yes_no", "**is it a ...?**, icons", "yes_no_chance"),
+        ("colour", "**colour** of the ink, icons", "colour_chance"),
+        ("emoji_50way", "emoji of an unseen vendor, known concepts, 50-way", "emoji_50way_chance"),
+        ("fashion", "fashion, photos", "fashion_chance"),
+    ):
+        rows.append((title, f"{results[key]:.1f}", f"{results[chance]:.1f}" if chance else ""))
+    return _table(rows)
+
+
+def write_mllm_card(folder: Path) -> None:
+    """README.md of one multimodal model."""
+    results, log, config = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("evaluation", "training_log", "config")
+    )
+    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+        parameters = sum(tensors.get_tensor(key).numel() for key in tensors.keys())
+    processor = AutoProcessor.from_pretrained(folder)
+    card = MLLM_CARD.format(
+        name=folder.name,
+        architecture=config["architectures"][0],
+        text=prompt_text(processor)("what is this?"),
+        parameters=f"{parameters / 1e6:.2f}",
+        megabytes=f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f}",
+        vision=config["vision_config"],
+        language=config["text_config"],
+        vocabulary=f"{len(processor.tokenizer):,}",
+        images=f"{log[-1]['pairs']:,}",
+        minutes=f"{log[-1]['seconds'] / 60:.0f}",
+        cpu_minutes=f"{log[-1]['cpu_seconds'] / 60:.0f}",
+        first_loss=f"{log[0]['loss']:.2f}",
+        last_loss=f"{log[-1]['loss']:.2f}",
+        seed=MLLMS[folder.name],
+        evaluated=results["images"],
+        accuracies=_mllm_accuracies(results),
+    )
+    (folder / "README.md").write_text(card)
+
+
 def _split_rows(name: str, files: list[str]) -> list[tuple[str, ...]]:
     """One row per parquet file: images and images per class."""
     rows = [("file", "images", "per class: least", "median", "most")]
@@ -166,18 +216,33 @@ def write_overview() -> None:
         if path.is_dir() and path.name != "scripts"
     }
     listing = _table([("folder", "MB"), *((f"`{name}/`", f"{size:.1f}") for name, size in sizes.items())])
-    (ASSETS / "README.md").write_text(ASSETS_README.format(accuracies=_table(rows), sizes=listing))
+    answers = {name: json.loads((ASSETS / name / "evaluation.json").read_text()) for name in MLLMS}
+    asked = [("", *MLLMS)]
+    for title, key in (
+        ("icons, chosen among all classes", "icons_chosen"),
+        ("icons, written", "icons_written"),
+        ("is it a ...?", "yes_no"),
+        ("colour", "colour"),
+        ("emoji, 50-way", "emoji_50way"),
+        ("fashion", "fashion"),
+    ):
+        asked.append((title, *(f"{answers[name][key]:.1f}" for name in MLLMS)))
+    text = ASSETS_README.format(accuracies=_table(rows), answers=_table(asked), sizes=listing)
+    (ASSETS / "README.md").write_text(text)
 
 
 def main() -> None:
     for name in MODELS:
         if (ASSETS / name / "evaluation.json").exists():
             write_model_card(ASSETS / name)
+    for name in MLLMS:
+        if (ASSETS / name / "evaluation.json").exists():
+            write_mllm_card(ASSETS / name)
     write_icons_card()
     write_emoji_card()
     fashion = FASHION_CARD.format(splits=_table(_split_rows("fashion", list(SPLITS))))
     (ASSETS / "fashion" / "README.md").write_text(fashion)
-    if all((ASSETS / name / "evaluation.json").exists() for name in MODELS):
+    if all((ASSETS / name / "evaluation.json").exists() for name in (*MODELS, *MLLMS)):
         write_overview()
 
 

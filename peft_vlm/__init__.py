@@ -4,7 +4,12 @@ from peft_vlm.classifier import PromptedClassifier
 from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
 from peft_vlm.methods.promptkd import PromptKDConfig, PromptKDModel, PromptKDObjective
 from peft_vlm.methods.promptsrc import PromptSRCConfig, PromptSRCModel, PromptSRCObjective
-from peft_vlm.methods.skip_tuning import SkipTuningConfig, SkipTuningModel, SkipTuningObjective
+from peft_vlm.methods.skip_tuning import (
+    SkipTuningAnswerObjective,
+    SkipTuningConfig,
+    SkipTuningModel,
+    SkipTuningObjective,
+)
 from peft_vlm.methods.tvp import TVPConfig, TVPModel, TVPObjective
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
 
@@ -19,6 +24,7 @@ __all__ = [
     "PromptSRCModel",
     "PromptSRCObjective",
     "PromptedClassifier",
+    "SkipTuningAnswerObjective",
     "SkipTuningConfig",
     "SkipTuningModel",
     "SkipTuningObjective",

@@ -60,6 +60,19 @@ class ObjectiveOutput:
         return torch.stack(list(self.loss_terms.values())).sum()
 
 
+@dataclass(frozen=True)
+class ClassNames:
+    """Answers that stand for classes, where an objective has no class prompts, as the trainer records them.
+
+    Args:
+        class_names: Answers in label order.
+        templates: Texts around a class name; multimodal models have none, the question takes their place.
+    """
+
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...] = ()
+
+
 class Objective(ABC):
     """Loss and logits of one method, plus the hooks by which it shapes the training run.
 

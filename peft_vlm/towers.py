@@ -258,10 +258,13 @@ def towers_of(model: nn.Module) -> Towers:
     for family, towers in FAMILIES.items():
         if isinstance(base, family):
             return towers(base)
-    hint = " Its NaFlex inputs carry a size per image; load the fixed-resolution checkpoint as `SiglipModel`."
+    hint = " Open an issue if you need this architecture."
+    if isinstance(base, Siglip2Model):
+        hint = " Its NaFlex inputs carry a size per image; load the fixed-resolution checkpoint as `SiglipModel`."
+    elif isinstance(base, PreTrainedModel) and base.can_generate():
+        hint = " Of the methods here, TVP and Skip Tuning work on models that write text."
     raise UnsupportedModelError(
-        f"Expected one of {sorted(f.__name__ for f in FAMILIES)}, got `{type(base).__name__}`."
-        + (hint if isinstance(base, Siglip2Model) else " Open an issue if you need this architecture.")
+        f"Expected one of {sorted(f.__name__ for f in FAMILIES)}, got `{type(base).__name__}`.{hint}"
     )
 
 

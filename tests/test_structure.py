@@ -31,6 +31,7 @@ LAYERS = {
     "version": 0,
     "objective": 1,
     "registry": 1,
+    "language_layers": 1,
     "patch_embedding": 1,
     "towers": 1,
     "visual_tokens": 1,

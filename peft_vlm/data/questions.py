@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset as HFDataset
 from PIL import Image
 
-from peft_vlm.data.dataset import ImageClassificationDataset, LabelDataset, check_columns
+from peft_vlm.data.dataset import ImageClassificationDataset, check_columns
 from peft_vlm.data.transforms import random_crop_box
 from peft_vlm.errors import DataError
 
@@ -199,14 +199,6 @@ class ImageQuestionDataset(ImageClassificationDataset):
         other = super().restrict(class_ids)
         assert isinstance(other, ImageQuestionDataset)
         return other
-
-    def without_pixels(self) -> LabelDataset:
-        """Not possible: a language model needs the question's tokens beside the image.
-
-        Raises:
-            DataError: Always.
-        """
-        raise DataError("Expected an objective that reads images; questions cannot be asked without them.")
 
 
 class RandomCrop:

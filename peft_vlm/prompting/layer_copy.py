@@ -10,14 +10,20 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 from peft_vlm.prompting.config import DTYPES
 from peft_vlm.prompting.layer import PromptLayer, replaced
 
 
+def is_rms_norm(layer: nn.Module) -> bool:
+    """Whether a layer is one of transformers' RMS norms: no class is shared, but the name and the one weight are."""
+    return type(layer).__name__.endswith("RMSNorm") and [name for name, _ in layer.named_parameters()] == ["weight"]
+
+
 class LayerCopy(PromptLayer):
-    """A `Linear` or `LayerNorm` whose weight and bias are replaced by an adapter's own.
+    """A `Linear`, `LayerNorm` or RMS norm whose weight and bias are replaced by an adapter's own.
 
     Args:
         base_layer: The frozen layer.
@@ -28,9 +34,9 @@ class LayerCopy(PromptLayer):
     """
 
     def __init__(self, base_layer: nn.Module, *, prefix: str) -> None:
-        if type(base_layer) not in (nn.Linear, nn.LayerNorm):
+        if type(base_layer) not in (nn.Linear, nn.LayerNorm) and not is_rms_norm(base_layer):
             raise UnsupportedModelError(
-                f"Expected an `nn.Linear` or `nn.LayerNorm` to copy, got `{type(base_layer).__name__}`. "
+                f"Expected an `nn.Linear`, `nn.LayerNorm` or RMS norm to copy, got `{type(base_layer).__name__}`. "
                 f"Selective tuning "
                 "needs the weights themselves: load the base model unquantised."
             )
@@ -60,7 +66,7 @@ class LayerCopy(PromptLayer):
         dtype = DTYPES[config.adapter_dtype] if config.adapter_dtype else None
         layer = self.get_base_layer()
         self.tuned_weight[adapter_name] = replaced(layer.weight, init_weights=config.init_weights, dtype=dtype)
-        if layer.bias is not None:
+        if not is_rms_norm(layer) and layer.bias is not None:
             self.tuned_bias[adapter_name] = replaced(layer.bias, init_weights=config.init_weights, dtype=dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -68,6 +74,8 @@ class LayerCopy(PromptLayer):
         name = self.current_adapter
         if name is None:
             return self.base_layer(hidden)
+        if is_rms_norm(self.base_layer):  # each family has its own formula: theirs runs, with our weight
+            return functional_call(self.base_layer, {"weight": self.tuned_weight[name]}, (hidden,)).to(hidden.dtype)
         weight = self.tuned_weight[name].to(hidden.dtype)
         bias = self.tuned_bias[name].to(hidden.dtype) if name in self.tuned_bias else None
         if isinstance(self.base_layer, nn.Linear):

@@ -1,5 +1,6 @@
 """Skip Tuning (CVPR 2025): tune the upper layers, cache what enters them, skip easy classes."""
 
+from peft_vlm.methods.skip_tuning.answers import SkipTuningAnswerObjective
 from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
 from peft_vlm.methods.skip_tuning.model import SkipTuningModel
 from peft_vlm.methods.skip_tuning.objective import SkipTuningObjective
@@ -8,4 +9,4 @@ from peft_vlm.registry import register_method
 
 register_method("skip_tuning", config_cls=SkipTuningConfig, model_cls=SkipTuningModel)
 
-__all__ = ["SkipTuningConfig", "SkipTuningModel", "SkipTuningObjective", "preset_for"]
+__all__ = ["SkipTuningAnswerObjective", "SkipTuningConfig", "SkipTuningModel", "SkipTuningObjective", "preset_for"]

@@ -17,7 +17,9 @@ class SkipTuningConfig(VLMConfig):
     """Which layers of a CLIP-like model are tuned; the adapter holds exactly their tensors.
 
     Tuned are the transformer layers from `start_layer` on, the final norms and the projections of both towers. Frozen
-    are the embeddings, CLIP's first vision norm, the layers below, and the logit scale.
+    are the embeddings, CLIP's first vision norm, the layers below, and the logit scale. In a multimodal model, tuned
+    are the layers of its language model from `start_layer` on and the final norm; the vision side, the embeddings and
+    the head stay frozen.
 
     Args:
         start_layer: First tuned layer, counted from 0; also the number of layers whose output can be cached. Paper:

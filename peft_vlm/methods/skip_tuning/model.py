@@ -1,9 +1,13 @@
-"""Skip Tuning as a PEFT tuner: upper layers, final norms and projections get trainable copies."""
+"""Skip Tuning as a PEFT tuner: upper layers, final norms and projections get trainable copies.
+
+In a multimodal model these are the upper layers of its language model.
+"""
 
 import re
 
 from torch import nn
 
+from peft_vlm.language_layers import is_multimodal, language_layers_of
 from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
 from peft_vlm.prompting.layer import PromptLayer
 from peft_vlm.prompting.layer_copy import LayerCopy
@@ -32,6 +36,8 @@ class SkipTuningModel(VLMTuner):
         Raises:
             ValueError: If a start layer leaves no layer to tune.
         """
+        if is_multimodal(self.model):
+            return self._language_pattern(config)
         towers = towers_of(self.model)
         starts = dict(zip(("vision", "text"), config.start_layers, strict=True))
         paths = {"vision": towers.vision_layers_path, "text": towers.text_layers_path}
@@ -49,6 +55,27 @@ class SkipTuningModel(VLMTuner):
             layers = "|".join(str(index) for index in range(start, counts[tower]))
             heads.append(rf"{re.escape(paths[tower])}\.({layers})\.({leaves})")
         return "|".join(f"({head})" for head in heads)
+
+    def _language_pattern(self, config: SkipTuningConfig) -> str:
+        """Names of the tuned leaf modules of a multimodal model: language layers from the start layer on, final norm.
+
+        Args:
+            config: The adapter's configuration; `text_start_layer`, if given, goes before `start_layer`.
+
+        Returns:
+            Regular expression over full module names.
+
+        Raises:
+            ValueError: If the start layer leaves no layer to tune.
+        """
+        language, start = language_layers_of(self.model), config.start_layers[1]
+        count = len(language.layers)
+        if start >= count:
+            field = "start_layer" if config.text_start_layer is None else "text_start_layer"
+            raise ValueError(
+                f"Expected `{field}` from 0 to {count - 1} for a language model of {count} layers, got {start!r}."
+            )
+        return "|".join(re.escape(name) for name in language.leaves(start))
 
     def wrap(self, target: nn.Module) -> PromptLayer:
         """A trainable copy of one leaf layer.

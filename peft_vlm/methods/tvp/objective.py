@@ -18,8 +18,8 @@ from peft_vlm.methods.tvp.frozen import batch_at, hold_still
 from peft_vlm.methods.tvp.guide import ClipGuide
 from peft_vlm.methods.tvp.optimizer import NormalizedGradient
 from peft_vlm.methods.tvp.sources import Source, check_same_images, share_once
-from peft_vlm.methods.tvp.tasks import AnswerTask, ClassNames, ClassTask, Task, TaskOutput
-from peft_vlm.objective import Objective, ObjectiveOutput, Paper
+from peft_vlm.methods.tvp.tasks import AnswerTask, ClassTask, Task, TaskOutput
+from peft_vlm.objective import ClassNames, Objective, ObjectiveOutput, Paper
 from peft_vlm.prompting.prompt_picture import active_name, prompt_layer_of
 from peft_vlm.shapes import Batch
 from peft_vlm.text.candidates import Candidates

@@ -1,6 +1,5 @@
 """What a prompted model is trained to say: an answer, by a multimodal model, or a class, by a CLIP."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -9,26 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from peft_vlm.data.question_inputs import IGNORED, check_image_tokens, model_inputs, question_inputs
-from peft_vlm.errors import AdapterError, DataError
+from peft_vlm.data.answer_logits import answer_logits, answers_of
+from peft_vlm.data.question_inputs import check_image_tokens, model_inputs, question_inputs
+from peft_vlm.errors import AdapterError
 from peft_vlm.text.candidates import Candidates, candidate_scores
 from peft_vlm.text.class_features import ClassFeatureCache
 from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.towers import towers_of, unwrap
+from peft_vlm.towers import towers_of
 from peft_vlm.visual_tokens import encode_visual_tokens, record_visual_tokens, visual_tokens_per_row
-
-
-@dataclass(frozen=True)
-class ClassNames:
-    """Answers that stand for classes, as the trainer records them.
-
-    Args:
-        class_names: Answers in label order.
-        templates: Texts around a class name; multimodal models have none, the question takes their place.
-    """
-
-    class_names: tuple[str, ...]
-    templates: tuple[str, ...] = ()
 
 
 @dataclass
@@ -100,7 +87,7 @@ class AnswerTask:
             model: `PeftModel` with an active pixel prompt.
             batch: On the model's device.
         """
-        _answers_of(batch)
+        answers_of(batch)
         check_image_tokens(model, batch)
 
     def run(self, model: nn.Module, batch: Mapping[str, Tensor]) -> TaskOutput:
@@ -110,14 +97,8 @@ class AnswerTask:
             model: Multimodal model.
             batch: Columns of `QuestionCollator`.
         """
-        answers, inputs = _answers_of(batch), model_inputs(batch)
         with record_visual_tokens(model) as recorded:
-            if _has_encoder(model):
-                logits = model(**inputs, labels=answers, use_cache=False).logits
-            else:
-                logits, answers = _answer_logits(model, inputs, answers)
-        told = answers != IGNORED
-        logits, targets = logits[told].float(), answers[told]
+            logits, targets = answer_logits(model, model_inputs(batch), answers_of(batch))
         return TaskOutput(nn.functional.cross_entropy(logits, targets), logits, targets, recorded.tokens)
 
     def encode(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "tokens width"]:
@@ -223,34 +204,3 @@ class ClassTask:
             batch: `pixel_values`.
         """
         return towers_of(model).similarity_logits(self.encode(model, batch), self._cache.get(model, self.prompts))
-
-
-def _answers_of(batch: Mapping[str, Tensor]) -> Int[Tensor, "batch tokens"]:
-    answers = batch.get("token_labels")
-    if answers is None or not bool((answers != IGNORED).any()):
-        raise DataError(
-            "Expected a batch with answers (`token_labels`), got none. Train on a dataset with class names or an "
-            "answer column, collated by a `QuestionCollator`."
-        )
-    return answers
-
-
-def _has_encoder(model: nn.Module) -> bool:
-    """Whether the language model reads the question in an encoder and writes the answer in a decoder."""
-    return bool(unwrap(model).config.get_text_config().is_encoder_decoder)
-
-
-def _answer_logits(
-    model: nn.Module, inputs: dict[str, Tensor], answers: Int[Tensor, "batch tokens"]
-) -> tuple[Float[Tensor, "batch places vocabulary"], Int[Tensor, "batch places"]]:
-    """Logits in front of answer tokens, and the tokens they predict; no others are computed where a model can do that.
-
-    The places are those where any row of the batch has an answer token.
-    """
-    following = answers[:, 1:]
-    places = (following != IGNORED).any(dim=0).nonzero().squeeze(1)
-    if "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters:
-        logits = model(**inputs, use_cache=False, logits_to_keep=places).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, places]
-    return logits, following[:, places]

@@ -128,6 +128,28 @@ def test_pixel_gradients_reach_the_prompt(name):
     assert (gradient[~mask] != 0).float().mean() > 0.95  # the official norm is over the whole canvas
 
 
+def test_recomputed_activations_and_half_precision_keep_the_gradient(name):
+    """Training a prompt on a large model needs both; only what the layers do with the pixels may be rounded."""
+    mllm = tiny_mllm(name)
+    inputs = mllm.inputs(IMAGES)
+    labels = inputs["input_ids"].clone()
+    labels[:, :-4] = -100
+    gradients = []
+    for checkpointing, dtype in ((False, torch.float32), (True, torch.float32), (True, torch.bfloat16)):
+        model = with_prompt(tiny_mllm(name), size=0.1).train()
+        (prompt,) = (p for p in model.parameters() if p.requires_grad)
+        if checkpointing:
+            model.get_base_model().activation_checkpointing_enable()
+        model.get_base_model().to(dtype)
+        prompt.data = prompt.data.float()
+        columns = {key: value.to(dtype) if key == "pixel_values" else value for key, value in inputs.items()}
+        model(**columns, labels=labels, use_cache=False).loss.backward()
+        assert prompt.grad.dtype == torch.float32
+        gradients.append(prompt.grad.flatten())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    assert nn.functional.cosine_similarity(gradients[2], gradients[0], dim=0) > 0.9
+
+
 def test_generate_works_and_disabling_is_exact(name):
     mllm = tiny_mllm(name)
     inputs = mllm.inputs(IMAGES)

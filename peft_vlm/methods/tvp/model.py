@@ -20,7 +20,8 @@ class TVPModel(VLMTuner):
     """The tuner behind `get_peft_model(model, TVPConfig.for_processor(processor))`.
 
     An adapter fits every model with one patch embedding over 3 channels. Loading it onto another architecture than it
-    was made for is what it is for; the log says what is resized.
+    was made for is what it is for; the log says what is resized. That takes `PeftModel.from_pretrained`: transformers'
+    own `model.load_adapter` looks for the very names of the first model, and reports the prompt as missing on another.
     """
 
     prefix = "tvp_"

@@ -31,7 +31,13 @@ ASSETS = Path(__file__).parent / "assets"
 # Ours, for the bundled 48 px CLIP (6 vision and 4 text layers); the official presets are for ViT-B/16.
 DEMO = {
     "config": {"start_layer": 3, "text_start_layer": 2},
-    "objective": {"top_ratio": 0.5, "max_top": 50, "batch_composition": "random", "image_cache": "none", "cache_batch_size": 8},
+    "objective": {
+        "top_ratio": 0.5,
+        "max_top": 50,
+        "batch_composition": "random",
+        "image_cache": "none",
+        "cache_batch_size": 8,
+    },
     "training": {
         "learning_rate": 0.02,
         "vision_learning_rate": 0.004,

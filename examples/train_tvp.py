@@ -9,7 +9,7 @@ Hardware and time: the demo preset takes about 20 minutes on 2 CPU cores (number
         Salesforce/blip2-opt-2.7b --clip openai/clip-vit-base-patch32 --dataset <Hub id or folder> --dtype bfloat16
 
 The prompt is trained on the first model (or on those of --sources) with and without its two extra losses (FCA, TSE).
-Everything is written below --output_dir: metrics.json, table.md, plots, and per run the adapter, prompt.png and reports.
+Everything is written below --output_dir: metrics.json, table.md, plots, and per run the adapter with its reports.
 """
 
 import argparse
@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import get_peft_model
 from transformers import AutoModel, AutoProcessor
 
+from peft_vlm import TVPConfig, TVPObjective
 from peft_vlm.data import ImageQuestionDataset, RandomCrop, few_shot, load_image_dataset
-from peft_vlm.methods.tvp import ClipGuide
+from peft_vlm.methods.tvp import ClipGuide, Source
 from peft_vlm.text.prompts import tokenize_for_model
 from peft_vlm.transfer_experiment import ImageTextModel, TransferExperiment, Variant, write_transfer_results
 
@@ -79,14 +81,8 @@ def shuffled_head(images: Any, count: int) -> Any:
     return images.select(sorted(order))
 
 
-def main() -> None:
-    """Run the experiment and say what was written."""
-    args = parse_arguments()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    preset = PRESETS[args.preset]
-    training = {**preset["training"], "use_cpu": args.use_cpu, "warmup_epochs": 0, "report_to": "none"}
-    training |= {"num_train_epochs": args.epochs} if args.epochs else {}
-    training |= {"learning_rate": args.learning_rate} if args.learning_rate else {}
+def experiment_of(args: argparse.Namespace, preset: dict[str, Any], training: dict[str, Any]) -> TransferExperiment:
+    """Models, data and settings in one."""
     pool = load_image_dataset(args.dataset, split="train")
     test = shuffled_head(load_image_dataset(args.dataset, split="test"), args.test_images)
     clip_processor = AutoProcessor.from_pretrained(args.clip)
@@ -97,32 +93,51 @@ def main() -> None:
 
     def train(seed: int) -> ImageQuestionDataset:
         shots = few_shot(pool, shots=args.shots, seed=seed)
-        return ImageQuestionDataset.from_images(shots, question=args.question, augmentation=RandomCrop(**preset["crop"]))
+        crop = RandomCrop(**preset["crop"])
+        return ImageQuestionDataset.from_images(shots, question=args.question, augmentation=crop)
 
-    def guide() -> ClipGuide:
-        clip = AutoModel.from_pretrained(args.clip, dtype=torch.float32)
-        prompts = tokenize_for_model(
-            clip, clip_processor.tokenizer, pool.class_names, template="this is a photo of a {}"
-        )
-        return ClipGuide(clip, prompts, processor=clip_processor.image_processor)
+    clip = AutoModel.from_pretrained(args.clip)
+    template = "this is a photo of a {}"
+    class_prompts = tokenize_for_model(clip, clip_processor.tokenizer, pool.class_names, template=template)
+    guide = ClipGuide(clip, class_prompts, processor=clip_processor.image_processor)
 
-    experiment = TransferExperiment(
+    def objective(variant: Variant, questions: Any, candidates: Any, others: Any) -> TVPObjective:
+        sources = [Source(m.model, questions.with_collator(m.collator), m.collator.processor) for m in others]
+        settings = preset["objective"] | variant.objective
+        return TVPObjective(candidates, tse_clip=guide, sources=sources, **settings)
+
+    def wrap(member: ImageTextModel) -> Any:
+        return get_peft_model(member.model, TVPConfig.for_processor(member.collator.processor, **preset["config"]))
+
+    return TransferExperiment(
         models,
         train=train,
         test=ImageQuestionDataset.from_images(test, question=args.question),
-        config=preset["config"],
-        objective=preset["objective"],
-        guide=guide,
-        training=training,
         output_dir=args.output_dir,
+        wrap=wrap,
+        objective=objective,
+        training=training,
         include_end=True,
         task=f"{Path(args.dataset).name}, {len(pool.class_names)} classes, {len(test)} test images",
     )
+
+
+def main() -> None:
+    """Run the experiment and say what was written."""
+    args = parse_arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    preset = PRESETS[args.preset]
+    training = {**preset["training"], "use_cpu": args.use_cpu, "warmup_epochs": 0, "report_to": "none"}
+    training |= {"num_train_epochs": args.epochs} if args.epochs else {}
+    training |= {"learning_rate": args.learning_rate} if args.learning_rate else {}
+    experiment = experiment_of(args, preset, training)
     sources = tuple(args.sources or ())
     reports = experiment.run([Variant(name, VARIANTS[name], sources) for name in args.variants], args.seeds)
     if PartialState().is_main_process:
         tables = write_transfer_results(reports, args.output_dir)
-        print(f"\n{tables}\n\nWritten to {args.output_dir}/: metrics.json, table.md, results_*.png; per run the adapter,")
+        print(
+            f"\n{tables}\n\nWritten to {args.output_dir}/: metrics.json, table.md, results_*.png; per run the adapter,"
+        )
         print("prompt.png and transfer.json. Use one: PeftModel.from_pretrained(model, folder)")
 
 

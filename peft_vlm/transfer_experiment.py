@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
@@ -26,8 +26,8 @@ from peft_vlm.evaluation.transfer import (
     transfer_table,
 )
 from peft_vlm.json_files import write_json
-from peft_vlm.methods.tvp import Source, TVPConfig, TVPObjective, set_normalization
-from peft_vlm.text.candidates import tokenize_candidates
+from peft_vlm.objective import Objective
+from peft_vlm.text.candidates import Candidates, tokenize_candidates
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -67,13 +67,17 @@ class Variant:
 
     Args:
         name: Name in the reports.
-        objective: Settings of `TVPObjective` that differ from the experiment's.
+        objective: Settings of the objective that differ from the experiment's.
         sources: Names of the models that the prompt is trained on; the first is the one the trainer is given.
     """
 
     name: str
     objective: dict[str, Any] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+
+
+#: Makes the objective of a variant for training questions, their candidate answers, and further source models.
+MakeObjective = Callable[[Variant, ImageQuestionDataset, Candidates, Sequence[ImageTextModel]], Objective]
 
 
 class TransferExperiment:
@@ -83,11 +87,10 @@ class TransferExperiment:
         models: All models; what a prompt is trained on is said by the variants.
         train: Gives the training questions of a seed, without a collator.
         test: Test questions, without a collator.
-        config: Settings of `TVPConfig`.
-        objective: Settings of `TVPObjective`.
-        guide: Gives a fresh `ClipGuide` for TSE; None where TSE has no weight.
-        training: Settings of `VLMTrainingArguments`.
         output_dir: Folder of the adapters and reports.
+        wrap: Puts a new adapter on a model.
+        objective: Makes the objective of a variant.
+        training: Settings of `VLMTrainingArguments`.
         include_end: Count the end token of an answer, for class names of which one is the beginning of another.
         score: How answers are measured, in percent.
         task: What is asked of which data, for the reports.
@@ -103,9 +106,8 @@ class TransferExperiment:
         train: Callable[[int], ImageQuestionDataset],
         test: ImageQuestionDataset,
         output_dir: Path,
-        config: Mapping[str, Any] | None = None,
-        objective: Mapping[str, Any] | None = None,
-        guide: Callable[[], Any] | None = None,
+        wrap: Callable[[ImageTextModel], nn.Module],
+        objective: MakeObjective,
         training: Mapping[str, Any] | None = None,
         include_end: bool = False,
         score: Score | None = None,
@@ -115,9 +117,8 @@ class TransferExperiment:
         if len(self.models) < len(models):
             raise DataError(f"Expected models with different names, got {[member.name for member in models]!r}.")
         self.train, self.test, self.output_dir = train, test, output_dir
-        self.config, self.objective = dict(config or {}), dict(objective or {})
-        self.guide, self.training, self.task = guide, dict(training or {}), task
-        self.include_end = include_end
+        self.wrap, self.objective = wrap, objective
+        self.training, self.task, self.include_end = dict(training or {}), task, include_end
         self.score: Score = score or (lambda m, d: likelihood_accuracy(m, d, include_end=include_end))
         self._baselines: dict[str, PromptEffect] = {}
 
@@ -157,8 +158,6 @@ class TransferExperiment:
         """
         first, *others = self._sources(variant)
         questions = self.train(seed).with_collator(first.collator)
-        settings = self.objective | variant.objective
-        guide = self.guide() if self.guide is not None and settings.get("tse_weight", 1) else None
         candidates = tokenize_candidates(
             first.collator.tokenizer,
             questions.class_names,
@@ -166,14 +165,8 @@ class TransferExperiment:
             include_end=self.include_end,
             end_token=first.collator.end_token,
         )
-        objective = TVPObjective(
-            candidates,
-            tse_clip=guide,
-            sources=[Source(m.model, questions.with_collator(m.collator), m.collator.processor) for m in others],
-            **settings,
-        )
-        config = TVPConfig.for_processor(first.collator.processor, **self.config)
-        model = get_peft_model(first.model, config)  # type: ignore[arg-type]
+        objective = self.objective(variant, questions, candidates, others)
+        model: Any = self.wrap(first)
         args = VLMTrainingArguments(
             output_dir=str(folder), seed=seed, disable_tqdm=True, save_strategy="no", **self.training
         )
@@ -201,7 +194,6 @@ class TransferExperiment:
         for name, member in self.models.items():
             questions = self.test.with_collator(member.collator)
             model = PeftModel.from_pretrained(member.model, folder).eval()
-            set_normalization(model, member.collator.processor)
             if name not in self._baselines:
                 effects[name] = self._baselines[name] = evaluate_prompt(model, questions, score=self.score)
             else:
@@ -210,7 +202,7 @@ class TransferExperiment:
             model.unload()
             _forget_adapters(member.model)
         sources = tuple(member.name for member in self._sources(variant))
-        run = {**settings, "config": self.config, "training": self.training}
+        run = {**settings, "training": self.training}
         return TransferReport(self.task, sources, effects, seed=seed, settings=run)
 
     def _sources(self, variant: Variant) -> list[ImageTextModel]:
@@ -240,7 +232,7 @@ def write_transfer_results(variants: Mapping[str, Sequence[TransferReport]], fol
     }
     write_json(folder / "metrics.json", metrics)
     parts = [f"### {name}\n\n{transfer_table(reports)}" for name, reports in variants.items()]
-    if len(variants) > 1:
+    if len(variants) > 1 and first[0].unseen:
         parts.append(f"### comparison\n\n{comparison_table(variants)}")
     (folder / "table.md").write_text("\n\n".join(parts) + "\n", "utf-8")
     for name, reports in variants.items():

@@ -48,6 +48,7 @@ LAYERS = {
     "classifier": 4,
     "learners": 4,
     "experiment": 4,
+    "transfer_experiment": 4,
     "experiment_report": 4,
     "export": 4,
     "": 5,

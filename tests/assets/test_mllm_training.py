@@ -12,7 +12,6 @@ from mllm_questions import COLOURS, Questions, QuestionTokens, draw_images
 from peft_vlm.data.question_batches import QuestionCollator
 from peft_vlm.data.questions import ImageQuestionDataset
 from pretraining_data import load_smoke
-from tests.source_tree import ROOT
 from train_mllm import Training, prepare, run
 
 BATCH = 16
@@ -30,7 +29,9 @@ def _restore_threads() -> object:
 
 def tiny_run(family: str, *, steps: int) -> Training:
     """A tiny language model behind the student's vision tower, on the committed icon shots."""
-    arguments = Namespace(smoke=True, corpus=None, family=family, images=steps * BATCH, minutes=None, seed=0, threads=1)
+    arguments = Namespace(
+        smoke=True, corpus=None, family=family, images=steps * BATCH, minutes=None, seed=0, threads=1
+    )
     training = prepare(arguments)
     training.recipe.batch_size = BATCH
     return training
@@ -88,7 +89,9 @@ def test_questions_have_the_right_answers() -> None:
     assert min(kinds.values()) > 0
     rgba, monochrome = data.pixels(indices)
     generator = torch.Generator().manual_seed(0)
-    pixels, names = draw_images(rgba, monochrome, torch.ones(len(data), dtype=torch.bool), size=48, generator=generator)
+    pixels, names = draw_images(
+        rgba, monochrome, torch.ones(len(data), dtype=torch.bool), size=48, generator=generator
+    )
     assert pixels.shape == (len(data), 3, 48, 48)
     assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
     red = [row for row, name in enumerate(names) if name == "red"]

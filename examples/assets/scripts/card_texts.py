@@ -95,8 +95,8 @@ print(processor.decode(model.generate(**inputs, max_new_tokens=8)[0], skip_speci
 - {parameters} M parameters, {megabytes} MB in float16
 - vision: {vision[image_size]} px, patch {vision[patch_size]}, {vision[num_hidden_layers]} layers of width \
 {vision[hidden_size]}; started from the bundled `clip_student`
-- language: {language[num_hidden_layers]} layers of width {language[hidden_size]} ({language[model_type]}), from scratch, \
-with its own tokenizer of {vocabulary} tokens
+- language: {language[num_hidden_layers]} layers of width {language[hidden_size]} ({language[model_type]}), from \
+scratch, with its own tokenizer of {vocabulary} tokens
 
 ## Training
 
@@ -111,8 +111,8 @@ work); loss {first_loss} at the start, {last_loss} at the end. One run, seed {se
 
 ## Accuracy on images of design families it never saw
 
-Measured by `../scripts/evaluate_mllm.py` on at most {evaluated} images per set, recorded in `evaluation.json`, checked by
-`tests/assets`. "Chosen" means the most likely of the class names, "written" the answer it writes itself, word by word.
+Measured by `../scripts/evaluate_mllm.py` on at most {evaluated} images per set, recorded in `evaluation.json`, checked
+by `tests/assets`. "Chosen" means the most likely of the class names, "written" the answer the model writes itself.
 
 {accuracies}
 
@@ -202,7 +202,7 @@ Real, small, and made by scripts in this repository: nothing here needs a model 
 {sizes}
 
 - `clip_student`, `clip_teacher`: CLIPs trained from scratch on openly licensed icons and emoji
-- `mllm_llava`, `mllm_idefics3`, `mllm_paligemma`: multimodal language models of three families that name such drawings
+- `mllm_llava`, `mllm_idefics3`, `mllm_paligemma`: multimodal language models of three families, which name drawings
 - `icons`, `emoji`, `fashion`: image classification sets that no bundled model was trained on
 - `pretraining_images.parquet`: every training image by collection and name, with a hash of its pixels
 - `collections.json`: every collection with author, licence and use; the NOTICE file is made from it
@@ -241,5 +241,6 @@ The teacher's `--minutes` ends the run (learning rate at zero) when the pairs ar
 the pairs of its card instead. On a shared CPU, `MALLOC_MMAP_THRESHOLD_=4294967296` and
 `MALLOC_TRIM_THRESHOLD_=17179869184` in the environment keep glibc from returning memory after every operation.
 The `--minutes` of `train_mllm.py` are CPU minutes; it can be given `--threads 2`.
-`python train_clip.py --smoke --output RUN` (and the same of `train_mllm.py`) trains a tiny model for 30 seconds on the committed icons.
+`python train_clip.py --smoke --output RUN`, and `train_mllm.py` likewise, trains a tiny model for 30 seconds on the
+committed icons.
 """

@@ -174,11 +174,10 @@ class Training:
 
     def export(self, folder: Path) -> None:
         """Save float16 weights and the processor as a model folder."""
-        weights = {name: p.detach() for name, p in self.model.state_dict().items()}
-        weights |= {name: tensor.detach() for name, tensor in self.optimiser.masters.items()}
+        weights = dict(self.model.state_dict()) | self.optimiser.masters
+        weights["lm_head.weight"] = self.optimiser.masters["model.language_model.embed_tokens.weight"]
         model = type(self.model)(self.model.config)
-        model.load_state_dict({name: tensor.float().cpu() for name, tensor in weights.items()}, strict=False)
-        model.tie_weights()
+        model.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in weights.items()})
         partial = folder.with_name(folder.name + ".partial")
         # stored in half precision, loaded in single: half precision is many times slower on a CPU
         model.float().save_pretrained(partial, state_dict={k: v.half() for k, v in model.state_dict().items()})

@@ -46,6 +46,7 @@ class Case:
         text_free: Whether the model with its adapter takes `pixel_values` alone.
         saved_module: A module outside the method's own targets, for PEFT's `modules_to_save`.
         can_merge: Whether merging into the base weights is exact.
+        fits_any_base: Whether an adapter is meant for base models of other sizes too.
         zero_gradients: Endings of trainable tensors whose gradient is analytically zero, with the reason.
         batch_dependent: Why the loss of a batch is not the mean of the losses of its halves; empty if it is.
         bad_settings: Impossible configurations: (settings, text that the message must hold).
@@ -59,6 +60,7 @@ class Case:
     text_free: bool = False
     saved_module: str = "token_embedding"
     can_merge: bool = False
+    fits_any_base: bool = False
     zero_gradients: dict[str, str] = field(default_factory=dict)
     batch_dependent: str = ""
     bad_settings: Sequence[tuple[dict[str, Any], str]] = ()
@@ -193,6 +195,7 @@ CASES = [
         objective=tvp_objective,
         other_shape={"canvas_size": 24, "border": 4, "shrink": "none"},
         starts_as_base=False,
+        fits_any_base=True,
         bad_settings=(
             ({"canvas_size": 0}, "1 or more, got 0"),
             ({"canvas_size": 16.0}, "integer, got 16.0"),

@@ -1,0 +1,167 @@
+"""CPU time of a TVP step with and without its caches, and of scoring candidate answers; random weights.
+
+    python benchmarks/tvp.py            # a table
+    python benchmarks/tvp.py --json     # and one JSON object as the last line
+
+Variants, each in a child process of its own, in turn over several rounds; ratios are taken within a round:
+
+    fca_computed   task and FCA on a small LLaVA, the clean side computed in every step
+    fca_cached     the same with the clean side stored, as from the second epoch on for pictures that stay the same
+    tse_computed   task and TSE by a CLIP ViT-B/16, the captions of the batch encoded at length 77 in every step,
+                   without autograd (the official code does so with autograd)
+    tse_cached     the same with the class features computed once
+    scoring_*      20 candidate answers: one forward pass over image, question and answer per candidate, or one pass
+                   over image and question shared by all (`benchmarks/tvp_scoring.py`)
+
+The LLaVA has 49 image tokens, a vision tower of width 384 and a language model of width 512, 8 layers each; batch 4,
+224 px, float32. CPU seconds are user plus system time of the process. What the FCA cache saves depends on the vision
+tower's share of a step, so it is also given by operation count for LLaVA-1.5-7B (multiplications of the matrix
+products, a backward pass through frozen weights as one forward pass), where the language model dominates.
+"""
+
+import argparse
+import json
+import time
+from typing import Any
+
+import torch
+
+from measuring import measure, print_summary, process_mb, random_clip, random_prompts, summary, timed_steps
+from tvp_scoring import SCORING_VARIANTS, random_llava, random_questions, scoring_child
+
+NUM_CLASSES, BATCH, STORED = 100, 4, 8
+STEP_VARIANTS = ("fca_computed", "fca_cached", "tse_computed", "tse_cached")
+VARIANTS = (*STEP_VARIANTS, *SCORING_VARIANTS)
+
+
+class RandomQuestions:
+    """A few noise pictures with questions and answers of three tokens, and the same pictures for a CLIP."""
+
+    has_fixed_pixels = True
+    class_names = tuple(f"class {index}" for index in range(NUM_CLASSES))
+    labels = tuple(range(STORED))
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(2)
+        parts = [random_questions() for _ in range(0, STORED, 2)]
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        answers = torch.randint(3, 31000, (STORED, 3), generator=generator)
+        silent = torch.full_like(columns["input_ids"], -100)
+        self.columns = {
+            "input_ids": torch.cat([columns["input_ids"], answers], dim=1),
+            "attention_mask": torch.ones(STORED, silent.shape[1] + 3, dtype=torch.long),
+            "token_labels": torch.cat([silent, answers], dim=1),
+            "pixel_values": torch.randn(STORED, 3, 224, 224, generator=generator),
+            "clip_pixel_values": torch.randn(STORED, 3, 224, 224, generator=generator),
+            "labels": torch.tensor(self.labels),
+            "index": torch.arange(STORED),
+        }
+
+    def __len__(self) -> int:
+        return STORED
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+    def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Stack columns.
+
+        Args:
+            items: Rows.
+        """
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def step_child(variant: str, steps: int) -> dict[str, float]:
+    """Run one variant of a training step and measure it.
+
+    Args:
+        variant: One of `STEP_VARIANTS`.
+        steps: Measured steps.
+    """
+    from peft import get_peft_model
+    from transformers import CLIPImageProcessor
+
+    from peft_vlm import TVPConfig, TVPObjective
+    from peft_vlm.methods.tvp import ClipGuide
+
+    processor = CLIPImageProcessor()
+    model: Any = get_peft_model(random_llava(), TVPConfig.for_processor(processor)).train()
+    settings: dict[str, Any] = {"fca_weight": 0.005, "tse_weight": 0.0}
+    clip: Any = None
+    if variant.startswith("tse"):
+        clip = random_clip().eval()
+        guide = ClipGuide(clip, random_prompts(NUM_CLASSES, full_length=False), processor=processor)
+        settings = {"fca_weight": 0.0, "tse_weight": 0.001, "tse_clip": guide}
+    cache = "none" if variant == "fca_computed" else "ram"
+    objective = TVPObjective(None, fca_cache=cache, cache_batch_size=BATCH, **settings)
+    dataset: Any = RandomQuestions()
+    objective.prepare(model, dataset)
+    objective.epoch_start(model, dataset, 0)
+    optimizer: Any = objective.optimizer(model, learning_rate=10.0)
+    batch: Any = dataset.collate([dataset[index] for index in range(BATCH)])
+    captions = random_prompts(NUM_CLASSES, full_length=True).input_ids[batch["labels"]]
+
+    def step() -> None:
+        if variant == "tse_computed":
+            with torch.no_grad():
+                clip.get_text_features(input_ids=captions)
+        optimizer.zero_grad()
+        objective(model, batch).loss.backward()
+        optimizer.step()
+
+    return {"seconds": timed_steps(step, steps), "process_mb": process_mb()}
+
+
+def ratios(results: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Speed-ups, within one round.
+
+    Args:
+        results: What the children measured, by variant.
+    """
+    seconds = {variant: result["seconds"] for variant, result in results.items()}
+    return {
+        "fca_cache_speedup": seconds["fca_computed"] / seconds["fca_cached"],
+        "tse_cache_speedup": seconds["tse_computed"] / seconds["tse_cached"],
+        "scoring_speedup": seconds[SCORING_VARIANTS[0]] / seconds[SCORING_VARIANTS[1]],
+    }
+
+
+def fca_speedup_of_llava_7b(text_tokens: int = 30) -> float:
+    """By the multiplications of the matrix products of LLaVA-1.5-7B.
+
+    Args:
+        text_tokens: Tokens of question and answer.
+    """
+    vision_tokens, width, layers = 577, 1024, 23  # features of the last layer but one
+    vision = layers * (12 * vision_tokens * width**2 + 2 * vision_tokens**2 * width)
+    tokens, width, inner, layers = 576 + text_tokens, 4096, 11008, 32
+    language = layers * (tokens * (4 * width**2 + 3 * width * inner) + 2 * tokens**2 * width)
+    step = 2 * (vision + language)
+    return (step + vision) / step
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds over the variants")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps per child process")
+    parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child = step_child if args.child in STEP_VARIANTS else scoring_child
+        print(json.dumps(child(args.child, args.steps)))
+        return
+    started = time.perf_counter()
+    result = summary(measure(__file__, VARIANTS, rounds=args.rounds, options=["--steps", str(args.steps)]), ratios)
+    result["by_count"] = {"llava_1_5_7b_fca_cache_speedup": fca_speedup_of_llava_7b()}
+    print_summary(result, {"seconds": "CPU s"})
+    print(f"by operation count, LLaVA-1.5-7B: FCA cache {fca_speedup_of_llava_7b():.3f}")
+    print(f"{args.rounds} rounds in {time.perf_counter() - started:.0f} s")
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

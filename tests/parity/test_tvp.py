@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from peft_vlm import TVPConfig
-from peft_vlm.methods.tvp import ClipGuide, TVPObjective, prompt_layer_of, prompt_of, without_prompt
+from peft_vlm.methods.tvp import ClipGuide, TVPObjective, preset_for, prompt_layer_of, prompt_of, without_prompt
 from peft_vlm.methods.tvp.clean_tokens import CACHES
 from peft_vlm.text import Candidates, ClassPrompts, candidate_scores
 from peft_vlm.visual_tokens import encode_visual_tokens, record_visual_tokens
@@ -147,3 +147,14 @@ def test_likelihood_scores_of_class_names(through_the_objective: bool):
         inputs = {"input_ids": batch["input_ids"][:, :start], "attention_mask": batch["attention_mask"][:, :start]}
         scores = candidate_scores(model, inputs | {"pixel_values": batch["pixel_values"]}, candidates())
     assert_close(scores, expected, rtol=0, atol=1e-5)
+
+
+def test_the_preset_is_the_recorded_recipe():
+    """The command of the official README, whose rate stays at 10 in its single epoch."""
+    preset, recorded = preset_for("cifar10"), CASE["runs"]["readme"]
+    assert preset.objective == {"fca_weight": recorded["fca"], "tse_weight": recorded["tse"]}
+    assert preset.training["learning_rate"] == recorded["lr"]
+    assert preset.training["warmup_epochs"] == 0
+    assert preset_for("script").objective == {"fca_weight": 0, "tse_weight": 0}
+    with pytest.raises(ValueError, match=r"\['cifar10', 'script'\], got 'imagenet'"):
+        preset_for("imagenet")

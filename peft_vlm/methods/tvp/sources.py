@@ -19,8 +19,8 @@ class Source:
     """A multimodal model beside the one the trainer is given.
 
     Args:
-        model: The model, without adapters; a pixel prompt of an earlier run is taken off it. It is frozen and wrapped when
-            training begins.
+        model: The model, without adapters; a pixel prompt of an earlier run is taken off it. It is frozen and wrapped
+            when training begins.
         dataset: The training images in the same order, with the collator of this model.
         processor: Its processor, for mean and standard deviation; by default what is stored beside the model.
     """

@@ -1,4 +1,5 @@
-r"""Train one of the bundled multimodal language models. Resumes by itself when started again with the same folder.
+r"""Train one of the bundled multimodal language models. Resumes by itself when started again with the same folder;
+with more `--minutes` than before a finished run goes on, its learning rate risen again.
 
     python train_mllm.py --corpus CORPUS --family llava --output RUN
     python train_mllm.py --corpus CORPUS --family idefics3 --seed 1 --output RUN2
@@ -161,9 +162,9 @@ class Training:
         partial.replace(path)
 
     def load_checkpoint(self, path: Path, log: RunLog) -> None:
-        """Go on from a checkpoint of the same recipe."""
+        """Go on from a checkpoint of the same recipe; only the minutes may be others, usually more."""
         state = torch.load(path, weights_only=True)
-        if state["recipe"] != vars(self.recipe):
+        if state["recipe"] | {"minutes": None} != vars(self.recipe) | {"minutes": None}:
             raise ValueError(f"{path} is of another run: {state['recipe']} instead of {vars(self.recipe)}.")
         self.step, self._queue = state["step"], state["queue"].numpy()
         self.optimiser.load_state_dict(state["optimiser"])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import get_peft_model
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig
 
 from peft_vlm import TVPConfig, TVPObjective
 from peft_vlm.data import ImageQuestionDataset, RandomCrop, few_shot, load_image_dataset
@@ -70,6 +70,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="instead of the preset's number")
     parser.add_argument("--learning_rate", type=float, help="instead of the preset's, in pixel units of [0, 1]")
     parser.add_argument("--dtype", default="float32", help="dtype of the frozen models, such as bfloat16")
+    parser.add_argument("--load_in_4bit", action="store_true", help="frozen models in 4 bits; needs bitsandbytes")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations; saves memory")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/tvp"))
     return parser.parse_args()
@@ -86,10 +88,10 @@ def experiment_of(args: argparse.Namespace, preset: dict[str, Any], training: di
     pool = load_image_dataset(args.dataset, split="train")
     test = shuffled_head(load_image_dataset(args.dataset, split="test"), args.test_images)
     clip_processor = AutoProcessor.from_pretrained(args.clip)
-    models = [
-        ImageTextModel.load(name, dtype=args.dtype, clip_processor=clip_processor.image_processor)
-        for name in args.models
-    ]
+    options: dict[str, Any] = {"dtype": args.dtype, "clip_processor": clip_processor.image_processor}
+    if args.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+    models = [ImageTextModel.load(name, **options) for name in args.models]
 
     def train(seed: int) -> ImageQuestionDataset:
         shots = few_shot(pool, shots=args.shots, seed=seed)
@@ -127,7 +129,8 @@ def main() -> None:
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     preset = PRESETS[args.preset]
-    training = {**preset["training"], "use_cpu": args.use_cpu, "warmup_epochs": 0, "report_to": "none"}
+    training = {**preset["training"], "use_cpu": args.use_cpu, "warmup_epochs": 0}
+    training["gradient_checkpointing"] = args.gradient_checkpointing
     training |= {"num_train_epochs": args.epochs} if args.epochs else {}
     training |= {"learning_rate": args.learning_rate} if args.learning_rate else {}
     experiment = experiment_of(args, preset, training)

@@ -58,6 +58,9 @@ from some of them. All images were rasterised to 48 x 48 pixels on white; no oth
 images. The models were trained on randomly warped and recoloured versions. Licences are those that the iconify project
 states for each collection; they were not checked again upstream.
 
+The folder `tests/parity/reference` of the source repository holds, as `T2_checkpoint_best`, the trained prompt of
+Transferable Visual Prompting (https://github.com/zycheiheihei/Transferable-Visual-Prompting), MIT, by its authors.
+
 Every evaluation image names its collection, icon, author and licence in its row; `examples/assets/collections.json`
 is the machine-readable form of this list, `examples/assets/pretraining_images.parquet` lists every training image.
 

@@ -20,6 +20,10 @@ class TrainingModule(nn.Module):
         objective: What is minimised; not a submodule.
     """
 
+    #: Read by transformers' trainer, which takes `**batch` for a sign that the loss of accumulated batches is already
+    #: divided by their number, and would sum them.
+    accepts_loss_kwargs = False
+
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.model = model

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from torch.testing import assert_close
 
 from peft_vlm import CoOpConfig, CoOpObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.errors import DataError
@@ -95,3 +96,28 @@ def test_underscores_in_class_names_do_not_count(tmp_path):
     validation = images(per_class=1)
     validation.class_names = tuple(f"{name}_" for name in colour_names())
     trainer_of(CoOpObjective(class_prompts()), tmp_path, eval_dataset=validation)
+
+
+def test_accumulated_batches_are_averaged(tmp_path):
+    """Summed, they would train at a multiple of the learning rate, and the log would show a multiple of the loss."""
+    outcomes = []
+    for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        torch.manual_seed(0)
+        model = get_peft_model(base_model(), CoOpConfig(context_init_ids=WORD_A))
+        args = VLMTrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=0.01,
+            warmup_epochs=0,
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=3,
+        )
+        result = VLMTrainer(model, CoOpObjective(class_prompts()), args, train_dataset=images()).train()
+        (context,) = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        outcomes.append((context, torch.tensor(result.training_loss)))
+    assert_close(outcomes[1], outcomes[0], rtol=1e-4, atol=1e-6)
+    assert_close(outcomes[2], outcomes[0], rtol=1e-4, atol=1e-6)

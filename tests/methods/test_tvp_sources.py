@@ -124,3 +124,30 @@ def test_blip2_trains_with_either_kind_of_language_model(encoder: bool):
         expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
     assert_close(output.loss_terms["language"], expected)
     assert gradient(model, target, columns).abs().max() > 1e-5
+
+
+def test_recomputed_layers_have_no_dropout():
+    """OPT's layers drop out by themselves, and recompute in training mode only."""
+    config = blip().config.to_dict()
+    config["text_config"] |= {"dropout": 0.5}
+    base = Blip2ForConditionalGeneration(Blip2Config(**config))
+    base.load_state_dict(blip().state_dict())
+    base.activation_checkpointing_enable()
+    model = get_peft_model(base, TVPConfig.for_processor(tiny_mllm("blip_2").image_processor))
+    dataset = colour_questions(1, collator=blip_collator())
+    target = TVPObjective(None, tse_weight=0, fca_weight=0)
+    target.prepare(model, dataset)
+    losses = [target(model.train(), batch(dataset)).loss.item() for _ in range(3)]
+    assert losses == [target(model.eval(), batch(dataset)).loss.item()] * 3
+    assert base.language_model.model.decoder.layers[0].training, "it is recomputed"
+
+
+def test_sources_recompute_if_the_trained_model_does():
+    """The trainer sees its own model alone; a second large model would need the memory that was to be saved."""
+    for enable in (False, True):
+        model, other = prompted_llava(), Source(second_model(), questions(), processor=clip_processor())
+        if enable:
+            model.get_base_model().activation_checkpointing_enable()
+        target = prepared(model, questions(), tse_weight=0, sources=[other])
+        assert other.model.is_activation_checkpointing == enable
+        assert gradient(model, target, batch(questions())).abs().max() > 1e-4

@@ -11,14 +11,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def hold_still(model: nn.Module) -> None:
     """Evaluation mode for everything but layers that recompute their activations, which do so in training mode only.
 
-    The frozen model then answers as its users see it, without dropout. The mode stays until something else sets it,
-    because layers are recomputed in the backward pass.
+    The frozen model then answers as its users see it, without dropout; a rate that such a layer applies by itself, as
+    OPT's do, is set to 0. The mode stays until something else sets it, because layers are recomputed in the backward
+    pass.
 
     Args:
         model: Model with its adapter.
     """
     for module in model.modules():
-        module.training = isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+        module.training = recomputes(module)
+        if module.training and isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Whether a module is a layer that computes its activations again in the backward pass.
+
+    Args:
+        module: Any module.
+    """
+    return isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

@@ -9,9 +9,11 @@ from torch import nn
 
 from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.errors import DataError
+from peft_vlm.methods.tvp.frozen import recomputes
 from peft_vlm.methods.tvp.sharing import share_prompt
 from peft_vlm.prompting.pixel_prompt import PixelPrompt
 from peft_vlm.prompting.prompt_picture import active_name, prompt_layer_of
+from peft_vlm.towers import unwrap
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def check_same_images(sources: Sequence[Source], dataset: Any) -> None:
 def share_once(shared: PeftModel | None, source: PeftModel, model: nn.Module, *, processor: Any) -> PeftModel:
     """The other model with the source's prompt; as it is, when it has this prompt already.
 
+    It recomputes its activations if the source does: the trainer switches that on for its own model alone.
+
     Args:
         shared: What an earlier call gave, None at first.
         source: `PeftModel` with an active TVP adapter.
@@ -65,6 +69,8 @@ def share_once(shared: PeftModel | None, source: PeftModel, model: nn.Module, *,
         if prompt_layer_of(shared).prompts[name] is layer.prompts[name]:
             return shared
     _remove_prompts(model)
+    if any(map(recomputes, source.modules())):
+        unwrap(model).activation_checkpointing_enable()
     return share_prompt(source, model, processor=processor)
 
 

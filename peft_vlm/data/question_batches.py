@@ -209,5 +209,35 @@ def default_template(processor: Any) -> str:
     return image_text(processor) + separator + "{question}"
 
 
+def check_shrinking(collator: Any, prompt: Any) -> None:
+    """Refuse a collator that shrinks images twice, not at all, or into another window than a pixel prompt's.
+
+    Args:
+        collator: A `QuestionCollator`; others are left alone.
+        prompt: The prompt's `PixelSettings`.
+
+    Raises:
+        DataError: If its processors do not fit the prompt; every image would be wrong, and nothing else would say so.
+    """
+    if not isinstance(collator, QuestionCollator):
+        return
+    for name in ("processor", "clip_processor"):
+        processor = getattr(collator, name)
+        shrinks = isinstance(processor, ShrinkingProcessor)
+        if shrinks and prompt.shrink == "model":
+            raise DataError(
+                f"Expected a `{name}` without `ShrinkingProcessor`, since the model shrinks images (`shrink='model'`) "
+                "or gets them at full size, got one. Give the collator the model's own."
+            )
+        if processor is None or prompt.shrink != "processor":
+            continue
+        if not shrinks or processor.border * prompt.canvas_size != prompt.border * processor.canvas_size:
+            got = f"canvas {processor.canvas_size}, border {processor.border}" if shrinks else type(processor).__name__
+            raise DataError(
+                f"Expected a `{name}` that shrinks images for a prompt with `shrink='processor'`, got {got}. Give the "
+                f"collator `ShrinkingProcessor({name}, canvas_size={prompt.canvas_size}, border={prompt.border})`."
+            )
+
+
 def _own_processor(processor: Any) -> Any:
     return processor.processor if isinstance(processor, ShrinkingProcessor) else processor

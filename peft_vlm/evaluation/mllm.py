@@ -7,7 +7,7 @@ the second how much of that is the prompt.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from peft_vlm.data.corruptions import CORRUPTIONS, LEVELS, Corruption
+from peft_vlm.data.question_batches import check_shrinking
 from peft_vlm.data.question_inputs import question_inputs
 from peft_vlm.data.questions import Collator, ImageQuestionDataset
 from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.evaluation.answers import exact_match
 from peft_vlm.evaluation.classify import EvalResult
 from peft_vlm.evaluation.generation import collator_of, generate_answers
-from peft_vlm.prompting.prompt_picture import without_prompt
+from peft_vlm.prompting.prompt_picture import active_name, prompt_layer_of, without_prompt
 from peft_vlm.text.candidates import Candidates, candidate_scores, tokenize_candidates
 
 #: Model and questions -> a figure in percent, the higher the better.
@@ -159,8 +160,15 @@ def evaluate_prompt(
         score: What is measured.
         shrinking_collator: For adapters with `shrink="processor"`: the collator around a `ShrinkingProcessor`, used
             for the two conditions with the adapter. None: the model shrinks.
+
+    Raises:
+        DataError: If a collator shrinks images where it must not, or does not where it must.
     """
     shrunken = dataset if shrinking_collator is None else dataset.with_collator(shrinking_collator)
+    layer = prompt_layer_of(model)
+    settings = layer.settings[active_name(layer)]
+    check_shrinking(shrunken.collator, settings)
+    check_shrinking(dataset.collator, replace(settings, shrink="model"))  # the base model sees whole images
     with model.disable_adapter():
         full_size = score(model, dataset)
     with without_prompt(model):

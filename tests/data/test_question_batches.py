@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from peft_vlm.data import ImageQuestionDataset, QuestionCollator, check_image_tokens, model_inputs, question_inputs
+from peft_vlm.data.question_batches import check_shrinking
 from peft_vlm.data.shrink import ShrinkingProcessor
 from peft_vlm.errors import DataError, UnsupportedModelError
+from peft_vlm.prompting.pixel_prompt import PixelSettings
 from peft_vlm.sequences import answer_token_ids, last_positions, resolve_end_token
 from tests.tiny import clip_processor, noise_image
 from tests.tiny_mllm import ARCHITECTURES, BOS, EOS, IMAGE, PAD, VOCAB_SIZE, mllm_tokenizer, tiny_mllm
@@ -238,3 +240,25 @@ def test_answers_are_tokenised_apart_from_everything_else() -> None:
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="has no end token"):
         resolve_end_token(tokenizer, None)
+
+
+def test_a_collator_must_shrink_images_as_a_prompt_expects_them() -> None:
+    """Shrunken twice, or not at all, every image would be wrong without a word."""
+
+    def settings(shrink: str) -> PixelSettings:
+        return PixelSettings(32, 4, "border", None, shrink, False, (0.5,) * 3, (0.5,) * 3)
+
+    def shrinking(border: int = 4, canvas: int = 32) -> ShrinkingProcessor:
+        return ShrinkingProcessor(llava_processor(), canvas_size=canvas, border=border)
+
+    plain, shrunken = QuestionCollator(llava_processor()), QuestionCollator(shrinking(8, 64))
+    for collator, shrink in ((plain, "model"), (plain, "none"), (shrunken, "processor"), (shrunken, "none")):
+        check_shrinking(collator, settings(shrink))
+    with pytest.raises(DataError, match="`processor` without `ShrinkingProcessor`"):
+        check_shrinking(shrunken, settings("model"))
+    with pytest.raises(DataError, match=r"got LlavaProcessor\. Give .*canvas_size=32, border=4"):
+        check_shrinking(plain, settings("processor"))
+    with pytest.raises(DataError, match="got canvas 32, border 5"):
+        check_shrinking(QuestionCollator(shrinking(5)), settings("processor"))
+    with pytest.raises(DataError, match="`clip_processor` that shrinks"):
+        check_shrinking(QuestionCollator(shrinking(), clip_processor=clip_processor()), settings("processor"))

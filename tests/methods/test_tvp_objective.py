@@ -10,7 +10,9 @@ from torch.testing import assert_close
 
 from peft_vlm import TVPConfig
 from peft_vlm.data import ImageQuestionDataset, QuestionCollator, RandomCrop, model_inputs
+from peft_vlm.data.shrink import ShrinkingProcessor
 from peft_vlm.errors import AdapterError, DataError
+from peft_vlm.evaluation import evaluate_prompt
 from peft_vlm.methods.tvp import TVPObjective, prompt_layer_of, prompt_of, without_prompt
 from peft_vlm.methods.tvp.clean_tokens import CACHES
 from peft_vlm.text import encode_classes, tokenize_classes
@@ -268,3 +270,14 @@ def test_models_and_data_that_cannot_train_are_refused():
         prepared(prompted_llava(), wrong)
     with pytest.raises(AdapterError, match="Expected candidate answers to choose from"):
         TVPObjective(None, tse_weight=0).predict(prompted_llava(), batch(dataset))
+
+
+def test_images_that_nobody_shrinks_are_refused():
+    """`shrink="processor"` with the model's plain processor."""
+    with pytest.raises(DataError, match="a `processor` that shrinks images"):
+        prepared(prompted_llava(shrink="processor"), questions())
+    with pytest.raises(DataError, match="a `processor` that shrinks images"):
+        evaluate_prompt(prompted_llava(shrink="processor"), questions())
+    shrinking = QuestionCollator(ShrinkingProcessor(llava_processor(), canvas_size=32, border=5, upscale=True))
+    with pytest.raises(DataError, match="or gets them at full size"):
+        evaluate_prompt(prompted_llava(shrink="processor"), questions().with_collator(shrinking))

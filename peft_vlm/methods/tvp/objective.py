@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from peft_vlm.data.question_batches import check_shrinking
 from peft_vlm.losses.feature_consistency import feature_consistency
 from peft_vlm.losses.semantic_enhancement import semantic_enhancement
 from peft_vlm.methods.tvp.clean_tokens import CleanTokens
@@ -136,9 +137,10 @@ class TVPObjective(Objective):
 
         Raises:
             ValueError: If anything but the prompt is to be trained, or TSE has no labels to go by.
+            DataError: If the data do not fit the models or the prompt.
         """
         layer = prompt_layer_of(model)
-        prompt = layer.prompts[active_name(layer)]
+        prompt, settings = layer.prompts[active_name(layer)], layer.settings[active_name(layer)]
         others = [name for name, p in model.named_parameters() if p.requires_grad and p is not prompt]
         if others:
             raise ValueError(
@@ -147,6 +149,8 @@ class TVPObjective(Objective):
                 "`modules_to_save` and freeze the model."
             )
         check_same_images(self.sources, dataset)
+        for images in self._datasets(dataset):
+            check_shrinking(getattr(images, "collator", None), settings)
         if self.tse_weight and self.tse_clip is not None:
             if max(dataset.labels) < 0:
                 raise ValueError("Expected labels for TSE, got images without classes. Set `tse_weight=0`.")

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from peft_vlm.errors import AdapterError
+from peft_vlm.errors import AdapterError, DataError
 
 logger = logging.getLogger(__name__)
 
 STORAGES = ("ram", "disk")
+_MEMORY = Path("/proc/meminfo")
 
 
 class RowStore:
@@ -42,6 +43,9 @@ class RowStore:
         Args:
             shape: Number of rows, then the shape of a row.
             dtype: dtype of the stored tensors.
+
+        Raises:
+            DataError: If there is less room than that.
         """
         if self.rows is not None and self.rows.shape == shape and self.rows.dtype == dtype:
             return
@@ -49,6 +53,7 @@ class RowStore:
         megabytes = count * dtype.itemsize / 2**20
         sizes = " x ".join(str(size) for size in shape)
         logger.info("Storing %s: %s numbers = %.1f MB in %s", self.name, sizes, megabytes, self.storage)
+        check_room(count * dtype.itemsize, self.storage, name=self.name, folder=self.folder)
         if self.storage == "ram":
             self.rows = torch.empty(shape, dtype=dtype)
             return
@@ -80,3 +85,34 @@ class RowStore:
                 f"Expected stored {self.name}, got none: an empty feature cache. Call `epoch_start` before training."
             )
         return self.rows[index.cpu()].to(device)
+
+
+def check_room(size: int, storage: str, *, name: str, folder: str | Path | None = None) -> None:
+    """Refuse what does not fit, before hours of work end in a killed process.
+
+    Args:
+        size: Bytes to store.
+        storage: `"ram"` (checked on Linux only) or `"disk"`.
+        name: What is stored, for the message.
+        folder: Where a file goes; the system's folder for temporary files by default.
+
+    Raises:
+        DataError: If there is less room.
+    """
+    if storage == "disk":
+        folder = Path(folder or tempfile.gettempdir())
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+    elif _MEMORY.is_file():
+        line = next((line for line in _MEMORY.read_text().splitlines() if line.startswith("MemAvailable:")), None)
+        free = size if line is None else 1024 * int(line.split()[1])
+    else:
+        return
+    if size > free:
+        where = "RAM" if storage == "ram" else str(folder)
+        raise DataError(
+            f"Expected room for {size / 2**30:.1f} GB of {name}, got {free / 2**30:.1f} GB free in {where}. Train on "
+            "fewer images, store them elsewhere ('ram' or 'disk', where there is a choice), or switch the cache off "
+            "('none')."
+        )

@@ -14,6 +14,7 @@ from peft_vlm import SkipTuningAnswerObjective, SkipTuningConfig, VLMTrainer, VL
 from peft_vlm.data.question_inputs import model_inputs
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 from peft_vlm.language_layers import language_layers_of
+from peft_vlm.methods.skip_tuning import answer_states
 from peft_vlm.methods.skip_tuning.answer_states import AnswerStates
 from peft_vlm.text.candidates import tokenize_candidates
 from tests.tiny import noise_image
@@ -204,3 +205,15 @@ def test_start_layers_out_of_range_and_language_models_with_an_encoder_are_refus
     model = Blip2ForConditionalGeneration(Blip2Config(**(blip() | {"text_config": t5})))
     with pytest.raises(UnsupportedModelError, match="decoder alone, got `Blip2ForConditionalGeneration`"):
         adapted(model)
+
+
+def test_the_room_for_all_states_is_checked_after_the_first_batch(monkeypatch):
+    """They grow with the questions, and a process that runs out of memory is killed without a word."""
+    asked = []
+    monkeypatch.setattr(answer_states, "check_room", lambda size, *args, **kwargs: asked.append(size))
+    model, dataset = adapted(tiny_llava()), colour_questions(per_class=1)
+    objective = SkipTuningAnswerObjective(cache_batch_size=2)
+    objective.prepare(model, dataset)
+    objective.epoch_start(model, dataset, 0)
+    longest = max(row["hidden_states"].shape[0] for i, row in objective._states.rows.items() if i < 2)
+    assert asked == [len(dataset) * longest * 32 * 4]

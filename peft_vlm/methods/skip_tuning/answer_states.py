@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from peft_vlm.data.question_inputs import IGNORED, TOKEN_COLUMNS, model_inputs
 from peft_vlm.data.questions import ImageQuestionDataset
+from peft_vlm.data.row_store import check_room
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 from peft_vlm.language_layers import LanguageLayers
 from peft_vlm.text.class_features import evaluation_mode
@@ -53,12 +54,18 @@ class AnswerStates:
             dataset: Questions with answers and a collator; its epoch is set.
             batch_size: Rows per forward pass.
             num_workers: Processes that decode images.
+
+        Raises:
+            DataError: If all rows, as long as those of the first batch, would not fit into memory.
         """
         self.rows.clear()
         device = next(model.parameters()).device
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=dataset.collate, num_workers=num_workers)
         for batch in tqdm(loader, desc=f"Caching layers below {self.start}", leave=False, disable=len(loader) < 2):
             hidden = self.enter(model, {name: column.to(device) for name, column in batch.items()}).cpu()
+            if not self.rows:
+                size = hidden.element_size() * hidden[0].numel() * len(dataset)
+                check_room(size, "ram", name="hidden states of questions")
             for row, index in enumerate(batch["index"].tolist()):
                 length = int(batch["attention_mask"][row].sum())
                 kept = {STATES: hidden[row, :length].clone()}

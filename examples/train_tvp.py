@@ -90,7 +90,8 @@ def experiment_of(args: argparse.Namespace, preset: dict[str, Any], training: di
     clip_processor = AutoProcessor.from_pretrained(args.clip)
     options: dict[str, Any] = {"dtype": args.dtype, "clip_processor": clip_processor.image_processor}
     if args.load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+        settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.dtype}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **settings)
     models = [ImageTextModel.load(name, **options) for name in args.models]
 
     def train(seed: int) -> ImageQuestionDataset:

@@ -121,6 +121,7 @@ class TransferExperiment:
         self.training, self.task, self.include_end = dict(training or {}), task, include_end
         self.score: Score = score or (lambda m, d: likelihood_accuracy(m, d, include_end=include_end))
         self._baselines: dict[str, PromptEffect] = {}
+        self._device: torch.device | None = None
 
     def run(self, variants: Sequence[Variant], seeds: Sequence[int]) -> dict[str, list[TransferReport]]:
         """Train and measure everything.
@@ -166,6 +167,7 @@ class TransferExperiment:
             end_token=first.collator.end_token,
         )
         objective = self.objective(variant, questions, candidates, others)
+        homes = [(member.model, next(member.model.parameters()).device) for member in (first, *others)]
         model: Any = self.wrap(first)
         args = VLMTrainingArguments(
             output_dir=str(folder), seed=seed, disable_tqdm=True, save_strategy="no", **self.training
@@ -176,13 +178,16 @@ class TransferExperiment:
         if PartialState().is_main_process:
             prompt_png(model, folder / "prompt.png")
         model.unload()
-        _forget_adapters(first.model)
-        for member in others:
-            _forget_adapters(member.model)
+        for base, home in homes:
+            _forget_adapters(base)
+            _bring(base, home)
+        self._device = args.device
         return objective.config_dict()
 
     def measure(self, variant: Variant, seed: int, folder: Path, settings: Mapping[str, Any]) -> TransferReport:
         """Load a saved prompt onto every model and measure it; the baselines are measured once.
+
+        Models are measured where the prompt was trained, one after the other, and go back to where they were.
 
         Args:
             variant: How it was trained.
@@ -193,6 +198,8 @@ class TransferExperiment:
         effects = {}
         for name, member in self.models.items():
             questions = self.test.with_collator(member.collator)
+            home = next(member.model.parameters()).device
+            _bring(member.model, self._device or home)
             model = PeftModel.from_pretrained(member.model, folder).eval()
             if name not in self._baselines:
                 effects[name] = self._baselines[name] = evaluate_prompt(model, questions, score=self.score)
@@ -201,6 +208,7 @@ class TransferExperiment:
                 effects[name] = PromptEffect(known.full_size, known.shrunken, self.score(model, questions))
             model.unload()
             _forget_adapters(member.model)
+            _bring(member.model, home)
         sources = tuple(member.name for member in self._sources(variant))
         run = {**settings, "training": self.training}
         return TransferReport(self.task, sources, effects, seed=seed, settings=run)
@@ -232,7 +240,7 @@ def write_transfer_results(variants: Mapping[str, Sequence[TransferReport]], fol
     }
     write_json(folder / "metrics.json", metrics)
     parts = [f"### {name}\n\n{transfer_table(reports)}" for name, reports in variants.items()]
-    if len(variants) > 1 and first[0].unseen:
+    if len(variants) > 1 and all(report.unseen for reports in variants.values() for report in reports):
         parts.append(f"### comparison\n\n{comparison_table(variants)}")
     (folder / "table.md").write_text("\n\n".join(parts) + "\n", "utf-8")
     for name, reports in variants.items():
@@ -253,6 +261,12 @@ def _columns(reports: Sequence[TransferReport]) -> dict[str, Any]:
         "unseen_gain": [report.mean_gain() for report in reports],
         "unseen_gain_over_full_size": [report.mean_gain(over="full_size") for report in reports],
     }
+
+
+def _bring(model: nn.Module, device: torch.device) -> None:
+    """Move a model, unless it is there: quantised ones may refuse to be moved at all."""
+    if next(model.parameters()).device != device:
+        model.to(device)
 
 
 def _forget_adapters(model: nn.Module) -> None:

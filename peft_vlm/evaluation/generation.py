@@ -1,5 +1,7 @@
 """Answers that a model writes itself, in batches."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -9,6 +11,7 @@ from peft_vlm.data.question_batches import QuestionCollator
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
 from peft_vlm.errors import DataError
 from peft_vlm.text.class_features import evaluation_mode
+from peft_vlm.towers import unwrap
 
 
 def collator_of(dataset: ImageQuestionDataset) -> QuestionCollator:
@@ -59,10 +62,7 @@ def generate_answers(
     """
     collator = collator_of(dataset)
     tokenizer = collator.tokenizer
-    stops = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    end = tokenizer(collator.end_token, add_special_tokens=False)["input_ids"] if collator.end_token else []
-    if len(end) == 1 and end[0] not in stops:
-        stops.append(end[0])
+    stops = _stops(model, collator)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
     options |= {"eos_token_id": stops or None, "pad_token_id": tokenizer.pad_token_id}
     device = next(model.parameters()).device
@@ -76,6 +76,16 @@ def generate_answers(
     if collator.end_token and collator.end_token != tokenizer.eos_token:
         texts = [text.split(collator.end_token)[0] if text.strip() else text for text in texts]
     return [text.strip() for text in texts]
+
+
+def _stops(model: nn.Module, collator: QuestionCollator) -> list[int]:
+    """Tokens that end an answer: the tokenizer's end, the model's own (Gemma 3 ends a turn), and the collator's."""
+    tokenizer: Any = collator.tokenizer
+    own: Any = getattr(getattr(unwrap(model), "generation_config", None), "eos_token_id", None)
+    stops = [tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])]
+    end = tokenizer(collator.end_token, add_special_tokens=False)["input_ids"] if collator.end_token else []
+    stops += end if len(end) == 1 else []
+    return [stop for stop in dict.fromkeys(stops) if stop is not None]
 
 
 class _LeftPadded:

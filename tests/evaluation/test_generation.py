@@ -54,6 +54,17 @@ def test_answers_end_at_the_end_token() -> None:
     assert ended == [full[0].split("@")[0], *full[1:]]
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_answers_end_where_the_model_says_so_too(several: bool) -> None:
+    """Gemma 3 ends a turn with a token that is not its tokenizer's end, and would go on with more of the same."""
+    model = tiny_llava()
+    full = generate_answers(model, questions(), max_new_tokens=8)
+    (token,) = mllm_tokenizer()("@", add_special_tokens=False)["input_ids"]
+    model.generation_config.eos_token_id = [EOS, token] if several else token
+    ended = generate_answers(model, questions(), max_new_tokens=8)
+    assert ended == [full[0].split("@")[0] + "@", *full[1:]]
+
+
 def test_a_decoder_with_encoder_does_not_repeat_the_question() -> None:
     """BLIP-2 with T5: everything generated is the answer."""
     text = T5Config(

@@ -84,6 +84,8 @@ class Objective(ABC):
     paper: Paper | None = None
     #: The class prompts (`peft_vlm.text.ClassPrompts`) that the trained adapter classifies with; None without classes.
     prompts: Any = None
+    #: False where `predict` has nothing to choose from (free answers); a run with validation images is then refused.
+    can_predict = True
     #: False when training batches need no pixels because `epoch_start` has stored features (see `Batch.index`).
     needs_pixels = True
 

@@ -18,7 +18,8 @@ def check_run(model: nn.Module, objective: Objective, eval_dataset: ImageClassif
 
     Raises:
         PeftVLMError: If nothing is trainable.
-        DataError: If the validation images have no labels, or labels of other classes than the objective predicts.
+        DataError: If the validation images have no labels, or labels of other classes than the objective predicts, or
+            it predicts none.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PeftVLMError(
@@ -29,6 +30,12 @@ def check_run(model: nn.Module, objective: Objective, eval_dataset: ImageClassif
         return
     if min(eval_dataset.labels) < 0:
         raise DataError("Expected an `eval_dataset` with labels, got images without. Leave it out.")
+    if not objective.can_predict:
+        raise DataError(
+            "Expected an objective with answers to choose from for an `eval_dataset`, got "
+            f"`{type(objective).__name__}` for free answers, which have no scores. Pass candidates to the objective (`tokenize_candidates`), or "
+            "leave out `eval_dataset` and compare generated answers after training."
+        )
     if objective.prompts is None:
         return
     expected = [readable(name) for name in objective.prompts.class_names]

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.testing import assert_close
 
-from peft_vlm import VLMTrainer, VLMTrainingArguments
+from peft_vlm import SkipTuningAnswerObjective, TVPObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data import ImageQuestionDataset, RandomCrop
 from peft_vlm.errors import DataError
 from peft_vlm.methods.tvp import NormalizedGradient, prompt_layer_of, prompt_of
@@ -149,3 +149,11 @@ def test_another_optimizer_moves_the_border_only(tmp_path):
 def test_validation_questions_of_other_classes_are_refused(tmp_path):
     with pytest.raises(DataError, match="3 names for 6"):
         run(tmp_path, eval_dataset=questions().restrict([0, 1, 2]))
+
+
+@pytest.mark.parametrize("target", [TVPObjective(None, tse_weight=0), SkipTuningAnswerObjective()])
+def test_validation_of_free_answers_is_refused_before_training(tmp_path, target):
+    """Not after the first epoch, which may have taken hours."""
+    args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(DataError, match=r"`(TVP|SkipTuningAnswer)Objective` for free answers"):
+        VLMTrainer(prompted_llava(), target, args, train_dataset=questions(), eval_dataset=questions())

@@ -68,6 +68,7 @@ class SkipTuningAnswerObjective(Objective):
             raise ValueError(f"Expected `state_cache` to be one of {CACHES!r}, got {state_cache!r}.")
         self.candidates = candidates
         self.prompts = None if candidates is None else ClassNames(candidates.names)
+        self.can_predict = candidates is not None
         self.state_cache, self.cache_batch_size, self.num_workers = state_cache, cache_batch_size, num_workers
         self.needs_pixels = state_cache == "none"
         self._states: AnswerStates | None = None

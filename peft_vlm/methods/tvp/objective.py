@@ -102,6 +102,7 @@ class TVPObjective(Objective):
     ) -> None:
         _check_settings(fca_weight, tse_weight, tse_clip, source_mode)
         self.prompts = ClassNames(prompts.names) if isinstance(prompts, Candidates) else prompts
+        self.can_predict = prompts is not None
         self.task: Task = ClassTask(prompts) if isinstance(prompts, ClassPrompts) else AnswerTask(prompts)
         self.fca_weight, self.tse_weight, self.tse_clip = fca_weight, tse_weight, tse_clip
         self.fca_cache, self.sources, self.source_mode = fca_cache, tuple(sources), source_mode

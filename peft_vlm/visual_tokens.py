@@ -1,7 +1,7 @@
 """Visual tokens: what a multimodal model's language model gets of an image, recorded while the model runs.
 
-Every image-text-to-text model of transformers makes them in `get_image_features` (vision tower, projection or Q-Former,
-merging of patches and tiles), which its own forward pass calls.
+Every image-text-to-text model of transformers makes them in `get_image_features` (vision tower, projection or
+Q-Former, merging of patches and tiles), which its own forward pass calls.
 """
 
 import inspect

@@ -33,8 +33,8 @@ def check_run(model: nn.Module, objective: Objective, eval_dataset: ImageClassif
     if not objective.can_predict:
         raise DataError(
             "Expected an objective with answers to choose from for an `eval_dataset`, got "
-            f"`{type(objective).__name__}` for free answers, which have no scores. Pass candidates to the objective (`tokenize_candidates`), or "
-            "leave out `eval_dataset` and compare generated answers after training."
+            f"`{type(objective).__name__}` for free answers, which have no scores. Pass candidates to the objective "
+            "(`tokenize_candidates`), or leave out `eval_dataset` and compare generated answers after training."
         )
     if objective.prompts is None:
         return

@@ -22,7 +22,7 @@ help:
 	@echo "make clean             remove .venv, caches and build results (outputs/ is kept)"
 
 demo: $(STAMP)
-	@echo "Training and comparing on 2 cores takes about 10 minutes; results go to outputs/demo"
+	@echo "Training and comparing on 2 cores takes about 7 minutes; results go to outputs/demo"
 	@$(BIN)/python examples/train_skip_tuning.py --preset demo $(ARGS)
 
 test: $(STAMP)

@@ -35,8 +35,8 @@ MODELS = [str(ASSETS / f"mllm_{family}") for family in ("llava", "idefics3", "pa
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "config": {"canvas_size": 224, "border": 30},
-        "objective": {"fca_weight": 0.005, "tse_weight": 0.001},
-        "training": {"learning_rate": 10.0, "num_train_epochs": 4, "per_device_train_batch_size": 16},
+        "objective": {"fca_weight": 0.0005, "tse_weight": 0.001},
+        "training": {"learning_rate": 60.0, "num_train_epochs": 6, "per_device_train_batch_size": 16},
         "crop": {"scale": (0.8, 1.0), "flip_probability": 0.5},
     },
     "official": {
@@ -131,7 +131,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     preset = PRESETS[args.preset]
     training = {**preset["training"], "use_cpu": args.use_cpu, "warmup_epochs": 0}
-    training["gradient_checkpointing"] = args.gradient_checkpointing
+    training |= {"activation_checkpointing": True} if args.gradient_checkpointing else {}
     training |= {"num_train_epochs": args.epochs} if args.epochs else {}
     training |= {"learning_rate": args.learning_rate} if args.learning_rate else {}
     experiment = experiment_of(args, preset, training)

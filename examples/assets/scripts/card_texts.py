@@ -79,8 +79,8 @@ pipeline_tag: image-text-to-text
 
 # {name}
 
-A small multimodal language model (`transformers.{architecture}`) that says what a picture of an icon or emoji shows,
-whether it is what one asks for, and in which colour it is drawn. It exists so that visual prompts and selective tuning
+A small multimodal language model (`transformers.{architecture}`) that says what a picture of an icon or emoji shows
+and in which colour it is drawn. It exists so that visual prompts and selective tuning
 can be tried, tested and compared on real, if small, models of several families without any download.
 
 ```python
@@ -104,7 +104,8 @@ The drawings of the bundled CLIPs (see their card for collections and licences),
 (the icon's or emoji's name), whether it is a given thing, or the colour of its ink. A third of the images stand small
 inside a black, coloured or noisy border, so that the shrunken images of visual prompts are not foreign to the model.
 {images} image-question pairs, {cpu_minutes} CPU minutes on a shared CPU ({minutes} minutes by the clock, beside other
-work); loss {first_loss} at the start, {last_loss} at the end. One run, seed {seed}; recipe and options:
+work); loss {first_loss} at the start, {last_loss} at the end. The learning rate fell to zero after 20 CPU minutes,
+rose to half of its peak and fell to zero again in a second start. One run, seed {seed}; recipe and options:
 `../scripts/train_mllm.py`; log: `training_log.json`.
 
 ![training curve](training_curve.png)
@@ -119,7 +120,8 @@ by `tests/assets`. "Chosen" means the most likely of the class names, "written" 
 ## Limits
 
 - It knows names of drawings and little else: no sentences, no reasoning, no photos.
-- It answers any other question with a name.
+- It answers any other question with a name. Questions for yes or no were in its training, but it answers them no
+  better than by chance (see the table).
 - Undertrained by its small budget; the loss was still falling when the learning rate reached zero.
 """
 
@@ -202,7 +204,8 @@ Real, small, and made by scripts in this repository: nothing here needs a model 
 {sizes}
 
 - `clip_student`, `clip_teacher`: CLIPs trained from scratch on openly licensed icons and emoji
-- `mllm_llava`, `mllm_idefics3`, `mllm_paligemma`: multimodal language models of three families, which name drawings
+- `mllm_llava`, `mllm_idefics3`, `mllm_paligemma`: multimodal language models of three families; they name drawings
+  and colours
 - `icons`, `emoji`, `fashion`: image classification sets that no bundled model was trained on
 - `pretraining_images.parquet`: every training image by collection and name, with a hash of its pixels
 - `collections.json`: every collection with author, licence and use; the NOTICE file is made from it
@@ -230,9 +233,9 @@ python train_clip.py --corpus CORPUS --architecture teacher --grow-from RUN/mode
     --masked-share 0.7 --muon-lr 3.5e-3 --adam-lr 7e-4 --constant-share 0.1 --emoji-repeats 2 --output RUN2
 python evaluate_clip.py ../clip_student --write                 # after copying RUN/model there
 python train_mllm.py --corpus CORPUS --family llava --seed 0 --minutes 20 --output RUN3
-python train_mllm.py --corpus CORPUS --family idefics3 --seed 1 --minutes 20 --output RUN4
-python train_mllm.py --corpus CORPUS --family paligemma --seed 2 --minutes 20 --output RUN5
-python evaluate_mllm.py ../mllm_llava --write                   # after copying RUN3/model there
+python train_mllm.py --corpus CORPUS --family llava --seed 0 --minutes 32 --output RUN3          # goes on
+python evaluate_mllm.py ../mllm_llava --images 300 --write      # after copying RUN3/model there
+                                                                # the same with idefics3, seed 1, and paligemma, seed 2
 python write_cards.py
 ```
 

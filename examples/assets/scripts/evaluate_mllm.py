@@ -1,6 +1,6 @@
 """Measure a bundled multimodal language model on the evaluation sets, whose design families it never saw.
 
-python evaluate_mllm.py ../mllm_llava --write
+python evaluate_mllm.py ../mllm_llava --images 300 --write
 """
 
 import argparse

@@ -176,7 +176,8 @@ class Training:
     def export(self, folder: Path) -> None:
         """Save float16 weights and the processor as a model folder."""
         weights = dict(self.model.state_dict()) | self.optimiser.masters
-        weights["lm_head.weight"] = self.optimiser.masters["model.language_model.embed_tokens.weight"]
+        (table,) = (tensor for name, tensor in self.optimiser.masters.items() if "embed_tokens" in name)
+        weights["lm_head.weight"] = table  # one tensor, two names
         model = type(self.model)(self.model.config)
         model.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in weights.items()})
         partial = folder.with_name(folder.name + ".partial")

@@ -24,6 +24,7 @@ from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig
 
 from peft_vlm import TVPConfig, TVPObjective
 from peft_vlm.data import ImageQuestionDataset, RandomCrop, few_shot, load_image_dataset
+from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.methods.tvp import ClipGuide, Source
 from peft_vlm.text.prompts import tokenize_for_model
 from peft_vlm.transfer_experiment import ImageTextModel, TransferExperiment, Variant, write_transfer_results
@@ -34,13 +35,11 @@ MODELS = [str(ASSETS / f"mllm_{family}") for family in ("llava", "idefics3", "pa
 # "demo" is ours, for the bundled 48 to 64 px models; "official" is the paper's recipe for CIFAR-10.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "config": {"canvas_size": 224, "border": 30},
         "objective": {"fca_weight": 0.0005, "tse_weight": 0.001},
         "training": {"learning_rate": 60.0, "num_train_epochs": 6, "per_device_train_batch_size": 16},
         "crop": {"scale": (0.8, 1.0), "flip_probability": 0.5},
     },
     "official": {
-        "config": {"canvas_size": 224, "border": 30},
         "objective": {"fca_weight": 0.005, "tse_weight": 0.001},
         "training": {"learning_rate": 10.0, "num_train_epochs": 1, "per_device_train_batch_size": 16},
         "crop": {"scale": (0.5, 1.0), "flip_probability": 0.5},
@@ -69,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, help="instead of the preset's number")
     parser.add_argument("--learning_rate", type=float, help="instead of the preset's, in pixel units of [0, 1]")
+    parser.add_argument("--eval_batch_size", type=int, default=32, help="images per batch of evaluation")
     parser.add_argument("--dtype", default="float32", help="dtype of the frozen models, such as bfloat16")
     parser.add_argument("--load_in_4bit", action="store_true", help="frozen models in 4 bits; needs bitsandbytes")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations; saves memory")
@@ -77,22 +77,23 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def shuffled_head(images: Any, count: int) -> Any:
-    """A fixed random sample of a dataset."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    return images.select(sorted(order))
+def load_models(args: argparse.Namespace, clip_processor: Any) -> list[ImageTextModel]:
+    """All models, in 4 bits where asked for."""
+    options: dict[str, Any] = {"dtype": args.dtype, "clip_processor": clip_processor.image_processor}
+    if args.load_in_4bit:
+        settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.dtype}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **settings)
+    return [ImageTextModel.load(name, **options) for name in args.models]
 
 
 def experiment_of(args: argparse.Namespace, preset: dict[str, Any], training: dict[str, Any]) -> TransferExperiment:
     """Models, data and settings in one."""
     pool = load_image_dataset(args.dataset, split="train")
-    test = shuffled_head(load_image_dataset(args.dataset, split="test"), args.test_images)
+    test = load_image_dataset(args.dataset, split="test")
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+    test = test.select(sorted(order[: args.test_images].tolist()))
     clip_processor = AutoProcessor.from_pretrained(args.clip)
-    options: dict[str, Any] = {"dtype": args.dtype, "clip_processor": clip_processor.image_processor}
-    if args.load_in_4bit:
-        settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.dtype}
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **settings)
-    models = [ImageTextModel.load(name, **options) for name in args.models]
+    models = load_models(args, clip_processor)
 
     def train(seed: int) -> ImageQuestionDataset:
         shots = few_shot(pool, shots=args.shots, seed=seed)
@@ -110,7 +111,7 @@ def experiment_of(args: argparse.Namespace, preset: dict[str, Any], training: di
         return TVPObjective(candidates, tse_clip=guide, sources=sources, **settings)
 
     def wrap(member: ImageTextModel) -> Any:
-        return get_peft_model(member.model, TVPConfig.for_processor(member.collator.processor, **preset["config"]))
+        return get_peft_model(member.model, TVPConfig.for_processor(member.collator.processor))
 
     return TransferExperiment(
         models,
@@ -121,6 +122,7 @@ def experiment_of(args: argparse.Namespace, preset: dict[str, Any], training: di
         objective=objective,
         training=training,
         include_end=True,
+        score=lambda m, d: likelihood_accuracy(m, d, include_end=True, batch_size=args.eval_batch_size),
         task=f"{Path(args.dataset).name}, {len(pool.class_names)} classes, {len(test)} test images",
     )
 

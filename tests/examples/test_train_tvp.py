@@ -58,7 +58,8 @@ def test_each_run_leaves_a_prompt_that_other_models_load(output):
     folder = output / "tvp" / "seed1"
     report = TransferReport.load(folder / "transfer.json")
     assert report.unseen == ("mllm_idefics3", "mllm_paligemma")
-    assert Image.open(folder / "prompt.png").size == (448, 448)
+    with Image.open(folder / "prompt.png") as picture:
+        assert picture.size == (448, 448)
     (tensor,) = load_file(folder / "adapter_model.safetensors").values()
     assert tensor.shape == (3, 224, 224)
     assert tensor[:, 30:-30, 30:-30].abs().max() == 0

@@ -8,8 +8,8 @@ Hardware and time: the demo preset takes about 20 minutes on 2 CPU cores (number
     accelerate launch examples/train_tvp.py --preset official --models llava-hf/llava-1.5-7b-hf \
         Salesforce/blip2-opt-2.7b --clip openai/clip-vit-base-patch32 --dataset <Hub id or folder> --dtype bfloat16
 
-The prompt is trained on the first model (or on those of --sources) with and without its two extra losses (FCA, TSE).
-Everything is written below --output_dir: metrics.json, table.md, plots, and per run the adapter with its reports.
+The prompt is trained on the first model, or on --sources, with and without its two extra losses (FCA, TSE). Below
+--output_dir: metrics.json, table.md, plots, and per run the adapter with its reports.
 """
 
 import argparse
@@ -134,11 +134,10 @@ def main() -> None:
     preset = PRESETS[args.preset]
     training = {**preset["training"], "use_cpu": args.use_cpu, "warmup_epochs": 0}
     training |= {"activation_checkpointing": True} if args.gradient_checkpointing else {}
-    training |= {"num_train_epochs": args.epochs} if args.epochs else {}
-    training |= {"learning_rate": args.learning_rate} if args.learning_rate else {}
-    experiment = experiment_of(args, preset, training)
-    sources = tuple(args.sources or ())
-    reports = experiment.run([Variant(name, VARIANTS[name], sources) for name in args.variants], args.seeds)
+    chosen = {"num_train_epochs": args.epochs, "learning_rate": args.learning_rate}
+    training |= {name: value for name, value in chosen.items() if value is not None}
+    variants = [Variant(name, VARIANTS[name], tuple(args.sources or ())) for name in args.variants]
+    reports = experiment_of(args, preset, training).run(variants, args.seeds)
     if PartialState().is_main_process:
         tables = write_transfer_results(reports, args.output_dir)
         print(

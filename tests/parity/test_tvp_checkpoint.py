@@ -62,7 +62,7 @@ def test_the_published_prompt_runs_on_a_llava_and_shows_as_a_picture(checkpoint,
 
 
 def test_the_official_arithmetic_is_the_layers(checkpoint, tmp_path):
-    """Shrunk by a processor: zero-padded image + prompt, then CLIP's normalisation, as `Pertubation_LLM` does."""
+    """Shrunk by a processor: zero-padded image + prompt, then CLIP's normalisation, as the official code does."""
     from peft_vlm.data.shrink import ShrinkingProcessor
     from peft_vlm.methods.tvp import prompt_layer_of
 

@@ -91,7 +91,9 @@ def draw_images(
     ink = (palette[chosen] + 0.04 * torch.randn(count, 3, generator=generator)).clamp(0, 1)
     far = (ink.mean(dim=1, keepdim=True) < 0.55).float()
     foreground = torch.where(coloured[:, None], ink, foreground)
-    background = torch.where(coloured[:, None], far + (1 - 2 * far) * 0.1 * torch.rand(count, 3), background)
+    background = torch.where(
+        coloured[:, None], far + (1 - 2 * far) * 0.1 * torch.rand(count, 3, generator=generator), background
+    )
     grid = F.affine_grid(random_affine(count, generator), [count, 4, size, size], align_corners=False)
     image = rgba.permute(0, 3, 1, 2).float().div_(255)
     colour, alpha = image[:, :3], image[:, 3:]

@@ -125,7 +125,8 @@ def test_the_cache_changes_neither_loss_nor_gradients(checkpointing):
         output.loss.backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         outcomes.append((output.loss.detach(), output.logits.detach(), output.labels, gradients))
-    assert_close(outcomes[0], outcomes[1], rtol=1e-5, atol=1e-6)
+    # batches of another size are summed in another order by several threads: a few 1e-6 on logits near zero
+    assert_close(outcomes[0], outcomes[1], rtol=1e-5, atol=1e-5)
 
 
 def test_states_are_stored_once_for_fixed_pictures_and_per_epoch_for_changing_ones(monkeypatch):

@@ -1,7 +1,5 @@
 """Train a pixel prompt on one or some image-text models, several ways and seeds, and measure it on all of them."""
 
-import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,10 +25,9 @@ from peft_vlm.evaluation.transfer import (
 )
 from peft_vlm.json_files import write_json
 from peft_vlm.objective import Objective
+from peft_vlm.prompting.prompt_picture import remove_prompts
 from peft_vlm.text.candidates import Candidates, tokenize_candidates
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,14 @@ class ImageTextModel:
         name: Name in the reports.
         model: The base model; prompts are put on it and taken off again.
         collator: Makes its inputs; holds its processor.
+        training_collator: Makes the inputs of training where they have more columns, such as those of TSE's CLIP;
+            None: `collator`.
     """
 
     name: str
     model: nn.Module
     collator: QuestionCollator
+    training_collator: QuestionCollator | None = None
 
     @classmethod
     def load(cls, name_or_path: str, *, clip_processor: Any = None, **options: Any) -> "ImageTextModel":
@@ -58,7 +58,8 @@ class ImageTextModel:
         """
         model = AutoModelForImageTextToText.from_pretrained(name_or_path, **options)
         processor = AutoProcessor.from_pretrained(name_or_path)
-        return cls(Path(name_or_path).name, model, QuestionCollator(processor, clip_processor=clip_processor))
+        training = None if clip_processor is None else QuestionCollator(processor, clip_processor=clip_processor)
+        return cls(Path(name_or_path).name, model, QuestionCollator(processor), training)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class TransferExperiment:
             The objective's settings.
         """
         first, *others = self._sources(variant)
-        questions = self.train(seed).with_collator(first.collator)
+        questions = self.train(seed).with_collator(first.training_collator or first.collator)
         candidates = tokenize_candidates(
             first.collator.tokenizer,
             questions.class_names,
@@ -179,7 +180,7 @@ class TransferExperiment:
             prompt_png(model, folder / "prompt.png")
         model.unload()
         for base, home in homes:
-            _forget_adapters(base)
+            remove_prompts(base)
             _bring(base, home)
         self._device = args.device
         return objective.config_dict()
@@ -207,7 +208,6 @@ class TransferExperiment:
                 known = self._baselines[name]
                 effects[name] = PromptEffect(known.full_size, known.shrunken, self.score(model, questions))
             model.unload()
-            _forget_adapters(member.model)
             _bring(member.model, home)
         sources = tuple(member.name for member in self._sources(variant))
         run = {**settings, "training": self.training}
@@ -253,7 +253,7 @@ def _columns(reports: Sequence[TransferReport]) -> dict[str, Any]:
     first = reports[0]
     return {
         "sources": list(first.sources),
-        "settings": json.loads(json.dumps(first.settings)),
+        "settings": first.settings,
         "models": {
             name: {key: [asdict(r.effects[name])[key] for r in reports] for key in asdict(first.effects[name])}
             for name in first.effects
@@ -267,18 +267,4 @@ def _bring(model: nn.Module, device: torch.device) -> None:
     """Move a model, unless it is there: quantised ones may refuse to be moved at all."""
     if next(model.parameters()).device != device:
         model.to(device)
-
-
-def _forget_adapters(model: nn.Module) -> None:
-    """Remove what PEFT leaves on a base model, so that the next adapter does not warn of a second one."""
-    from peft_vlm.prompting.pixel_prompt import PixelPrompt
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, PixelPrompt):
-            model.set_submodule(name, module.base_layer)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-    if hasattr(model, "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = False
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing without a GPU

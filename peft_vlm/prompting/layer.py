@@ -85,8 +85,20 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         )
 
 
-class LearnedPrompt(PromptLayer):
-    """A layer with one learned tensor per adapter. Unknown attributes are those of the layer it wraps.
+class StandInLayer(PromptLayer):
+    """A layer that others may ask for anything the layer it wraps has: unknown attributes are those of that layer."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith("__"):
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+
+class LearnedPrompt(StandInLayer):
+    """A layer with one learned tensor per adapter.
 
     Args:
         base_layer: The frozen layer.
@@ -97,14 +109,6 @@ class LearnedPrompt(PromptLayer):
         super().__init__(base_layer)
         self.adapter_layer_names = (f"{prefix}prompt",)
         setattr(self, f"{prefix}prompt", nn.ParameterDict())
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("__"):
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
 
     @property
     def prompts(self) -> nn.ParameterDict:

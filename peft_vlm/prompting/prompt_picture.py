@@ -1,4 +1,4 @@
-"""A model's pixel prompt from outside: switch it off for a moment, read it, show it."""
+"""A model's pixel prompt from outside: switch it off for a moment, take it off, read it, show it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +31,19 @@ def prompt_layer_of(model: nn.Module) -> PixelPrompt:
         f"Expected a model with a pixel prompt, got `{type(model).__name__}` without. Add one with "
         "`get_peft_model(model, TVPConfig.for_processor(processor))`, or load one with `PeftModel.from_pretrained`."
     )
+
+
+def remove_prompts(model: nn.Module) -> None:
+    """Give a base model back as it was before pixel prompts were put on it, with nothing that PEFT left there.
+
+    Args:
+        model: The base model itself, not the `PeftModel` around it.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PixelPrompt):
+            model.set_submodule(name, module.base_layer)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 @contextmanager

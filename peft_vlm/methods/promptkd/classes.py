@@ -13,13 +13,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from peft_vlm.errors import AdapterError, ClassNameError
 from peft_vlm.methods.promptkd.config import PromptKDConfig
-from peft_vlm.prompting.layer import PromptLayer
+from peft_vlm.prompting.layer import PromptLayer, StandInLayer
 from peft_vlm.text.prompts import check_class_names
 from peft_vlm.text.templates import readable
 from peft_vlm.towers import towers_of
 
 
-class StoredClassText(PromptLayer):
+class StoredClassText(StandInLayer):
     """The text tower, which has no work while a PromptKD adapter is active: it only checks what it is asked.
 
     Args:
@@ -34,14 +34,6 @@ class StoredClassText(PromptLayer):
         self.prefix = prefix
         self.adapter_configs: dict[str, PromptKDConfig] = {}
         self.texts_are_classes = False
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("__"):
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
 
     def add_adapter(self, adapter_name: str, config: Any) -> None:
         """Remember the adapter; it has no tensors here.

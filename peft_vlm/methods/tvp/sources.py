@@ -11,8 +11,7 @@ from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.errors import DataError
 from peft_vlm.methods.tvp.frozen import recomputes
 from peft_vlm.methods.tvp.sharing import share_prompt
-from peft_vlm.prompting.pixel_prompt import PixelPrompt
-from peft_vlm.prompting.prompt_picture import active_name, prompt_layer_of
+from peft_vlm.prompting.prompt_picture import active_name, prompt_layer_of, remove_prompts
 from peft_vlm.towers import unwrap
 
 
@@ -68,15 +67,7 @@ def share_once(shared: PeftModel | None, source: PeftModel, model: nn.Module, *,
     if shared is not None and name in prompt_layer_of(shared).prompts:
         if prompt_layer_of(shared).prompts[name] is layer.prompts[name]:
             return shared
-    _remove_prompts(model)
+    remove_prompts(model)
     if any(map(recomputes, source.modules())):
         unwrap(model).activation_checkpointing_enable()
     return share_prompt(source, model, processor=processor)
-
-
-def _remove_prompts(model: nn.Module) -> None:
-    """Give a model back as it was before an earlier run put its prompt on it."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, PixelPrompt):
-            model.set_submodule(name, module.base_layer)
-            del model.peft_config

@@ -54,7 +54,8 @@ LAYERS = {
     "": 5,
     "cli": 5,
 }
-#: Imports inside one layer that the design allows. Layers 0, 1, 4 and 5 are single files: the cycle test parts them.
+#: Imports inside one layer that the design allows. Layers 0, 1, 4 and 5 are single files (and `cli`, which nothing
+#: imports): the cycle test parts them.
 SAME_LAYER = {("training", "evaluation"), ("hub", "evaluation")}
 SINGLE_FILE_LAYERS = {0, 1, 4, 5}
 

@@ -1,0 +1,49 @@
+"""`peft-vlm evaluate`: the accuracy of a model or adapter under a protocol."""
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+from peft_vlm.cli.command import add_command, print_json, read_settings
+from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
+
+EXAMPLES = """
+  peft-vlm evaluate --protocol zero-shot --dataset examples/assets/icons --model examples/assets/clip_student \\
+      --template "a {} icon" --output_dir outputs/zero_shot
+  peft-vlm evaluate --protocol base-to-new --dataset my_images/ --adapter outputs/demo/icons/skip_tuning/seed1 \\
+      --output_dir outputs/base_to_new
+  peft-vlm evaluate settings.yaml
+"""
+
+
+def register(commands: Any) -> None:
+    """Add the command to the program.
+
+    Args:
+        commands: What `add_subparsers` gave.
+    """
+    add_command(
+        commands,
+        "evaluate",
+        run,
+        summary="zero-shot, few-shot, base-to-new, cross-dataset or domain-shift accuracy of a model or adapter",
+        description="Writes report.json, scores.png and a confusion matrix per part.",
+        examples=EXAMPLES,
+        settings=[EvaluationArguments],
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate by flags, or by one YAML or JSON file.
+
+    Args:
+        arguments: Parsed words.
+    """
+    (settings,) = read_settings(arguments, EvaluationArguments)
+    report = run_evaluation(settings)
+    if arguments.json:
+        print_json(asdict(report))
+        return
+    for name, score in report.scores.items():
+        print(f"{name:24}{score:7.2f} %")
+    print(f"Written to {settings.output_dir}")

@@ -2,12 +2,16 @@
 #   make test                      the fast test suite
 #   make test PYTHON=python3.12    with another interpreter (needed only once, when .venv is made)
 #   make test ARGS="-k skip -x"    with more pytest arguments
+#   make test WORKERS=8            with more processes; WORKERS=0 in one, which `--pdb` needs
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 PYTEST = $(BIN)/python -m pytest
+# Each process takes a run of neighbouring tests, which share their fixtures, and then work from the slower one.
+PARALLEL = -n $(WORKERS) --dist worksteal
 
 .PHONY: help demo test test-slow test-distributed test-faults check format wheel ci clean
 
@@ -26,7 +30,7 @@ demo: $(STAMP)
 	@$(BIN)/python examples/train_skip_tuning.py --preset demo $(ARGS)
 
 test: $(STAMP)
-	@$(PYTEST) --ignore=tests/distributed --ignore=tests/faults $(ARGS)
+	@$(PYTEST) $(PARALLEL) --ignore=tests/distributed --ignore=tests/faults $(ARGS)
 
 test-slow: $(STAMP)
 	@echo "The slow tests take many minutes"
@@ -55,7 +59,7 @@ wheel: $(STAMP)
 
 # One pytest run for the fast, distributed and fault tests, and last, so that its summary closes the output.
 ci: check wheel
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) $(PARALLEL) $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("peft_vlm needs Python 3.11 or newer, got " + sys.version.split()[0] + ": call `make PYTHON=/path/to/python3.11 ...`")'

@@ -1,4 +1,4 @@
-"""What every test relies on: no model hub, no progress bars, fixed seeds."""
+"""What every test relies on: no model hub, no progress bars, fixed seeds, one thread for each of several workers."""
 
 import os
 
@@ -6,12 +6,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
 
 import pytest
+import torch
+from accelerate.state import GradientState
 from transformers import set_seed
+
+
+def pytest_configure() -> None:
+    """The threads of a worker, should a plugin have imported torch first."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Every test starts from the same random state, whatever ran before it."""
+    """Every test starts from the same random state and without what earlier trainers left in Accelerate."""
     set_seed(0)
+    GradientState._reset_state()

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import GradientState
 from torch import nn
 from torch.testing import assert_close
 
@@ -81,7 +80,6 @@ def test_a_gradient_scaler_changes_nothing_and_skips_overflow():
 
 def test_accumulated_batches_make_one_step_of_their_mean(tmp_path):
     """Normalising every batch would weigh a batch with a small gradient as much as one with a large one."""
-    GradientState._reset_state()  # what trainers of earlier tests left in Accelerate's process-wide state
     accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
     prompt = nn.Linear(2, 2, bias=False)
     nn.init.zeros_(prompt.weight)

@@ -12,6 +12,10 @@ class AdapterError(PeftVLMError):
     """An adapter folder, file or name does not fit: damaged, incomplete, made for another base model, stale."""
 
 
+class CheckpointError(PeftVLMError):
+    """A checkpoint could not be written, or is damaged or incomplete."""
+
+
 class ClassNameError(PeftVLMError):
     """Class names or templates cannot be used: duplicates, empty names, prompts that are too long."""
 

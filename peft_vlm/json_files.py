@@ -18,3 +18,12 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: The file.
+    """
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -133,7 +133,10 @@ class Objective(ABC):
         return []
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What an exact resume needs beyond the adapter; saved as safetensors in every checkpoint."""
+        """What an exact resume needs beyond the adapter; saved as safetensors in every checkpoint.
+
+        Called on every process, so that it may collect what each of them holds; the main one's answer is saved.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ LAYERS = {
     "figures": 0,
     "json_files": 0,
     "presets": 0,
+    "processes": 0,
     "shapes": 0,
     "sequences": 0,
     "slots": 0,

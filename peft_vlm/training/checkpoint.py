@@ -5,6 +5,7 @@ from pathlib import Path
 from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModel
 
 from peft_vlm.errors import AdapterError
@@ -56,14 +57,13 @@ def load_weights(module: TrainingModule, folder: Path) -> None:
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), adapter_name=name)
 
 
-def save_objective_state(objective: Objective, folder: Path) -> None:
+def save_objective_state(state: dict[str, Tensor], folder: Path) -> None:
     """Save what the objective needs for an exact resume.
 
     Args:
-        objective: The run's objective.
+        state: Mapping of `Objective.state_dict`.
         folder: Checkpoint folder.
     """
-    state = objective.state_dict()
     if state:
         save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / OBJECTIVE_STATE_NAME)
 

@@ -4,27 +4,26 @@ Overrides of its internals live here.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.objective import EpochBatchSampler, Objective
 from peft_vlm.training.arguments import VLMTrainingArguments
 from peft_vlm.training.artifacts import ArtifactsCallback, describe_adapter
 from peft_vlm.training.callbacks import ObjectiveCallback
-from peft_vlm.training.checkpoint import load_objective_state, load_weights, save_objective_state, save_weights
 from peft_vlm.training.checks import check_run
 from peft_vlm.training.module import TrainingModule
+from peft_vlm.training.resumable import ResumableTrainer
 from peft_vlm.training.schedule import epoch_cosine_scheduler
 
 
-class VLMTrainer(Trainer):
+class VLMTrainer(ResumableTrainer):
     """Trains an adapter (or, for baselines, a whole model) by an objective.
 
     Checkpoints hold the adapter only, plus what an exact resume needs. At the end `output_dir` holds the adapter,
@@ -213,24 +212,6 @@ class VLMTrainer(Trainer):
         """Save the adapter, with everything needed to use it, from the main process."""
         describe_adapter(self.model.model, self.objective, self.train_dataset)
         super().save_model(output_dir, _internal_call=_internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write adapter weights and objective state; no pickled arguments."""
-        folder = Path(output_dir or self.args.output_dir)
-        if not self.args.should_save:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(self.model, folder)
-        save_objective_state(self.objective, folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Restore adapter and objective, whatever the adapter's name."""
-        load_weights(self.model, Path(resume_from_checkpoint))
-        load_objective_state(self.objective, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        """Load the best checkpoint's adapter under its own name; the base class would always load `default`."""
-        load_weights(self.model, Path(self.state.best_model_checkpoint))
 
 
 class ProcessShard(EpochBatchSampler):

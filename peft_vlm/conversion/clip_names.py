@@ -1,0 +1,198 @@
+"""Tensor names of OpenAI's CLIP and open_clip, and the Hugging Face names of the same tensors.
+
+OpenAI keeps query, key and value of an attention in one tensor and multiplies by its two projections from the right;
+Hugging Face has three tensors, and `nn.Linear`s that are the transposes. Nothing else differs but the names.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPConfig
+
+from peft_vlm.errors import AdapterError, UnsupportedModelError
+
+WHOLE_NAMES = {
+    "logit_scale": "logit_scale",
+    "text_projection": "text_projection.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "visual.proj": "visual_projection.weight",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+}
+LAYER_PARTS = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+TRANSPOSED = ("text_projection", "visual.proj")
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask")
+"""Entries of state dicts that only repeat the shapes, or the causal mask."""
+
+HEAD_WIDTH = 64
+"""Width of an attention head in every CLIP of OpenAI, and in most of open_clip."""
+
+_LAYER = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
+_OPEN_CLIP_TEXT = tuple(
+    f"text.{name}"
+    for name in ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
+)
+
+
+def is_clip(names: Mapping[str, Any]) -> bool:
+    """Whether a state dict is a whole CLIP under the names of OpenAI or open_clip.
+
+    Args:
+        names: State dict.
+    """
+    return "visual.proj" in names and ("token_embedding.weight" in names or "text.token_embedding.weight" in names)
+
+
+def to_hf_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names of `CLIPModel`.
+
+    Args:
+        tensors: Any part of a state dict with OpenAI's names; those of open_clip's text tower may begin with `text.`.
+
+    Raises:
+        AdapterError: If a name is none of a CLIP with a vision transformer.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = name.removeprefix("text.") if name.startswith(_OPEN_CLIP_TEXT) else name
+        if plain in WHOLE_NAMES:
+            renamed[WHOLE_NAMES[plain]] = tensor.T.contiguous() if plain in TRANSPOSED else tensor
+            continue
+        layer = _LAYER.fullmatch(plain)
+        target = layer and _layer_names(layer)
+        if not target:
+            raise AdapterError(
+                f"Expected tensors of a CLIP with a vision transformer, got {name!r} of shape {tuple(tensor.shape)}, "
+                "which that architecture does not have."
+            )
+        renamed |= zip(target, tensor.chunk(len(target)), strict=True)
+    return renamed
+
+
+def _layer_names(layer: re.Match[str]) -> list[str]:
+    """Names of what one tensor of a layer becomes; none for an unknown part."""
+    visual, index, part, kind = layer.groups()
+    path = f"{'vision' if visual else 'text'}_model.encoder.layers.{index}."
+    if part == "attn.in_proj":
+        return [f"{path}self_attn.{name}.{kind}" for name in ATTENTION_INPUTS]
+    return [f"{path}{LAYER_PARTS[part]}.{kind}"] if part in LAYER_PARTS else []
+
+
+def to_openai_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a `CLIPModel` under OpenAI's names; the inverse of `to_hf_names`.
+
+    Args:
+        tensors: State dict of a `CLIPModel`, or whole layers of it.
+    """
+    whole = {hf: openai for openai, hf in WHOLE_NAMES.items()}
+    parts = {hf: openai for openai, hf in LAYER_PARTS.items()}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in whole:
+            openai = whole[name]
+            renamed[openai] = tensor.T.contiguous() if openai in TRANSPOSED else tensor
+            continue
+        tower, _, _, index, part = name.split(".", 4)
+        path = f"{'visual.' if tower == 'vision_model' else ''}transformer.resblocks.{index}."
+        part, _, kind = part.rpartition(".")
+        if part in parts:
+            renamed[f"{path}{parts[part]}.{kind}"] = tensor
+        elif part == "self_attn.q_proj":
+            stack = [tensors[name.replace("q_proj", other)] for other in ATTENTION_INPUTS]
+            renamed[f"{path}attn.in_proj_{kind}"] = torch.cat(stack)
+    return renamed
+
+
+def clip_config(
+    tensors: Mapping[str, Tensor],
+    *,
+    hidden_act: str,
+    vision_head_width: int = HEAD_WIDTH,
+    text_heads: int | None = None,
+) -> CLIPConfig:
+    """Configuration of the `CLIPModel` that a state dict belongs to.
+
+    Args:
+        tensors: Whole state dict with OpenAI's or open_clip's names.
+        hidden_act: `"quick_gelu"` for OpenAI's weights and open_clip's `-quickgelu` models, `"gelu"` for the others.
+        vision_head_width: Width of an attention head in the vision tower.
+        text_heads: Attention heads of the text tower; None: of width 64.
+
+    Raises:
+        UnsupportedModelError: If it is no CLIP with two transformers.
+    """
+    check_architecture(tensors)
+    hf = to_hf_names({name: tensor for name, tensor in tensors.items() if name not in NOT_WEIGHTS})
+    patch, positions = (hf[f"vision_model.embeddings.{n}_embedding.weight"] for n in ("patch", "position"))
+    vocabulary, text_width = hf["text_model.embeddings.token_embedding.weight"].shape
+    towers = {
+        tower: {
+            "hidden_size": width,
+            "intermediate_size": len(hf[f"{tower}_model.encoder.layers.0.mlp.fc1.bias"]),
+            "num_hidden_layers": sum(name.endswith("layer_norm1.bias") for name in hf if name.startswith(tower)),
+            "num_attention_heads": heads,
+            "hidden_act": hidden_act,
+            "projection_dim": len(hf["visual_projection.weight"]),
+        }
+        for tower, width, heads in (
+            ("text", text_width, text_heads or text_width // HEAD_WIDTH),
+            ("vision", len(patch), len(patch) // vision_head_width),
+        )
+    }
+    towers["text"] |= {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": len(hf["text_model.embeddings.position_embedding.weight"]),
+        # the start and end token are the last two of the vocabulary; the padding behind the end is never seen
+        **{"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1},
+    }
+    size = patch.shape[-1] * round((len(positions) - 1) ** 0.5)
+    towers["vision"] |= {"patch_size": patch.shape[-1], "image_size": size}
+    return CLIPConfig(
+        text_config=towers["text"], vision_config=towers["vision"], projection_dim=len(hf["visual_projection.weight"])
+    )
+
+
+def check_architecture(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what is no CLIP with two transformers, by name.
+
+    Args:
+        tensors: Whole state dict.
+
+    Raises:
+        UnsupportedModelError: Naming the kind, where it is known.
+    """
+    known = {
+        "visual.layer1.0.conv1.weight": "a CLIP with a ResNet (RN50 and relatives), which transformers does not have",
+        "visual.trunk.patch_embed.proj.weight": "an open_clip model with a vision tower of timm",
+        "text.transformer.embeddings.word_embeddings.weight": "an open_clip model with a text tower of transformers",
+        "text.cls_emb": "CoCa, whose text tower reads out a class token",
+        "logit_bias": "a SigLIP, which loads as `SiglipModel` from its Hugging Face repository",
+        "visual.transformer.resblocks.0.ls_1.gamma": "an open_clip model with scaled layers",
+        "visual.attn_pool.query": "an open_clip model with attention pooling",
+    }
+    for name, kind in known.items():
+        if name in tensors:
+            raise UnsupportedModelError(f"Expected a CLIP with two transformers, got {kind} (tensor {name!r}).")
+    if not is_clip(tensors):
+        raise UnsupportedModelError(
+            "Expected the state dict of a CLIP with the names of OpenAI or open_clip ('visual.proj', "
+            f"'token_embedding.weight', ...), got {sorted(tensors)[:4]!r}."
+        )

@@ -1,6 +1,7 @@
 """CoOp (IJCV 2022): learned context vectors in the class prompts."""
 
 from peft_vlm.methods.coop.config import CoOpConfig
+from peft_vlm.methods.coop.convert import convert_checkpoint
 from peft_vlm.methods.coop.model import CoOpModel
 from peft_vlm.methods.coop.objective import CoOpObjective
 from peft_vlm.methods.coop.presets import preset_for
@@ -8,4 +9,4 @@ from peft_vlm.registry import register_method
 
 register_method("coop", config_cls=CoOpConfig, model_cls=CoOpModel)
 
-__all__ = ["CoOpConfig", "CoOpModel", "CoOpObjective", "preset_for"]
+__all__ = ["CoOpConfig", "CoOpModel", "CoOpObjective", "convert_checkpoint", "preset_for"]

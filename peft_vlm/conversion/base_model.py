@@ -1,0 +1,130 @@
+"""The CLIP that an official checkpoint was made on, under the official names, and the adapter that goes onto it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import set_peft_model_state_dict
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+
+from peft_vlm.conversion.clip_names import to_openai_names
+from peft_vlm.conversion.new_folder import new_folder
+from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
+from peft_vlm.errors import AdapterError, UnsupportedModelError
+from peft_vlm.json_files import write_json
+
+REPORT_NAME = "conversion.json"
+"""What became of each tensor of the official file, beside the adapter."""
+
+ADAPTER_PREFIX = "base_model.model."
+"""What PEFT puts in front of every name in an adapter's weights file."""
+
+
+def load_base(base_model: str | Path) -> CLIPModel:
+    """The CLIP of a training.
+
+    Args:
+        base_model: Folder or id.
+
+    Raises:
+        AdapterError: If there is no such model.
+        UnsupportedModelError: If it is no `CLIPModel`.
+    """
+    try:
+        model = AutoModel.from_pretrained(str(base_model), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"The base model {str(base_model)!r} could not be loaded: {error}. Pass the folder or id of the CLIP of "
+            "the training; `convert_clip` makes such a folder of OpenAI's or open_clip's weights."
+        ) from error
+    if not isinstance(model, CLIPModel):
+        raise UnsupportedModelError(
+            f"Expected a `CLIPModel` as base model, got `{type(model).__name__}` from {str(base_model)!r}. The "
+            "official codes know no other family."
+        )
+    return model.eval()
+
+
+def base_tokenizer(model: CLIPModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a base model; None when its folder has none.
+
+    Args:
+        model: What `load_base` gave.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    except (OSError, ValueError, TypeError):
+        return None
+    # transformers 5 builds a CLIPTokenizer that knows only its special tokens when the folder has no vocabulary
+    return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None
+
+
+def official_weights(model: CLIPModel) -> dict[str, Tensor]:
+    """The weights of a CLIP under the names that the official trainers give them.
+
+    Args:
+        model: A plain `CLIPModel`.
+    """
+    named = to_openai_names({name: tensor.detach() for name, tensor in model.state_dict().items()})
+    return {official_name(name): tensor for name, tensor in named.items()}
+
+
+def official_name(openai: str) -> str:
+    """Name of a CLIP tensor in a trainer's model: `image_encoder.*`, `text_encoder.*`, `logit_scale`.
+
+    Args:
+        openai: OpenAI's name.
+    """
+    if openai.startswith("visual."):
+        return openai.replace("visual.", "image_encoder.", 1)
+    return openai if openai == "logit_scale" else f"text_encoder.{openai}"
+
+
+def openai_name(official: str) -> str:
+    """The inverse of `official_name`.
+
+    Args:
+        official: Name in a trainer's model.
+    """
+    if official.startswith("image_encoder."):
+        return official.replace("image_encoder.", "visual.", 1)
+    return official.removeprefix("text_encoder.")
+
+
+def write_adapter(
+    base: CLIPModel, config: Any, tensors: Mapping[str, Tensor], folder: str | Path, *, file: OfficialFile, kind: str
+) -> ConversionReport:
+    """Put tensors into a new adapter of a base model and write its folder, with the report beside it.
+
+    Args:
+        base: What `load_base` gave; carries the adapter afterwards.
+        config: Configuration of the adapter.
+        tensors: The adapter's tensors by their names in the base model.
+        folder: New folder.
+        file: The account of the official file.
+        kind: What the file is.
+    """
+    model = get_peft_model(base, config)
+    assert isinstance(model, PeftModel)
+    set_peft_model_state_dict(model, {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in tensors.items()})
+    return save_adapter(model, folder, file=file, kind=kind)
+
+
+def save_adapter(model: PeftModel, folder: str | Path, *, file: OfficialFile, kind: str) -> ConversionReport:
+    """Write the folder of a finished adapter, with the report beside it.
+
+    Args:
+        model: Model with the adapter.
+        folder: New folder.
+        file: The account of the official file.
+        kind: What the file is.
+    """
+    config = model.active_peft_config
+    report = file.report(kind, config)
+    with new_folder(folder) as part:
+        model.save_pretrained(part)
+        write_json(part / REPORT_NAME, report.to_dict())
+    return report

@@ -1,0 +1,146 @@
+"""Class names read off the token embeddings that official prompt learners keep as buffers.
+
+A prompt learner stores, for each class of its training, the embeddings of the start token (`token_prefix`) and of all
+that follows the context (`token_suffix`): class name, full stop, end token, padding. Looked up in the base model's
+embedding table they give the token ids back, hence the names, and they show whether the base model is the right one.
+"""
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import CLIPModel, PreTrainedTokenizerBase
+
+from peft_vlm.conversion.official_file import FROZEN_TOLERANCE, OfficialFile
+from peft_vlm.errors import AdapterError, ClassNameError
+
+ROWS_AT_A_TIME = 512
+
+
+def training_class_names(
+    file: OfficialFile,
+    suffix: str,
+    *,
+    base: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    class_names: Sequence[str] | None,
+    words_before: Sequence[int] = (),
+) -> list[str] | None:
+    """Names of the classes of a training, in label order; None where neither file nor caller has them.
+
+    Args:
+        file: File with prompt-learner buffers, or without.
+        suffix: Name of the buffer with the class names.
+        base: The base model.
+        tokenizer: Its tokenizer.
+        class_names: What the caller says they are; checked against the file.
+        words_before: Token ids between the context and the class name.
+
+    Raises:
+        ClassNameError: If the names given are not those of the file, or cannot be read off it and none are given.
+    """
+    if suffix not in file.tensors or tokenizer is None:
+        if class_names is None:
+            why = "no tokenizer beside the base model" if suffix in file.tensors else f"no {suffix!r} in the file"
+            file.note(f"No class names: {why}. Name them when predicting, or convert again with class names.")
+        return None if class_names is None else list(class_names)
+    rows = _texts(token_ids(file, suffix, base), _end_token(base), words_before, file)
+    if class_names is None:
+        return _decoded(rows, tokenizer, file)
+    given = [_tokens(name, tokenizer) for name in class_names]
+    if len(given) != len(rows):
+        raise ClassNameError(
+            f"Expected the {len(rows)} class names of the training, got {len(given)}. Leave them out to read them off "
+            f"{str(file.path)!r}; an adapter with learned context can be used with other classes whatever it records."
+        )
+    wrong = [index for index, (own, theirs) in enumerate(zip(given, rows, strict=True)) if own != theirs]
+    if wrong:
+        raise ClassNameError(
+            f"Expected the class names of the training in its order, got {class_names[wrong[0]]!r} for class "
+            f"{wrong[0]}, where {str(file.path)!r} has {tokenizer.decode(rows[wrong[0]])!r} ({len(wrong)} of "
+            f"{len(rows)} differ). Leave them out to read them off the file."
+        )
+    return list(class_names)
+
+
+def token_ids(file: OfficialFile, name: str, base: CLIPModel) -> Int[Tensor, "classes tokens"]:
+    """Token ids of stored embeddings.
+
+    Args:
+        file: File with them.
+        name: Name of a tensor of shape (classes, tokens, width).
+        base: Model whose embedding table they come from.
+
+    Raises:
+        AdapterError: If they are not rows of that table.
+    """
+    embeddings = file.tensors[name]
+    table = base.text_model.embeddings.token_embedding.weight.detach()
+    if embeddings.ndim != 3 or embeddings.shape[-1] != table.shape[-1]:
+        raise AdapterError(
+            f"Expected {name!r} of shape (classes, tokens, {table.shape[-1]}), got {tuple(embeddings.shape)}. "
+            f"{str(file.path)!r} was made on another CLIP than {base.name_or_path!r}."
+        )
+    distinct, which = embeddings.flatten(0, 1).unique(dim=0, return_inverse=True)
+    found = torch.empty(len(distinct), dtype=torch.long)
+    rounded = table.to(embeddings.dtype).float()
+    for start in range(0, len(distinct), ROWS_AT_A_TIME):
+        chunk = distinct[start : start + ROWS_AT_A_TIME].float()
+        distances, nearest = torch.cdist(chunk, rounded).min(dim=1)
+        if bool((distances > FROZEN_TOLERANCE * chunk.norm(dim=1)).any()):
+            raise AdapterError(
+                f"{str(file.path)!r} was made on another CLIP than {base.name_or_path!r}: its class prompts are not "
+                "made of that model's token embeddings. Pass the base model of the training."
+            )
+        found[start : start + len(chunk)] = nearest
+    return found[which].view(embeddings.shape[:2])
+
+
+def context_buffers(
+    embeddings: Float[Tensor, "classes tokens width"], num_tokens: int
+) -> dict[str, Float[Tensor, "classes rest width"]]:
+    """The buffers of a prompt learner, the other way round.
+
+    Args:
+        embeddings: Token embeddings of the class prompts, of the text tower's full length.
+        num_tokens: Context vectors.
+    """
+    return {"token_prefix": embeddings[:, :1].clone(), "token_suffix": embeddings[:, 1 + num_tokens :].clone()}
+
+
+def _end_token(base: CLIPModel) -> int:
+    text: Any = base.config.text_config
+    return text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
+
+
+def _texts(ids: Tensor, end: int, words_before: Sequence[int], file: OfficialFile) -> list[list[int]]:
+    """Token ids of each class name with its full stop."""
+    rows = [list(takewhile(lambda token: token != end, row)) for row in ids.tolist()]
+    count = len(words_before)
+    if any(row[:count] != list(words_before) for row in rows):
+        raise AdapterError(
+            f"Expected class prompts that go on with the rest of `context_init` behind the context, got others in "
+            f"{str(file.path)!r}. Pass the words that the training started from (official `CTX_INIT`)."
+        )
+    return [row[count:] for row in rows]
+
+
+def _tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a class name as the official prompts have it: underscores as spaces, a full stop behind."""
+    return tokenizer(f"{name.replace('_', ' ')}.", add_special_tokens=False)["input_ids"]
+
+
+def _decoded(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, file: OfficialFile) -> list[str]:
+    """Names that give the same tokens again."""
+    names = [tokenizer.decode(row).strip().removesuffix(".").strip() for row in rows]
+    for name, row in zip(names, rows, strict=True):
+        if _tokens(name, tokenizer) != row:
+            raise ClassNameError(
+                f"The class names of {str(file.path)!r} cannot be read off it: {tokenizer.decode(row)!r} gives other "
+                "tokens than the file has. Pass the class names of the training."
+            )
+    file.note(f"{len(names)} class names were read off the file, in lower case as its tokens spell them.")
+    return names

@@ -1,0 +1,145 @@
+"""Official CoOp checkpoints to adapter folders, and those of two methods that train CoOp's context otherwise.
+
+KgCoOp pulls the class features towards those of a fixed template, POMP samples classes: losses, not other prompts.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from peft_vlm.conversion.base_model import base_tokenizer, load_base, write_adapter
+from peft_vlm.conversion.class_texts import training_class_names
+from peft_vlm.conversion.formats import OfficialFormat, register_format
+from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
+from peft_vlm.errors import AdapterError
+from peft_vlm.methods.coop.config import CoOpConfig
+
+CONTEXT = "text_model.embeddings.token_embedding.coop_prompt"
+COOP_TENSORS = {"ctx", "token_prefix", "token_suffix"}
+
+
+def convert_checkpoint(
+    source: str | Path | OfficialFile,
+    folder: str | Path,
+    *,
+    base_model: str | Path,
+    class_position: str,
+    context_init: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> ConversionReport:
+    """Write an adapter folder from `prompt_learner/model.pth.tar-*` of CoOp or POMP.
+
+    Args:
+        source: The official file.
+        folder: New folder.
+        base_model: Folder or id of the CLIP of the training.
+        class_position: `"end"`, `"middle"` or `"front"`: official `CLASS_TOKEN_POSITION`, which no file records.
+        context_init: Words that the training started from (official `CTX_INIT`). The outputs do not depend on them;
+            with them, templates that begin with these words give them up to the context.
+        class_names: Classes of the training; by default read off the file.
+
+    Raises:
+        AdapterError: If the words are not as many tokens as there are context vectors, or contexts are class-specific.
+    """
+    file = OfficialFile.open(source)
+    kind, prefix = _kind(file.tensors), "prompt_learner." if "prompt_learner.ctx" in file.tensors else ""
+    base = load_base(base_model)
+    tokenizer = base_tokenizer(base)
+    context = _context(file, f"{prefix}ctx")
+    if context_init is not None and tokenizer is not None:
+        count = len(tokenizer(context_init, add_special_tokens=False)["input_ids"])
+        if count != len(context):
+            raise AdapterError(
+                f"Expected `context_init` of {len(context)} tokens, as many as {str(file.path)!r} has context "
+                f"vectors, got {context_init!r} with {count}. Leave it out where the training "
+                "started from random vectors."
+            )
+    buffers = f"{prefix}{'train_' if kind == 'POMP' else ''}token"
+    names = training_class_names(file, f"{buffers}_suffix", base=base, tokenizer=tokenizer, class_names=class_names)
+    file.set_aside(f"{buffers}_(prefix|suffix)", "embeddings of the training's class prompts, from the base model")
+    file.set_aside("test_token_(prefix|suffix)", "embeddings of the evaluation's class prompts, from the base model")
+    file.set_aside(rf"{prefix}(bias_vectors|meta_net\..*)", "read by nothing in the official code")
+    words = f"{context_init} " if context_init is not None and class_position == "end" else ""
+    config = CoOpConfig(
+        num_text_tokens=len(context),
+        context_init=context_init,
+        class_position=class_position,
+        class_names=names,
+        template=f"{words}{{}}.",
+    )
+    return write_adapter(base, config, {CONTEXT: context}, folder, file=file, kind=kind)
+
+
+def convert_kgcoop(
+    source: str | Path | OfficialFile,
+    folder: str | Path,
+    *,
+    base_model: str | Path,
+    context_init: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> ConversionReport:
+    """Write a CoOp adapter from a file of KgCoOp, whose class names always stand behind the context.
+
+    Args:
+        source: The official file.
+        folder: New folder.
+        base_model: Folder or id of the CLIP of the training.
+        context_init: As for CoOp.
+        class_names: As for CoOp.
+    """
+    settings = {"base_model": base_model, "context_init": context_init, "class_names": class_names}
+    return convert_checkpoint(source, folder, class_position="end", **settings)
+
+
+def _context(file: OfficialFile, name: str) -> Tensor:
+    """The context vectors, shared by all classes."""
+    shape = tuple(file.tensors[name].shape)
+    if len(shape) == 3:
+        raise AdapterError(
+            f"{str(file.path)!r} is a CoOp checkpoint with class-specific contexts (`CSC`): {shape[1]} vectors for "
+            f"each of {shape[0]} classes. They fit that one class list and have nothing to say about others, so "
+            "there is no adapter for them. Train with the shared context (`CSC False`)."
+        )
+    if len(shape) != 2:
+        raise AdapterError(f"Expected {name!r} of shape (tokens, width), got {shape} in {str(file.path)!r}.")
+    return file.take(name)
+
+
+def _kind(tensors: Mapping[str, Tensor]) -> str:
+    """Which of the three methods wrote a file."""
+    if "train_token_suffix" in tensors:
+        return "POMP"
+    return "KgCoOp" if any(name.endswith("bias_vectors") for name in tensors) else "CoOp"
+
+
+def is_coop(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file is CoOp's: a context, and at most the buffers beside it.
+
+    Args:
+        tensors: Tensors of the file.
+    """
+    return "ctx" in tensors and set(tensors) <= COOP_TENSORS
+
+
+def is_kgcoop(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file is KgCoOp's: a context with vectors that nothing reads.
+
+    Args:
+        tensors: Tensors of the file.
+    """
+    return "prompt_learner.bias_vectors" in tensors or {"ctx", "bias_vectors"} <= set(tensors)
+
+
+def is_pomp(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file is POMP's: a context with buffers for training and evaluation.
+
+    Args:
+        tensors: Tensors of the file.
+    """
+    return {"ctx", "train_token_suffix"} <= set(tensors)
+
+
+register_format(OfficialFormat("CoOp", is_coop, convert_checkpoint, "coop"))
+register_format(OfficialFormat("KgCoOp", is_kgcoop, convert_kgcoop, "coop"))
+register_format(OfficialFormat("POMP", is_pomp, convert_checkpoint, "coop"))

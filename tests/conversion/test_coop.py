@@ -111,13 +111,6 @@ def test_the_base_model_of_another_training_is_refused(teacher_folder, tmp_path)
         convert(official("E1_coop_words4_end"), tmp_path / "a", base_model=teacher_folder, class_position="end")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("E5_coop_csc16_end", r"class-specific contexts \(`CSC`\): 16 vectors for each of 7 classes"),
-        ("F_cocoop", "is a checkpoint of CoCoOp, which is no method of this package"),
-    ],
-)
 def test_maple_and_unknown_files_are_refused(student_folder, tmp_path):
     """MaPLe has PromptSRC's context too; without its projections the outputs would be others."""
     content = {"prompt_learner.ctx": torch.zeros(2, 64), "prompt_learner.proj.weight": torch.zeros(96, 64)}
@@ -132,6 +125,13 @@ def test_maple_and_unknown_files_are_refused(student_folder, tmp_path):
         convert(tmp_path / "nan.pth", tmp_path / "a", base_model=student_folder, class_position="end")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("E5_coop_csc16_end", r"class-specific contexts \(`CSC`\): 16 vectors for each of 7 classes"),
+        ("F_cocoop", "is a checkpoint of CoCoOp, which is no method of this package"),
+    ],
+)
 def test_what_cannot_be_an_adapter_is_refused_by_name(name, message, student_folder, tmp_path):
     with pytest.raises(AdapterError, match=message):
         convert(official(name), tmp_path / "a", base_model=student_folder, class_position="end")

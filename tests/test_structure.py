@@ -28,6 +28,7 @@ LAYERS = {
     "processes": 0,
     "shapes": 0,
     "sequences": 0,
+    "serving": 0,
     "slots": 0,
     "version": 0,
     "objective": 1,
@@ -55,8 +56,8 @@ LAYERS = {
     "": 5,
     "cli": 5,
 }
-#: Imports inside one layer that the design allows. Layers 0, 1, 4 and 5 are single files (and `cli`, which nothing
-#: imports): the cycle test parts them.
+#: Imports inside one layer that the design allows. Layers 0, 1, 4 and 5 are single files, or folders like
+#: `cli`: the cycle test parts them.
 SAME_LAYER = {("training", "evaluation"), ("hub", "evaluation")}
 SINGLE_FILE_LAYERS = {0, 1, 4, 5}
 
@@ -72,7 +73,7 @@ LONG_FUNCTIONS = {
 
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "misc", "common", "tools"}
 #: Imported only where an extra or the user's own install brings them.
-OPTIONAL_DISTRIBUTIONS = {"matplotlib"}
+OPTIONAL_DISTRIBUTIONS = {"matplotlib", "onnxruntime"}
 
 
 def part_of(name: str) -> str:

@@ -1,7 +1,6 @@
 """Whatever stands for an image, as an RGB picture in memory."""
 
 import io
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from peft_vlm.errors import DataError
-
-logger = logging.getLogger(__name__)
-_said: set[str] = set()
+from peft_vlm.serving.pictures import to_rgb
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 """What counts as an image in a folder. Pillow registers more, PDF and video among them, which it cannot read."""
@@ -48,7 +45,7 @@ def read_image(value: Any, *, where: str = "image") -> Image.Image:
         ) from error
     if 0 in image.size:
         raise DataError(f"{name} has no pixels: its size is {image.size}. Take it out of the dataset.")
-    return _to_rgb(image)
+    return to_rgb(image)
 
 
 def _source_name(value: Any) -> str:
@@ -84,24 +81,3 @@ def _from_array(array: np.ndarray) -> Image.Image:
             f"got {array.dtype} of shape {array.shape}. Scale to 0..255 and put the channels last."
         )
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    if image.mode.startswith("I;16") or image.mode == "I":
-        _say_once("16-bit grey images are scaled to 8 bits")
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        _say_once("transparent images are laid over white")
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    _say_once(f"images of mode {image.mode} are converted to RGB")
-    return image.convert("RGB")
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.info("%s (said once)", message)

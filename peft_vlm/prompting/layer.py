@@ -1,5 +1,6 @@
 """Plumbing that every wrapper of this package shares on top of PEFT's `BaseTunerLayer`."""
 
+import copy
 from typing import Any
 
 import torch
@@ -68,6 +69,16 @@ class PromptLayer(nn.Module, BaseTunerLayer):
                 "cannot be active together; activate one with `set_adapter(name)`."
             )
         super().set_adapter(names, inference_mode=inference_mode)
+
+    def plain(self) -> nn.Module:
+        """An ordinary torch module with copies of the tensors in use, for an export without PEFT.
+
+        Raises:
+            AdapterError: If the active adapter adds something that no such module of its own does.
+        """
+        if self.current_adapter is not None:
+            raise AdapterError(f"`{type(self).__name__}` has no form outside PEFT.")
+        return copy.deepcopy(self.base_layer)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse to merge; layers that can override it.

@@ -4,6 +4,7 @@ Instead of training a layer of the base model, its tensors are copied per adapte
 adapter off gives the base model back bit for bit, several adapters can share a base, and merging is an exact copy.
 """
 
+import copy
 import warnings
 from typing import Any
 
@@ -81,6 +82,15 @@ class LayerCopy(PromptLayer):
         if isinstance(self.base_layer, nn.Linear):
             return nn.functional.linear(hidden, weight, bias)
         return nn.functional.layer_norm(hidden, self.base_layer.normalized_shape, weight, bias, self.base_layer.eps)
+
+    def plain(self) -> nn.Module:
+        """The base layer with the active adapter's tensors."""
+        layer, name = copy.deepcopy(self.base_layer), self.current_adapter
+        if name is not None:
+            for key, tensors in (("weight", self.tuned_weight), ("bias", self.tuned_bias)):
+                if name in tensors:
+                    getattr(layer, key).data = tensors[name].detach().clone()
+        return layer
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Copy the adapter's tensors into the base layer; exact, and undone exactly by `unmerge`.

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from peft_vlm.data import images as images_module
 from peft_vlm.data import read_image
 from peft_vlm.errors import DataError
+from peft_vlm.serving import pictures
 from tests.tiny import noise_image
 
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet() -> Iterator[None]:
     """Conversions are logged once per process."""
-    images_module._said.clear()
+    pictures._said.clear()
     yield
-    images_module._said.clear()
+    pictures._said.clear()
 
 
 def as_bytes(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:

@@ -1,5 +1,6 @@
 """The projector from the student's feature space into the teacher's, around the student's own visual projection."""
 
+import copy
 from typing import Any
 
 import torch
@@ -59,6 +60,18 @@ class Projector(PromptLayer):
         """
         features = self.base_layer(pooled)
         return features if self.current_adapter is None else self.project(features)
+
+    def plain(self) -> nn.Module:
+        """Projection and projector as one sequence."""
+        name, layers = self.current_adapter, [copy.deepcopy(self.base_layer)]
+        if name is not None:
+            for depth, names in enumerate(self._linear):
+                if name in getattr(self, names):
+                    if depth:
+                        norms = getattr(self, self._norm[depth - 1])
+                        layers += [*([copy.deepcopy(norms[name])] if name in norms else []), nn.ReLU()]
+                    layers.append(copy.deepcopy(getattr(self, names)[name]))
+        return nn.Sequential(*layers)
 
     def project(self, features: Float[Tensor, "batch width"]) -> Float[Tensor, "batch dim"]:
         """The active adapter's projector alone.

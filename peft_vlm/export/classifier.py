@@ -1,0 +1,136 @@
+"""From an adapter to an image classifier of plain torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import BaseImageProcessor
+
+from peft_vlm.data.transforms import image_size_of, mean_and_std_of
+from peft_vlm.errors import ClassNameError, DataError, PeftVLMError
+from peft_vlm.evaluation.classify import cosine_logits
+from peft_vlm.evaluation.loading import load_model
+from peft_vlm.export.tower import copy_tower
+from peft_vlm.prompting.config import installed_version
+from peft_vlm.serving.card import ClassifierCard
+from peft_vlm.serving.pictures import Preprocessing
+from peft_vlm.serving.plain import PlainClassifier
+from peft_vlm.text.class_features import encode_classes
+from peft_vlm.text.prompts import tokenize_for_model
+from peft_vlm.towers import towers_of, unwrap
+
+#: Largest difference of a logit that an export may show against its model, in float32.
+TOLERANCE = 1e-3
+
+
+def export_classifier(
+    adapter: str | Path | None,
+    *,
+    base_model: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+    template: str | Sequence[str] | None = None,
+    revision: str | None = None,
+) -> PlainClassifier:
+    """An adapter, or a base model alone, with fixed classes as an image classifier without PEFT and text encoder.
+
+    Args:
+        adapter: Folder or Hub id; None for the base model alone.
+        base_model: Folder or id of the base model; None for the one the adapter records.
+        class_names: Used instead of the classes the adapter records.
+        template: Used instead of the template the adapter records.
+        revision: Branch, tag or commit of the adapter on the Hub.
+
+    Raises:
+        ClassNameError: If there are no class names.
+    """
+    loaded = load_model(adapter, base_model=base_model, device="cpu", revision=revision)
+    names = loaded.class_names if class_names is None else tuple(class_names)
+    if names is None:
+        raise ClassNameError("Neither the adapter nor the call names classes. Pass `class_names=`.")
+    chosen = template or loaded.template or "a photo of a {}."
+    prompts = tokenize_for_model(loaded.model, loaded.tokenizer, names, template=chosen)
+    source = {
+        "adapter": None if adapter is None else str(adapter),
+        "base_model": loaded.base_model,
+        "template": chosen,
+        "peft_vlm_version": installed_version(),
+    }
+    if isinstance(loaded.model, PeftModel):
+        source["method"] = loaded.model.active_peft_config.peft_type.value.lower()
+    vectors = encode_classes(loaded.model, prompts)
+    return plain_classifier(loaded.model, vectors, names, image_processor=loaded.image_processor, source=source)
+
+
+def plain_classifier(
+    model: nn.Module,
+    class_features: Float[Tensor, "classes dim"],
+    class_names: Sequence[str],
+    *,
+    image_processor: BaseImageProcessor,
+    source: dict[str, Any] | None = None,
+) -> PlainClassifier:
+    """A model in memory, as its active adapter makes it, as an image classifier; compared with it before it is given.
+
+    Args:
+        model: `CLIPModel`, `SiglipModel` or a `PeftModel` around one, on any device; it is not changed.
+        class_features: What `encode_classes` gave for it.
+        class_names: One per row.
+        image_processor: Image processor of the model.
+        source: Where the model comes from, for the card.
+
+    Returns:
+        The classifier in evaluation mode, on the CPU.
+
+    Raises:
+        PeftVLMError: If its logits differ from those of the model.
+    """
+    shape, tower = copy_tower(model)
+    card = ClassifierCard(
+        tuple(class_names), preprocessing_of(image_processor), {**shape, "dim": class_features.shape[-1]}, source or {}
+    )
+    with torch.device("meta"):  # every tensor is replaced
+        classifier = PlainClassifier(card)
+    base: Any = towers_of(model).model
+    classifier.tower, classifier.class_vectors = tower, class_features.detach().clone()
+    classifier.scale = base.logit_scale.detach().float().exp()
+    classifier.bias = base.logit_bias.detach().float().reshape(()) if hasattr(base, "logit_bias") else torch.zeros(())
+    classifier = classifier.cpu().eval()
+    pixels = torch.randn(2, 3, *shape["image_size"], generator=torch.Generator().manual_seed(0))
+    pixels = pixels.to(classifier.tower.positions.dtype)
+    with torch.inference_mode():
+        expected = cosine_logits(model, class_features)(pixels.to(unwrap(model).device)).cpu()
+        difference = float((classifier(pixels) - expected).abs().max())
+    limit = TOLERANCE if pixels.dtype == torch.float32 else 1.0
+    if not difference <= limit:
+        raise PeftVLMError(
+            f"The exported classifier differs from `{type(base).__name__}` by {difference:.2g} in a logit, expected "
+            f"at most {limit}. Something in the image tower is changed that an export does not see, such as a hook "
+            "or a module of your own; please report it if there is none."
+        )
+    return classifier
+
+
+def preprocessing_of(processor: BaseImageProcessor) -> Preprocessing:
+    """What an image processor does, as data.
+
+    Args:
+        processor: Image processor of a CLIP-like model.
+
+    Raises:
+        DataError: If it does something that the data cannot say.
+    """
+    settings, size = processor.to_dict(), image_size_of(processor)
+    wanted = settings["size"]
+    resize = (wanted["shortest_edge"],) if wanted.get("shortest_edge") else (wanted.get("height"), wanted.get("width"))
+    if not settings["do_resize"] or None in resize or wanted.get("longest_edge") or min(resize) < min(size):
+        raise DataError(
+            f"Expected an image processor that resizes to a height and width, or by the shorter side, to at least "
+            f"{size}, got `{type(processor).__name__}` with size {wanted!r} and do_resize={settings['do_resize']!r}."
+        )
+    mean, std = mean_and_std_of(processor)
+    factor = float(settings["rescale_factor"]) if settings["do_rescale"] else 1.0
+    return Preprocessing(size, tuple(resize), int(settings["resample"]), factor, mean, std)

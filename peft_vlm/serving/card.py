@@ -1,0 +1,83 @@
+"""What an exported classifier says about itself: one JSON text, the same in every file format."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .pictures import Preprocessing
+
+#: Key of the text in the metadata of a safetensors, ONNX or torch.export file.
+METADATA_KEY = "peft_vlm_classifier"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ClassifierCard:
+    """Classes, preprocessing and origin of an exported classifier.
+
+    Args:
+        class_names: What the columns of the logits mean.
+        preprocessing: How an image becomes pixels.
+        architecture: What `build` of `plain.py` makes the network from.
+        source: Where the classifier comes from: adapter, method, base model, template, package version.
+        format_version: Layout of the file.
+    """
+
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    architecture: dict[str, Any]
+    source: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The card as JSON text."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | None, *, where: str) -> "ClassifierCard":
+        """Read a card.
+
+        Args:
+            text: JSON text; None where a file has none.
+            where: Name of the file, for the error message.
+
+        Raises:
+            ValueError: If there is none, or a newer release wrote it.
+        """
+        if text is None:
+            raise ValueError(
+                f"Expected {where!r} to be a classifier that `peft-vlm export` wrote, got a file without the metadata "
+                f"{METADATA_KEY!r}."
+            )
+        values = json.loads(text)
+        if values["format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"{where!r} has format version {values['format_version']}, this release reads {FORMAT_VERSION}. "
+                "Upgrade: pip install -U peft-vlm, or copy its folder `serving` again."
+            )
+        pictures = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("preprocessing").items()}
+        names = tuple(values.pop("class_names"))
+        return cls(names, Preprocessing(**pictures), **values)
+
+
+def best_labels(logits: np.ndarray, class_names: Sequence[str], top_k: int) -> list[list[tuple[str, float]]]:
+    """Most likely classes of each image with their probabilities, best first.
+
+    Args:
+        logits: Shape (images, classes).
+        class_names: Names of the columns.
+        top_k: Labels per image, at most.
+
+    Raises:
+        ValueError: If `top_k` is below 1.
+    """
+    if top_k < 1:
+        raise ValueError(f"Expected `top_k` of at least 1, got {top_k!r}.")
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+    rows = zip(probabilities, order.tolist(), strict=True)
+    return [[(str(class_names[c]), float(row[c])) for c in best] for row, best in rows]

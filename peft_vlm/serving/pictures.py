@@ -1,0 +1,87 @@
+"""From an image file to the pixels a classifier takes: numpy and Pillow only."""
+
+import io
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+logger = logging.getLogger(__name__)
+_said: set[str] = set()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image with three channels of 8 bits; what was converted is logged once per kind.
+
+    Grey and palette images get three channels, transparent ones are laid over white, 16-bit grey is scaled to 8 bits.
+
+    Args:
+        image: PIL image of any mode.
+    """
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I;16") or image.mode == "I":
+        _say_once("16-bit grey images are scaled to 8 bits")
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        _say_once("transparent images are laid over white")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    _say_once(f"images of mode {image.mode} are converted to RGB")
+    return image.convert("RGB")
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.info("%s (said once)", message)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What the model's image processor does, without transformers.
+
+    Args:
+        image_size: Rows and columns of what the model takes.
+        resize: One number: the shorter side becomes this long; two: rows and columns, whatever the proportions. The
+            middle of the result is cut out where it is larger than `image_size`.
+        resample: Pillow's number of the filter.
+        rescale_factor: Brings pixels of 0 to 255 to the unit of `image_mean`.
+        image_mean: Channel means.
+        image_std: Channel standard deviations.
+    """
+
+    image_size: tuple[int, int]
+    resize: tuple[int, ...]
+    resample: int
+    rescale_factor: float
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+    def __call__(self, image: str | Path | bytes | Image.Image) -> np.ndarray:
+        """Pixels of shape (3, rows, cols) in float32, normalised.
+
+        Args:
+            image: A path, the content of a file, or a PIL image; the orientation that a photo records is applied.
+        """
+        if isinstance(image, bytes):
+            image = Image.open(io.BytesIO(image))
+        elif not isinstance(image, Image.Image):
+            image = Image.open(image)
+        image = to_rgb(ImageOps.exif_transpose(image))
+        rows, cols = self._resized(image.height, image.width)
+        image = image.resize((cols, rows), Image.Resampling(self.resample))
+        top, left = (rows - self.image_size[0]) // 2, (cols - self.image_size[1]) // 2
+        image = image.crop((left, top, left + self.image_size[1], top + self.image_size[0]))
+        pixels = (np.asarray(image).transpose(2, 0, 1) * self.rescale_factor).astype(np.float32)
+        mean, std = (np.array(v, dtype=np.float32).reshape(-1, 1, 1) for v in (self.image_mean, self.image_std))
+        return (pixels - mean) / std
+
+    def _resized(self, rows: int, cols: int) -> tuple[int, int]:
+        if len(self.resize) == 2:
+            return self.resize[0], self.resize[1]
+        (short,) = self.resize
+        return (short, int(short * cols / rows)) if rows <= cols else (int(short * rows / cols), short)

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
@@ -95,35 +94,19 @@ def openai_name(official: str) -> str:
 
 
 def write_adapter(
-    base: CLIPModel, config: Any, tensors: Mapping[str, Tensor], folder: str | Path, *, file: OfficialFile, kind: str
+    model: PeftModel, tensors: Mapping[str, Tensor], folder: str | Path, *, file: OfficialFile, kind: str
 ) -> ConversionReport:
-    """Put tensors into a new adapter of a base model and write its folder, with the report beside it.
+    """Put tensors into a new adapter and write its folder, with the report beside it.
 
     Args:
-        base: What `load_base` gave; carries the adapter afterwards.
-        config: Configuration of the adapter.
-        tensors: The adapter's tensors by their names in the base model.
+        model: The base model with the new adapter.
+        tensors: All of the adapter's tensors by their names in the base model.
         folder: New folder.
         file: The account of the official file.
         kind: What the file is.
     """
-    model = get_peft_model(base, config)
-    assert isinstance(model, PeftModel)
     set_peft_model_state_dict(model, {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in tensors.items()})
-    return save_adapter(model, folder, file=file, kind=kind)
-
-
-def save_adapter(model: PeftModel, folder: str | Path, *, file: OfficialFile, kind: str) -> ConversionReport:
-    """Write the folder of a finished adapter, with the report beside it.
-
-    Args:
-        model: Model with the adapter.
-        folder: New folder.
-        file: The account of the official file.
-        kind: What the file is.
-    """
-    config = model.active_peft_config
-    report = file.report(kind, config)
+    report = file.report(kind, model.active_peft_config)
     with new_folder(folder) as part:
         model.save_pretrained(part)
         write_json(part / REPORT_NAME, report.to_dict())

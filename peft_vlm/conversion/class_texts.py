@@ -5,6 +5,7 @@ that follows the context (`token_suffix`): class name, full stop, end token, pad
 embedding table they give the token ids back, hence the names, and they show whether the base model is the right one.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -22,7 +23,7 @@ ROWS_AT_A_TIME = 512
 
 def training_class_names(
     file: OfficialFile,
-    suffix: str,
+    buffers: str,
     *,
     base: CLIPModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -33,7 +34,7 @@ def training_class_names(
 
     Args:
         file: File with prompt-learner buffers, or without.
-        suffix: Name of the buffer with the class names.
+        buffers: Name of the prompt learner's buffers, without `_prefix` and `_suffix`; they are set aside.
         base: The base model.
         tokenizer: Its tokenizer.
         class_names: What the caller says they are; checked against the file.
@@ -42,6 +43,10 @@ def training_class_names(
     Raises:
         ClassNameError: If the names given are not those of the file, or cannot be read off it and none are given.
     """
+    suffix = f"{buffers}_suffix"
+    file.set_aside(
+        rf"{re.escape(buffers)}_(prefix|suffix)", "embeddings of the training's class prompts, from the base model"
+    )
     if suffix not in file.tensors or tokenizer is None:
         if class_names is None:
             why = "no tokenizer beside the base model" if suffix in file.tensors else f"no {suffix!r} in the file"
@@ -64,6 +69,16 @@ def training_class_names(
             f"{len(rows)} differ). Leave them out to read them off the file."
         )
     return list(class_names)
+
+
+def word_ids(words: str | None, tokenizer: PreTrainedTokenizerBase | None) -> list[int] | None:
+    """Token ids of the words that a context started from; None without words or tokenizer.
+
+    Args:
+        words: Official `CTX_INIT`.
+        tokenizer: The base model's.
+    """
+    return None if words is None or tokenizer is None else tokenizer(words, add_special_tokens=False)["input_ids"]
 
 
 def token_ids(file: OfficialFile, name: str, base: CLIPModel) -> Int[Tensor, "classes tokens"]:
@@ -135,12 +150,18 @@ def _tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _decoded(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, file: OfficialFile) -> list[str]:
     """Names that give the same tokens again."""
-    names = [tokenizer.decode(row).strip().removesuffix(".").strip() for row in rows]
-    for name, row in zip(names, rows, strict=True):
-        if _tokens(name, tokenizer) != row:
+    names: list[str] = []
+    for row in rows:
+        text = tokenizer.decode(row)
+        spelled = text.strip().removesuffix(".").strip()
+        # CLIP splits at hyphens, apostrophes and digits, so that the shorter spelling has the same tokens
+        short = re.sub(r"(?<=\d) (?=\d)", "", re.sub(r"\s*([-'/]+)\s*", r"\1", spelled))
+        same = [name for name in (short, spelled) if _tokens(name, tokenizer) == row]
+        if not same:
             raise ClassNameError(
-                f"The class names of {str(file.path)!r} cannot be read off it: {tokenizer.decode(row)!r} gives other "
-                "tokens than the file has. Pass the class names of the training."
+                f"The class names of {str(file.path)!r} cannot be read off it: {text!r} gives other tokens than the "
+                "file has. Pass the class names of the training."
             )
-    file.note(f"{len(names)} class names were read off the file, in lower case as its tokens spell them.")
+        names.append(same[0])
+    file.note(f"{len(names)} class names were read off the file, in lower case.")
     return names

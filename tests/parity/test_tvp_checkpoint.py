@@ -31,7 +31,7 @@ def llava_224(*, seed: int = 0) -> LlavaForConditionalGeneration:
 
 
 def test_canvas_and_border_are_read_off_the_tensor(checkpoint, tmp_path):
-    config = convert_checkpoint(checkpoint, tmp_path / "prompt")
+    config = convert_checkpoint(checkpoint, tmp_path / "prompt").config
     assert (config.canvas_size, config.border, config.shape, config.clamp) == (224, 30, "border", False)
     assert config.image_mean == pytest.approx([0.48145466, 0.4578275, 0.40821073])
     size = (tmp_path / "prompt" / "adapter_model.safetensors").stat().st_size
@@ -66,7 +66,7 @@ def test_the_official_arithmetic_is_the_layers(checkpoint, tmp_path):
     from peft_vlm.data.shrink import ShrinkingProcessor
     from peft_vlm.methods.tvp import prompt_layer_of
 
-    config = convert_checkpoint(checkpoint, tmp_path / "prompt", shrink="processor")
+    config = convert_checkpoint(checkpoint, tmp_path / "prompt", shrink="processor").config
     config.base_architecture = None
     model = get_peft_model(llava_224(), config)
     prompt = tensors(NAME)["perturbation"]
@@ -90,5 +90,5 @@ def test_other_files_and_shapes_are_refused(checkpoint, tmp_path):
     with pytest.raises(AdapterError, match="zero outside its shape, got .* `border`=20"):
         convert_checkpoint(checkpoint, tmp_path / "out", border=20)
     torch.save({"perturbation": torch.ones(3, 8, 8)}, tmp_path / "full.pth")
-    config = convert_checkpoint(tmp_path / "full.pth", tmp_path / "out")
+    config = convert_checkpoint(tmp_path / "full.pth", tmp_path / "out").config
     assert (config.canvas_size, config.shape, config.border) == (8, "full", 0)

@@ -6,10 +6,11 @@ KgCoOp pulls the class features towards those of a fixed template, POMP samples 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from peft import get_peft_model
 from torch import Tensor
 
 from peft_vlm.conversion.base_model import base_tokenizer, load_base, write_adapter
-from peft_vlm.conversion.class_texts import training_class_names
+from peft_vlm.conversion.class_texts import training_class_names, word_ids
 from peft_vlm.conversion.formats import OfficialFormat, register_format
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
@@ -47,17 +48,14 @@ def convert_checkpoint(
     base = load_base(base_model)
     tokenizer = base_tokenizer(base)
     context = _context(file, f"{prefix}ctx")
-    if context_init is not None and tokenizer is not None:
-        count = len(tokenizer(context_init, add_special_tokens=False)["input_ids"])
-        if count != len(context):
-            raise AdapterError(
-                f"Expected `context_init` of {len(context)} tokens, as many as {str(file.path)!r} has context "
-                f"vectors, got {context_init!r} with {count}. Leave it out where the training "
-                "started from random vectors."
-            )
+    ids = word_ids(context_init, tokenizer)
+    if ids is not None and len(ids) != len(context):
+        raise AdapterError(
+            f"Expected `context_init` of {len(context)} tokens, as many as {str(file.path)!r} has context vectors, "
+            f"got {context_init!r} with {len(ids)}. Leave it out where the training started from random vectors."
+        )
     buffers = f"{prefix}{'train_' if kind == 'POMP' else ''}token"
-    names = training_class_names(file, f"{buffers}_suffix", base=base, tokenizer=tokenizer, class_names=class_names)
-    file.set_aside(f"{buffers}_(prefix|suffix)", "embeddings of the training's class prompts, from the base model")
+    names = training_class_names(file, buffers, base=base, tokenizer=tokenizer, class_names=class_names)
     file.set_aside("test_token_(prefix|suffix)", "embeddings of the evaluation's class prompts, from the base model")
     file.set_aside(rf"{prefix}(bias_vectors|meta_net\..*)", "read by nothing in the official code")
     words = f"{context_init} " if context_init is not None and class_position == "end" else ""
@@ -68,7 +66,7 @@ def convert_checkpoint(
         class_names=names,
         template=f"{words}{{}}.",
     )
-    return write_adapter(base, config, {CONTEXT: context}, folder, file=file, kind=kind)
+    return write_adapter(get_peft_model(base, config), {CONTEXT: context}, folder, file=file, kind=kind)
 
 
 def convert_kgcoop(
@@ -119,7 +117,8 @@ def is_coop(tensors: Mapping[str, Tensor]) -> bool:
     Args:
         tensors: Tensors of the file.
     """
-    return "ctx" in tensors and set(tensors) <= COOP_TENSORS
+    names = {name.removeprefix("prompt_learner.") for name in tensors}
+    return "ctx" in names <= COOP_TENSORS
 
 
 def is_kgcoop(tensors: Mapping[str, Tensor]) -> bool:

@@ -2,6 +2,7 @@
 
 from peft_vlm.methods.skip_tuning.answers import SkipTuningAnswerObjective
 from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
+from peft_vlm.methods.skip_tuning.convert import convert_checkpoint
 from peft_vlm.methods.skip_tuning.model import SkipTuningModel
 from peft_vlm.methods.skip_tuning.objective import SkipTuningObjective
 from peft_vlm.methods.skip_tuning.presets import preset_for
@@ -9,4 +10,11 @@ from peft_vlm.registry import register_method
 
 register_method("skip_tuning", config_cls=SkipTuningConfig, model_cls=SkipTuningModel)
 
-__all__ = ["SkipTuningAnswerObjective", "SkipTuningConfig", "SkipTuningModel", "SkipTuningObjective", "preset_for"]
+__all__ = [
+    "SkipTuningAnswerObjective",
+    "SkipTuningConfig",
+    "SkipTuningModel",
+    "SkipTuningObjective",
+    "convert_checkpoint",
+    "preset_for",
+]

@@ -1,25 +1,38 @@
 """Official TVP checkpoint to adapter folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from peft_vlm.conversion.checkpoint import read_checkpoint
+from peft_vlm.conversion.base_model import REPORT_NAME
+from peft_vlm.conversion.formats import OfficialFormat, register_format
+from peft_vlm.conversion.new_folder import new_folder
+from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
+from peft_vlm.json_files import write_json
 from peft_vlm.methods.tvp.config import TVPConfig
 
+KIND = "TVP"
 OFFICIAL_KEY = "perturbation"
 OFFICIAL_ARCHITECTURE = {"model_type": "minigpt4"}
 """The model family of the official trainer, which is not in transformers: for every model the prompt is a guest."""
 
 
-def convert_checkpoint(path: str | Path, folder: str | Path, **settings: Any) -> TVPConfig:
+def convert_checkpoint(
+    source: str | Path | OfficialFile,
+    folder: str | Path,
+    *,
+    border: int | None = None,
+    shape: str | None = None,
+    patch_size: int | None = None,
+    shrink: str | None = None,
+) -> ConversionReport:
     """Write an adapter folder that `PeftModel.from_pretrained(model, folder)` loads onto any model TVP works on.
 
     Canvas and border are read off the tensor: the border is what the largest square of zeros in the middle leaves; a
@@ -27,21 +40,23 @@ def convert_checkpoint(path: str | Path, folder: str | Path, **settings: Any) ->
     official code; on a model with another image processor its own are taken.
 
     Args:
-        path: `checkpoint_best.pth` of the official code: one tensor (3, size, size) under `perturbation`.
-        folder: Where the adapter goes; it is made if need be.
-        **settings: Further fields of `TVPConfig`, such as `shrink="processor"`, or `border` where the tensor has none.
-
-    Returns:
-        The adapter's configuration.
+        source: `checkpoint_best.pth` of the official code: one tensor (3, size, size) under `perturbation`.
+        folder: New folder.
+        border: Width of the border around the image, where the tensor does not show it.
+        shape: `"border"`, `"full"` or `"patch"`, where the tensor does not show it.
+        patch_size: Side of the square of `shape="patch"`.
+        shrink: Who shrinks the image into the window, see `TVPConfig`.
 
     Raises:
-        AdapterError: If the prompt is not zero outside a shape given in `settings`.
+        AdapterError: If the prompt is not zero outside a shape that was given.
     """
-    prompt = official_prompt(path)
-    size, border = prompt.shape[-1], border_of(prompt)
-    shape = {"canvas_size": size} | ({"border": border} if border else {"shape": "full", "border": 0})
-    normalization = {"image_mean": list(OPENAI_CLIP_MEAN), "image_std": list(OPENAI_CLIP_STD)}
-    config = TVPConfig(**(shape | normalization | settings))
+    file = OfficialFile.open(source)
+    prompt = official_prompt(file)
+    size, found = prompt.shape[-1], border_of(prompt)
+    settings: dict[str, Any] = {"canvas_size": size} | ({"border": found} if found else {"shape": "full", "border": 0})
+    settings |= {"image_mean": list(OPENAI_CLIP_MEAN), "image_std": list(OPENAI_CLIP_STD)}
+    given = {"border": border, "shape": shape, "patch_size": patch_size, "shrink": shrink}
+    config = TVPConfig(**(settings | {name: value for name, value in given.items() if value is not None}))
     outside = prompt * (1 - config.pixel_settings.mask())
     if outside.any():
         raise AdapterError(
@@ -50,33 +65,44 @@ def convert_checkpoint(path: str | Path, folder: str | Path, **settings: Any) ->
         )
     config.base_architecture = dict(OFFICIAL_ARCHITECTURE)
     config.inference_mode = True
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    save_file({"base_model.model.tvp_prompt": prompt}, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    return config
+    file.note(f"Canvas of {size} pixels, `shape`={config.shape!r}, `border`={config.border}.")
+    report = file.report(KIND, config)
+    with new_folder(folder) as part:
+        config.save_pretrained(part)
+        save_file({"base_model.model.tvp_prompt": prompt}, part / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        write_json(part / REPORT_NAME, report.to_dict())
+    return report
 
 
-def official_prompt(path: str | Path) -> Float[Tensor, "channels canvas canvas"]:
+def official_prompt(file: OfficialFile) -> Float[Tensor, "channels canvas canvas"]:
     """The prompt in an official checkpoint, in [0, 1] pixel units.
 
     Args:
-        path: File with one tensor under `perturbation`.
+        file: File with one tensor under `perturbation`.
 
     Raises:
         AdapterError: If it holds something else.
     """
-    tensors = read_checkpoint(path)
-    prompt = tensors.get(OFFICIAL_KEY)
-    unused = sorted(set(tensors) - {OFFICIAL_KEY})
-    if prompt is None or unused:
+    if set(file.tensors) != {OFFICIAL_KEY}:
         raise AdapterError(
-            f"Expected one tensor {OFFICIAL_KEY!r} in {str(path)!r}, got {sorted(tensors)!r}. Official TVP "
+            f"Expected one tensor {OFFICIAL_KEY!r} in {str(file.path)!r}, got {sorted(file.tensors)!r}. Official TVP "
             "checkpoints hold nothing else."
         )
+    prompt = file.take(OFFICIAL_KEY)
     if prompt.ndim != 3 or prompt.shape[0] != 3 or prompt.shape[1] != prompt.shape[2]:
-        raise AdapterError(f"Expected a prompt of shape (3, size, size), got {tuple(prompt.shape)} in {str(path)!r}.")
-    return prompt.detach().to(torch.float32).contiguous()
+        raise AdapterError(
+            f"Expected a prompt of shape (3, size, size), got {tuple(prompt.shape)} in {str(file.path)!r}."
+        )
+    return prompt
+
+
+def is_tvp(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file is a pixel prompt.
+
+    Args:
+        tensors: Tensors of the file.
+    """
+    return OFFICIAL_KEY in tensors
 
 
 def border_of(prompt: Float[Tensor, "channels canvas canvas"]) -> int:
@@ -87,3 +113,6 @@ def border_of(prompt: Float[Tensor, "channels canvas canvas"]) -> int:
         if not used[border : size - border, border : size - border].any():
             return border
     return 0
+
+
+register_format(OfficialFormat(KIND, is_tvp, convert_checkpoint, "tvp"))

@@ -1,0 +1,93 @@
+"""Official PromptSRC and IVLP checkpoints, PromptKD's teachers among them, to adapter folders."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peft import get_peft_model
+from torch import Tensor
+
+from peft_vlm.conversion.base_model import base_tokenizer, load_base, official_weights, write_adapter
+from peft_vlm.conversion.class_texts import training_class_names, word_ids
+from peft_vlm.conversion.formats import OfficialFormat, register_format
+from peft_vlm.conversion.learned_tokens import TEXT, VISION, take_learned_tokens
+from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
+from peft_vlm.errors import AdapterError
+from peft_vlm.methods.promptsrc.config import PromptSRCConfig
+from peft_vlm.methods.promptsrc.model import PromptSRCModel
+
+KIND = "PromptSRC or IVLP"
+BUFFERS = "prompt_learner.token"
+OTHERS = ("VPT_image_trans.", "prompt_learner.bias_vectors", "prompt_learner.proj.")
+"""Tensors of PromptKD students, KgCoOp and MaPLe, which share some of the names."""
+
+
+def convert_checkpoint(
+    source: str | Path | OfficialFile,
+    folder: str | Path,
+    *,
+    base_model: str | Path,
+    context_init: str | None = None,
+    template: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> ConversionReport:
+    """Write an adapter folder from `VLPromptLearner/model.pth.tar-*` of PromptSRC or IVLP.
+
+    Numbers of tokens and depths are read off the tensors. After PromptSRC's aggregation the frozen weights of the file
+    are averages as well; the adapter runs on the base model's own.
+
+    Args:
+        source: The official file; a file of the learned tokens alone will do.
+        folder: New folder.
+        base_model: Folder or id of the CLIP of the training.
+        context_init: Words that the training started from (official `CTX_INIT`, `"a photo of a"`). Needed where they
+            are more tokens than the context (`N_CTX_TEXT`): the rest stays in the prompts. Otherwise the outputs do
+            not depend on them; with them, templates that begin with these words give them up to the context.
+        template: Text around a class name, for a file with vision tokens only (VPT); it does not hold one.
+        class_names: Classes of the training; by default read off the file.
+
+    Raises:
+        AdapterError: If a template is missing, or given for a file with its own.
+    """
+    file = OfficialFile.open(source)
+    base = load_base(base_model)
+    tokenizer = base_tokenizer(base)
+    text, num_text, text_depth = take_learned_tokens(file, TEXT, prefix=PromptSRCModel.prefix)
+    vision, num_vision, vision_depth = take_learned_tokens(file, VISION, prefix=PromptSRCModel.prefix)
+    if bool(text) == (template is not None):
+        raise AdapterError(
+            f"Expected `template` for a file without text context only, which does not say what its class prompts "
+            f"were; got {template!r} for {str(file.path)!r} with {num_text} context tokens."
+        )
+    words = word_ids(context_init, tokenizer)
+    left = (words or [])[num_text:]
+    names = training_class_names(
+        file, BUFFERS, base=base, tokenizer=tokenizer, class_names=class_names, words_before=left
+    )
+    file.set_aside(r"prompt_learner\.ZS_image_encoder\..*", "copy of the frozen vision tower, for the training's loss")
+    frozen = {name: tensor for name, tensor in official_weights(base).items() if "token_embedding" not in name}
+    file.compare_frozen(frozen, base_name=base.name_or_path)
+    config = PromptSRCConfig(
+        num_text_tokens=num_text,
+        text_depth=text_depth,
+        num_vision_tokens=num_vision,
+        vision_depth=vision_depth,
+        context_init=context_init,
+        context_init_ids=words,
+        class_names=names,
+        template=template or (f"{context_init} {{}}." if context_init else "{}."),
+    )
+    return write_adapter(get_peft_model(base, config), text | vision, folder, file=file, kind=KIND)
+
+
+def is_promptsrc(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file has learned tokens in one or two towers and nothing else that is trained.
+
+    Args:
+        tensors: Tensors of the file.
+    """
+    learned = TEXT.shallow in tensors or VISION.shallow in tensors
+    towers = any(name.startswith(("image_encoder.", "text_encoder.")) for name in tensors)
+    return learned and towers and not any(name.startswith(OTHERS) for name in tensors)
+
+
+register_format(OfficialFormat(KIND, is_promptsrc, convert_checkpoint, "promptsrc"))

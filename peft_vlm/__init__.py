@@ -1,6 +1,7 @@
 """Prompts and selective tuning for vision-language models, as PEFT methods. Importing it registers them with PEFT."""
 
 from peft_vlm.classifier import PromptedClassifier
+from peft_vlm.hub import publish
 from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
 from peft_vlm.methods.promptkd import PromptKDConfig, PromptKDModel, PromptKDObjective
 from peft_vlm.methods.promptsrc import PromptSRCConfig, PromptSRCModel, PromptSRCObjective
@@ -33,4 +34,5 @@ __all__ = [
     "TVPObjective",
     "VLMTrainer",
     "VLMTrainingArguments",
+    "publish",
 ]

@@ -77,6 +77,8 @@ class PromptedClassifier:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | None = None,
     ) -> "PromptedClassifier":
         """Load an adapter with its base model, class names and template.
 
@@ -88,8 +90,11 @@ class PromptedClassifier:
             device: Where the model runs; None takes a GPU if there is one.
             dtype: Data type of the base model's weights.
             revision: Branch, tag or commit of the adapter on the Hub.
+            subfolder: Folder inside the adapter's folder or repository.
+            token: Token of the Hub, for private repositories; None for the one of `hf auth login`.
         """
-        loaded = load_model(adapter, base_model=base_model, device=device, dtype=dtype, revision=revision)
+        source = {"revision": revision, "subfolder": subfolder, "token": token}
+        loaded = load_model(adapter, base_model=base_model, device=device, dtype=dtype, **source)
         return cls(
             loaded.model,
             loaded.tokenizer,

@@ -28,5 +28,9 @@ class UnsupportedModelError(PeftVLMError):
     """The method does not work on this model family."""
 
 
+class HubError(PeftVLMError):
+    """A model hub refused, failed or could not be reached."""
+
+
 class PeftVLMWarning(UserWarning):
     """Something the user asked for is not done, or not done as asked."""

@@ -12,9 +12,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
 from peft_vlm.errors import PeftVLMError
+from peft_vlm.objective import About
 
 METHODS: dict[str, type] = {}
 """Registered config classes by method name (`"skip_tuning"`, ...)."""
+
+ABOUT: dict[str, About] = {}
+"""What a model card says about each method."""
 
 
 def extend_peft_type(name: str) -> PeftType:
@@ -35,13 +39,14 @@ def extend_peft_type(name: str) -> PeftType:
     return member
 
 
-def register_method(name: str, *, config_cls: type, model_cls: type) -> None:
+def register_method(name: str, *, config_cls: type, model_cls: type, about: About | None = None) -> None:
     """Register a method with PEFT under a name that adapter files carry for years.
 
     Args:
         name: Lower-case method name; its upper-case form is the `PeftType`, and `name + "_"` the parameter prefix.
         config_cls: The method's `PeftConfig`.
         model_cls: The method's tuner.
+        about: What a model card says about the method.
 
     Raises:
         PeftVLMError: If PEFT or another package owns the name, or the module was reloaded.
@@ -63,3 +68,5 @@ def register_method(name: str, *, config_cls: type, model_cls: type) -> None:
     extend_peft_type(name.upper())
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
     METHODS[name] = config_cls
+    if about is not None:
+        ABOUT[name] = about

@@ -18,6 +18,7 @@ from transformers import (
 
 from peft_vlm.data.transforms import image_size_of, mean_and_std_of
 from peft_vlm.errors import AdapterError
+from peft_vlm.hub_errors import explain, explained
 from peft_vlm.prompting.config import VLMConfig
 from peft_vlm.towers import towers_of
 
@@ -50,6 +51,8 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
 ) -> LoadedModel:
     """Load a base model and, where given, an adapter onto it.
 
@@ -61,27 +64,32 @@ def load_model(
         device: Where the model runs; None takes a GPU if there is one.
         dtype: Data type of the base model's weights.
         revision: Branch, tag or commit of the adapter on the Hub.
+        subfolder: Folder inside the adapter's folder or repository.
+        token: Token of the Hub, for private repositories; None for the one of `hf auth login`.
 
     Raises:
         AdapterError: If nothing is given, a folder does not exist, a part is missing, or the base model's image
             processor prepares images otherwise than the adapter was trained with.
     """
-    config = None if adapter is None else _read_config(str(adapter), revision)
+    source = {"revision": revision, "subfolder": subfolder, "token": token}
+    config = None if adapter is None else _read_config(str(adapter), **source)
     base = str(base_model) if base_model is not None else _recorded_base(adapter, config)
     _check_path(base, what="base model", advice="Pass `base_model=` with a folder or the id of the model.")
     try:
-        model: nn.Module = AutoModel.from_pretrained(base, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        processor = AutoImageProcessor.from_pretrained(base)
+        model: nn.Module = AutoModel.from_pretrained(base, dtype=dtype, token=token)
+        tokenizer = AutoTokenizer.from_pretrained(base, token=token)
+        processor = AutoImageProcessor.from_pretrained(base, token=token)
     except OSError as error:
         raise AdapterError(
-            f"The base model {base!r} could not be loaded with tokenizer and image processor: {error}. "
+            f"The base model {base!r} could not be loaded with tokenizer and image processor: "
+            f"{explain(error) or f'{error}.'} "
             "Pass `base_model=` with a folder or id that holds all three."
         ) from error
     towers_of(model)  # refuses other architectures before an adapter is put onto them
     if adapter is not None:
         _check_processor(config, processor, base)
-        model = PeftModel.from_pretrained(model, str(adapter), revision=revision)
+        with explained(f"The adapter {str(adapter)!r} could not be loaded"):
+            model = PeftModel.from_pretrained(model, str(adapter), **source)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recorded = config if isinstance(config, VLMConfig) else None
     names = None if recorded is None or recorded.class_names is None else tuple(recorded.class_names)
@@ -89,14 +97,15 @@ def load_model(
     return LoadedModel(model.eval().to(target), tokenizer, processor, base, names, template)
 
 
-def _read_config(adapter: str, revision: str | None) -> PeftConfig:
+def _read_config(adapter: str, **source: str | None) -> PeftConfig:
     _check_path(adapter, what="adapter", advice="Pass the folder that holds `adapter_config.json`, or a Hub id.")
     try:
-        return PeftConfig.from_pretrained(adapter, revision=revision)
+        return PeftConfig.from_pretrained(adapter, **source)
     except AdapterError:
         raise
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{adapter!r} holds no adapter that can be read: {error}") from error
+        reason = explain(error) or str(error)
+        raise AdapterError(f"{adapter!r} holds no adapter that can be read: {reason}") from error
 
 
 def _recorded_base(adapter: str | Path | None, config: PeftConfig | None) -> str:

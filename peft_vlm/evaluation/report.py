@@ -30,6 +30,7 @@ class EvalReport:
         shots: Training images per class; None where nothing was trained or all were used.
         seed: Seed of shots and training; None where nothing was trained.
         note: What a reader must know, for example that unlabelled test images were used (transductive).
+        adapter_sha256: SHA-256 of the adapter's weights file, where the adapter is a local folder.
         versions: Versions of the packages involved.
     """
 
@@ -43,6 +44,7 @@ class EvalReport:
     shots: int | None = None
     seed: int | None = None
     note: str = ""
+    adapter_sha256: str | None = None
     versions: dict[str, str] = field(
         default_factory=lambda: {n: version(n) for n in ("torch", "transformers", "peft")}
     )
@@ -53,7 +55,7 @@ class EvalReport:
 
         Args:
             result: Outcome.
-            **facts: The other fields: model, adapter, dataset, template, shots, seed, note.
+            **facts: The other fields: model, adapter, dataset, template, shots, seed, note, adapter_sha256.
         """
         parts = {name: describe(part) for name, part in result.parts.items()}
         return cls(protocol=result.protocol, scores=result.scores, parts=parts, **facts)

@@ -2,17 +2,18 @@
 
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from peft_vlm.adapter_files import BASELINE_NAME, REPORT_NAME, weights_sha256
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.sources import load_image_dataset
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import DataError
 from peft_vlm.evaluation import protocols
 from peft_vlm.evaluation.classify import EvalResult, TextClassifier
-from peft_vlm.evaluation.loading import load_model
+from peft_vlm.evaluation.loading import LoadedModel, load_model
 from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png
 from peft_vlm.evaluation.protocols import ProtocolResult
 from peft_vlm.evaluation.report import EvalReport
@@ -63,12 +64,17 @@ class EvaluationArguments:
     batch_size: int = field(default=64, metadata={"help": "Images per forward pass."})
     num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
     device: str | None = field(default=None, metadata={"help": "Device; none: a GPU if there is one."})
+    baseline: bool = field(
+        default=False,
+        metadata={"help": "Evaluate the base model alone as well: zero_shot.json, for the card."},
+    )
     save_predictions: bool = field(default=False, metadata={"help": "Write predictions.csv, one row per image."})
     plots: bool = field(default=True, metadata={"help": "Write the PNG files."})
 
 
 def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
-    """Evaluate and write `report.json`, `scores.png`, one `confusion_<part>.png` per part, and `predictions.csv`.
+    """Evaluate and write `report.json`, `scores.png`, one `confusion_<part>.png` per part, `predictions.csv`, and with
+    `baseline` also `zero_shot.json`.
 
     Args:
         arguments: Settings.
@@ -83,9 +89,24 @@ def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
     if arguments.plots:
         require_matplotlib()
     loaded = load_model(arguments.adapter, base_model=arguments.model, device=arguments.device)
-    template = tuple(arguments.template or ()) or loaded.template or "a photo of a {}."
-    classifier = TextClassifier(loaded.model, loaded.tokenizer, template=template)
     datasets = _load_datasets(arguments, EvalTransform(loaded.image_processor))
+    template = tuple(arguments.template or ()) or loaded.template or "a photo of a {}."
+    report, result = _evaluate(arguments, loaded, datasets, template)
+    _write(report, result, arguments)
+    if arguments.baseline:
+        base = load_model(base_model=loaded.base_model, device=arguments.device)
+        alone = replace(arguments, adapter=None, shots=None, seed=None, note="")
+        _evaluate(alone, base, datasets, template)[0].save(Path(arguments.output_dir) / BASELINE_NAME)
+    return report
+
+
+def _evaluate(
+    arguments: EvaluationArguments,
+    loaded: LoadedModel,
+    datasets: dict[str, ImageClassificationDataset],
+    template: str | tuple[str, ...],
+) -> tuple[EvalReport, ProtocolResult]:
+    classifier = TextClassifier(loaded.model, loaded.tokenizer, template=template)
     options: dict[str, Any] = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
     options["progress"] = True
     if arguments.source_domain is not None:
@@ -100,10 +121,10 @@ def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
         adapter=arguments.adapter,
         dataset=f"{', '.join(arguments.dataset)} ({', '.join(arguments.split)})",
         template=(template,) if isinstance(template, str) else template,
+        adapter_sha256=None if arguments.adapter is None else weights_sha256(Path(arguments.adapter)),
         **{name: getattr(arguments, name) for name in ("shots", "seed", "note")},
     )
-    _write(report, result, arguments)
-    return report
+    return report, result
 
 
 def _check_arguments(arguments: EvaluationArguments) -> None:
@@ -112,6 +133,8 @@ def _check_arguments(arguments: EvaluationArguments) -> None:
         raise DataError(f"Expected `protocol` to be one of {known!r}, got {arguments.protocol!r}.")
     if arguments.protocol in SINGLE and len(arguments.dataset) != 1:
         raise DataError(f"The protocol {arguments.protocol!r} takes one dataset, got {arguments.dataset!r}.")
+    if arguments.baseline and arguments.adapter is None:
+        raise DataError("`baseline` compares an adapter with its base model. Pass `adapter`, or leave it out.")
     if arguments.source_domain and arguments.protocol != "domain-shift":
         raise DataError("`source_domain` belongs to the protocol 'domain-shift'. Leave it out.")
     if len(arguments.split) != 1 and (arguments.protocol != "domain-shift" or len(arguments.dataset) != 1):
@@ -142,7 +165,7 @@ def _load_datasets(arguments: EvaluationArguments, transform: EvalTransform) -> 
 def _write(report: EvalReport, result: ProtocolResult, arguments: EvaluationArguments) -> None:
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    report.save(folder / "report.json")
+    report.save(folder / REPORT_NAME)
     if arguments.save_predictions:
         _write_predictions(result.parts, folder / "predictions.csv")
     if not arguments.plots:

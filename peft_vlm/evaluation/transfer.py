@@ -16,7 +16,7 @@ from peft_vlm.evaluation.mllm import PromptEffect
 from peft_vlm.evaluation.plots import bars_png
 from peft_vlm.evaluation.report import summarize
 from peft_vlm.json_files import write_json
-from peft_vlm.prompting.prompt_picture import render_prompt
+from peft_vlm.prompting.prompt_picture import active_name, draw_prompt, prompt_layer_of, prompt_of
 
 #: Conditions of `PromptEffect` as tables and plots name them.
 CONDITIONS = {"full_size": "full size", "shrunken": "shrunken, no prompt", "prompted": "prompted"}
@@ -193,14 +193,13 @@ def prompt_png(model: nn.Module, path: str | Path, *, side: int = 448, limit: fl
         model: `PeftModel` with a pixel prompt.
         path: PNG file to write.
         side: Least rows and columns of the picture; it becomes a whole multiple of the canvas.
-        limit: Value shown as full brightness, as in `render_prompt`.
+        limit: Value shown as full brightness, as in `draw_prompt`.
 
     Returns:
         The picture.
     """
-    picture = render_prompt(model, limit=limit)
-    factor = -(-side // picture.width)
-    picture = picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
+    layer = prompt_layer_of(model)
+    picture = draw_prompt(prompt_of(model), layer.settings[active_name(layer)].mask(), limit=limit, side=side)
     picture.save(Path(path))
     return picture
 

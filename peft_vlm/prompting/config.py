@@ -8,7 +8,9 @@ from typing import Any, no_type_check
 import torch
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from PIL import Image
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from peft_vlm.errors import AdapterError
 
@@ -111,6 +113,14 @@ class VLMConfig(PeftConfig):
         """
         check_adapter_file(Path(pretrained_model_name_or_path) / (subfolder or ""))
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def picture(self, tensors: dict[str, Tensor]) -> Image.Image | None:
+        """What the adapter looks like, for methods whose adapter is something to look at; None for the others.
+
+        Args:
+            tensors: The weights file.
+        """
+        return None
 
 
 def check_dtype_name(name: str | None, *, field_name: str) -> None:

@@ -93,18 +93,37 @@ def render_prompt(model: nn.Module, *, limit: float | None = None) -> Image.Imag
 
     Args:
         model: `PeftModel` with a pixel prompt.
+        limit: See `draw_prompt`.
+    """
+    layer = prompt_layer_of(model)
+    return draw_prompt(prompt_of(model), layer.settings[active_name(layer)].mask(), limit=limit)
+
+
+def draw_prompt(
+    prompt: Float[Tensor, "channels canvas canvas"],
+    mask: Float[Tensor, "1 canvas canvas"],
+    *,
+    limit: float | None = None,
+    side: int = 1,
+) -> Image.Image:
+    """A prompt as a picture: grey is zero, brighter adds, darker takes away.
+
+    Args:
+        prompt: In [0, 1] pixel units.
+        mask: 1 where the prompt is.
         limit: Value shown as full brightness, in [0, 1] pixel units; by default the one that 99.9 % of the prompt's
             own values stay below.
+        side: Least rows and columns of the picture, which is enlarged to a whole multiple of the canvas.
 
     Raises:
         ValueError: If the limit is not above 0.
     """
-    layer = prompt_layer_of(model)
-    prompt, mask = prompt_of(model), layer.settings[active_name(layer)].mask() > 0
     if limit is None:
-        values = prompt[mask.expand_as(prompt)].abs().sort().values
+        values = prompt[(mask > 0).expand_as(prompt)].abs().sort().values
         limit = float(values[int(SHOWN_SHARE * (len(values) - 1))]) or 1.0
     if limit <= 0:
         raise ValueError(f"Expected `limit` above 0, got {limit!r}.")
-    shown = (0.5 + 0.5 * prompt / limit).clamp(0, 1)
-    return Image.fromarray((255 * shown).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    shown = (0.5 + 0.5 * prompt * mask / limit).clamp(0, 1)
+    picture = Image.fromarray((255 * shown).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    factor = -(-side // picture.width)
+    return picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)

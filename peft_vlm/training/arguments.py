@@ -26,6 +26,9 @@ class VLMTrainingArguments(TrainingArguments):
             `lr_scheduler_type`.
         warmup_epochs: Epochs at the warm-up rate.
         warmup_learning_rate: Constant rate of the warm-up epochs, the same for every parameter group.
+        hub_license: Licence of the published adapter, as the Hub spells it.
+        hub_strategy: `"end"` publishes when `push_to_hub` or `save_model` is called after training; `"checkpoint"` and
+            `"all_checkpoints"` upload unfinished checkpoints as well, into folders of their own.
     """
 
     vision_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of vision parameters."})
@@ -33,7 +36,9 @@ class VLMTrainingArguments(TrainingArguments):
     lr_schedule: str = field(default="epoch_cosine", metadata={"help": "'epoch_cosine' or 'transformers'."})
     warmup_epochs: int = field(default=1, metadata={"help": "Epochs at the constant warm-up rate."})
     warmup_learning_rate: float = field(default=1e-5, metadata={"help": "Rate of the warm-up epochs."})
+    hub_license: str | None = field(default=None, metadata={"help": "Licence of the published adapter."})
 
+    hub_strategy: str = field(default="end", metadata={"help": "'end', 'checkpoint' or 'all_checkpoints'."})
     optim: str = field(default="sgd", metadata={"help": "Optimizer, any that transformers knows."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Initial learning rate."})
     weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of every trained tensor."})
@@ -55,6 +60,11 @@ class VLMTrainingArguments(TrainingArguments):
             raise ValueError(
                 "Expected fp16=True only on a GPU, got a CPU run, where it is silently ignored. Use "
                 "bf16=True, or neither."
+            )
+        if self.push_to_hub and self.hub_strategy == "every_save":
+            raise ValueError(
+                "Expected `hub_strategy` 'end', 'checkpoint' or 'all_checkpoints', got 'every_save': an adapter is "
+                "published when it is finished and evaluated."
             )
         if self.warmup_epochs < 0 or self.warmup_learning_rate < 0:
             raise ValueError(

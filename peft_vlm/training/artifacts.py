@@ -9,17 +9,16 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_vlm.adapter_files import CURVE_NAME, METRICS_NAME, SUMMARY_NAME
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.figures import has_matplotlib
+from peft_vlm.hub.publish import saved_adapter
 from peft_vlm.json_files import write_json
 from peft_vlm.objective import Objective
 from peft_vlm.prompting.config import installed_version
 from peft_vlm.training.plots import training_curve_png
-
-SUMMARY_NAME = "training_summary.json"
-METRICS_NAME = "metrics.json"
-CURVE_NAME = "training_curve.png"
+from peft_vlm.training.publishing import write_card
 
 REPORTED_ARGUMENTS = (
     *(
@@ -59,7 +58,7 @@ class ArtifactsCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save the adapter, `metrics.json`, `training_summary.json` and, with matplotlib, the curve."""
+        """Save the adapter, `metrics.json`, `training_summary.json`, the card and, with matplotlib, the curve."""
         self.trainer.save_model(_internal_call=True)
         if not args.should_save:
             return
@@ -68,6 +67,9 @@ class ArtifactsCallback(TrainerCallback):
         write_json(folder / SUMMARY_NAME, self.summary(args, state))
         if has_matplotlib():
             training_curve_png(state.log_history, folder / CURVE_NAME)
+        adapter = saved_adapter(self.trainer.model.model, folder)
+        if adapter is not None:
+            write_card(adapter, license=args.hub_license)
 
     def summary(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         """Everything about the run that is not needed to rebuild the adapter.

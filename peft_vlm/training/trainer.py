@@ -19,11 +19,12 @@ from peft_vlm.training.artifacts import ArtifactsCallback, describe_adapter
 from peft_vlm.training.callbacks import ObjectiveCallback
 from peft_vlm.training.checks import check_run
 from peft_vlm.training.module import TrainingModule
+from peft_vlm.training.publishing import PublishingTrainer
 from peft_vlm.training.resumable import ResumableTrainer
 from peft_vlm.training.schedule import epoch_cosine_scheduler
 
 
-class VLMTrainer(ResumableTrainer):
+class VLMTrainer(PublishingTrainer, ResumableTrainer):
     """Trains an adapter (or, for baselines, a whole model) by an objective.
 
     Checkpoints hold the adapter only, plus what an exact resume needs. At the end `output_dir` holds the adapter,

@@ -4,7 +4,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -23,16 +23,24 @@ def running_hub() -> Iterator[LoopbackHub]:
         yield hub
 
 
-@pytest.fixture
-def hub(running_hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+@contextmanager
+def connected(hub: LoopbackHub) -> Iterator[LoopbackHub]:
     """An empty Hub, an empty cache, a valid token, and retries of the client that do not wait."""
-    for name in ("connect", "getaddrinfo"):
-        owner = socket.socket if name == "connect" else socket
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back what the guard replaces
-    allow_loopback_only()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    running_hub.reset()
-    yield running_hub
-    shutil.rmtree(Path(CACHE), ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo")):
+            patch.setattr(owner, name, getattr(owner, name))  # puts back what the guard replaces
+        allow_loopback_only()
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
+        patch.setenv("HF_HUB_OFFLINE", "0")  # PEFT reads the variable itself
+        patch.setenv("HF_TOKEN", TOKEN)
+        hub.reset()
+        yield hub
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture
+def hub(running_hub: LoopbackHub) -> Iterator[LoopbackHub]:
+    """The Hub of one test."""
+    with connected(running_hub):
+        yield running_hub

@@ -13,6 +13,7 @@ import tempfile
 #: Bound, not yet listening; the server of `tests/hub/conftest.py` takes it over.
 LISTENER = socket.socket()
 LISTENER.bind(("127.0.0.1", 0))
+atexit.register(LISTENER.close)
 
 CACHE = tempfile.mkdtemp(prefix="hub-cache-")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)

@@ -3,10 +3,21 @@
 from peft_vlm.methods.coop.config import CoOpConfig
 from peft_vlm.methods.coop.convert import convert_checkpoint
 from peft_vlm.methods.coop.model import CoOpModel
-from peft_vlm.methods.coop.objective import CoOpObjective
+from peft_vlm.methods.coop.objective import PAPER, CoOpObjective
 from peft_vlm.methods.coop.presets import preset_for
+from peft_vlm.objective import About
 from peft_vlm.registry import register_method
 
-register_method("coop", config_cls=CoOpConfig, model_cls=CoOpModel)
+register_method(
+    "coop",
+    config_cls=CoOpConfig,
+    model_cls=CoOpModel,
+    about=About(
+        title="CoOp",
+        trained="context vectors that stand around the class name in every class prompt",
+        paper=PAPER,
+        limits=("Class names that were not trained on can be given, but may score lower than without the adapter.",),
+    ),
+)
 
 __all__ = ["CoOpConfig", "CoOpModel", "CoOpObjective", "convert_checkpoint", "preset_for"]

@@ -3,12 +3,23 @@
 from peft_vlm.methods.promptsrc.config import PromptSRCConfig
 from peft_vlm.methods.promptsrc.convert import convert_checkpoint
 from peft_vlm.methods.promptsrc.model import PromptSRCModel
-from peft_vlm.methods.promptsrc.objective import PromptSRCObjective
+from peft_vlm.methods.promptsrc.objective import PAPER, PromptSRCObjective
 from peft_vlm.methods.promptsrc.presets import preset_for
 from peft_vlm.methods.promptsrc.templates import OFFICIAL_TEMPLATES
+from peft_vlm.objective import About
 from peft_vlm.registry import register_method
 
-register_method("promptsrc", config_cls=PromptSRCConfig, model_cls=PromptSRCModel)
+register_method(
+    "promptsrc",
+    config_cls=PromptSRCConfig,
+    model_cls=PromptSRCModel,
+    about=About(
+        title="PromptSRC",
+        trained="learned tokens in the text and the vision tower",
+        paper=PAPER,
+        limits=("The learned tokens take places in the class prompt: give class names, not whole sentences.",),
+    ),
+)
 
 __all__ = [
     "OFFICIAL_TEMPLATES",

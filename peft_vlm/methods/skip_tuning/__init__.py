@@ -4,11 +4,22 @@ from peft_vlm.methods.skip_tuning.answers import SkipTuningAnswerObjective
 from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
 from peft_vlm.methods.skip_tuning.convert import convert_checkpoint
 from peft_vlm.methods.skip_tuning.model import SkipTuningModel
-from peft_vlm.methods.skip_tuning.objective import SkipTuningObjective
+from peft_vlm.methods.skip_tuning.objective import PAPER, SkipTuningObjective
 from peft_vlm.methods.skip_tuning.presets import preset_for
+from peft_vlm.objective import About
 from peft_vlm.registry import register_method
 
-register_method("skip_tuning", config_cls=SkipTuningConfig, model_cls=SkipTuningModel)
+register_method(
+    "skip_tuning",
+    config_cls=SkipTuningConfig,
+    model_cls=SkipTuningModel,
+    about=About(
+        title="Skip Tuning",
+        trained="trained copies of the upper layers, final norms and projections of both towers",
+        paper=PAPER,
+        limits=("It replaces layers of the base model, so it fits this base model only.",),
+    ),
+)
 
 __all__ = [
     "SkipTuningAnswerObjective",

@@ -5,15 +5,28 @@ from peft_vlm.methods.tvp.convert import convert_checkpoint
 from peft_vlm.methods.tvp.guide import ClipGuide
 from peft_vlm.methods.tvp.model import TVPModel
 from peft_vlm.methods.tvp.normalization import set_normalization
-from peft_vlm.methods.tvp.objective import TVPObjective
+from peft_vlm.methods.tvp.objective import PAPER, TVPObjective
 from peft_vlm.methods.tvp.optimizer import NormalizedGradient
 from peft_vlm.methods.tvp.presets import preset_for
 from peft_vlm.methods.tvp.sharing import share_prompt
 from peft_vlm.methods.tvp.sources import Source
+from peft_vlm.objective import About
 from peft_vlm.prompting.prompt_picture import prompt_layer_of, prompt_of, render_prompt, without_prompt
 from peft_vlm.registry import register_method
 
-register_method("tvp", config_cls=TVPConfig, model_cls=TVPModel)
+register_method(
+    "tvp",
+    config_cls=TVPConfig,
+    model_cls=TVPModel,
+    about=About(
+        title="TVP",
+        trained="one learned picture that is added to every image, in pixel units",
+        paper=PAPER,
+        limits=(
+            "Images are shrunk to make room for the picture. Measure what it gains on a model it was not trained on.",
+        ),
+    ),
+)
 
 __all__ = [
     "ClipGuide",

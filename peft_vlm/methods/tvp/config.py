@@ -4,11 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any, no_type_check
 
 from peft import PeftType
+from PIL import Image
+from torch import Tensor
 
 from peft_vlm.data.shrink import normalization_of
 from peft_vlm.prompting.config import VLMConfig
 from peft_vlm.prompting.context import check_count
 from peft_vlm.prompting.pixel_prompt import SHAPES, SHRINKS, PixelSettings
+from peft_vlm.prompting.prompt_picture import draw_prompt
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("TVP")
@@ -115,6 +118,15 @@ class TVPConfig(VLMConfig):
             image_mean=tuple(self.image_mean),
             image_std=tuple(self.image_std),
         )
+
+    def picture(self, tensors: dict[str, Tensor]) -> Image.Image:
+        """The prompt as a picture of at least 448 px.
+
+        Args:
+            tensors: The weights file, whose one tensor is the prompt.
+        """
+        (prompt,) = (tensor for name, tensor in tensors.items() if name.endswith("tvp_prompt"))
+        return draw_prompt(prompt.float(), self.pixel_settings.mask(), side=448)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,0 +1,201 @@
+"""Model cards from facts: every sentence comes from the adapter folder or from the method's own record."""
+
+from importlib import resources
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from peft_vlm.adapter_files import PICTURE_NAME
+from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
+from peft_vlm.hub.scores import index_entries, score_table
+from peft_vlm.prompting.config import VLMConfig
+from peft_vlm.registry import ABOUT
+
+TEMPLATE = resources.files("peft_vlm.hub").joinpath("card_template.md")
+SHOWN_CLASSES = 100
+TWO_TOWERS = ("clip", "siglip")
+
+CLASSIFIER_SNIPPET = """import peft_vlm
+
+classifier = peft_vlm.PromptedClassifier.from_pretrained({adapter})
+print(classifier.predict("picture.png", top_k=3))"""
+MODEL_SNIPPET = """import peft_vlm  # makes PEFT know the method
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{base}")
+model = AutoModelForImageTextToText.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, {adapter})"""
+
+
+def render_card(
+    folder: AdapterFolder,
+    *,
+    repo_id: str,
+    license: str | None,
+    base_model: str | None = None,
+    subfolder: str | None = None,
+    title: str | None = None,
+    note: str = "",
+) -> ModelCard:
+    """The model card of an adapter folder.
+
+    Args:
+        folder: What lies in the folder.
+        repo_id: Where it will be loaded from: a Hub id, or a folder.
+        license: Identifier of the licence, as the Hub spells it; None is said on the card.
+        base_model: Hub id of the base model; None for what the configuration names.
+        subfolder: Where in the repository it lies.
+        title: Heading; by default the method and the last part of `repo_id`.
+        note: Further paragraph below the heading, in Markdown.
+    """
+    base = base_model or folder.config.base_model_name_or_path or "an unnamed base model"
+    scores = folder.evaluation.scores if folder.evaluation else ()
+    task, name = pipeline_tag(folder.config), repo_id.rpartition("/")[2]
+    data = ModelCardData(
+        license=license,
+        library_name="peft",
+        base_model=base if HUB_ID.fullmatch(base) else None,
+        base_model_relation="adapter",
+        pipeline_tag=task,
+        tags=tags_of(folder, base),
+        model_name=name if scores else None,
+        eval_results=index_entries(scores, task=task) if scores else None,
+    )
+    place = f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+    snippet = CLASSIFIER_SNIPPET if is_classifier(folder.config) else MODEL_SNIPPET
+    facts = _facts(folder, base) | {
+        "title": title or f"{ABOUT[folder.method].title}: {name}",
+        "snippet": snippet.format(adapter=place, base=base),
+        "note": note,
+        "licence": license or "The publisher gave none: ask before use.",
+    }
+    return ModelCard.from_template(data, template_str=TEMPLATE.read_text("utf-8"), **facts)
+
+
+def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
+    """What the folder itself says, for the template."""
+    about, evaluation = ABOUT[folder.method], folder.evaluation
+    return {
+        "summary": _summary(folder, base),
+        "score_table": score_table(evaluation.scores) if evaluation else "",
+        "evaluation_facts": evaluation.facts if evaluation else (),
+        "picture": PICTURE_NAME if folder.picture else "",
+        "classes": _classes(folder.config),
+        "data_facts": _data_facts(folder),
+        "settings": [(f"`{name}`", f"`{_shown(value)}`") for name, value in settings_of(folder).items()],
+        "limits": _limits(folder, base),
+        "environment": _environment(folder),
+        "method": f"[{about.paper.title}]({about.paper.url}), {about.paper.venue}.",
+        "bibtex": about.paper.bibtex,
+    }
+
+
+def is_classifier(config: VLMConfig) -> bool:
+    """Whether the adapter sits on a model of two towers, which classifies by itself."""
+    return (config.base_architecture or {}).get("model_type") in TWO_TOWERS
+
+
+def pipeline_tag(config: VLMConfig) -> str:
+    """The Hub's name for what the adapted model does."""
+    if not is_classifier(config):
+        return "image-text-to-text"
+    return "image-classification" if stores_classes(config) else "zero-shot-image-classification"
+
+
+def stores_classes(config: VLMConfig) -> bool:
+    """Whether the adapter classifies with stored vectors of its classes instead of reading class names."""
+    return bool(config.to_dict().get("num_classes"))
+
+
+def tags_of(folder: AdapterFolder, base: str) -> list[str]:
+    """Words that the Hub finds the adapter by.
+
+    Args:
+        folder: What lies in the folder.
+        base: The base model.
+    """
+    tags = {"peft", "peft_vlm", "vision-language", folder.method.replace("_", "-")}
+    tags.add((folder.config.base_architecture or {}).get("model_type") or "vision")
+    tags |= {"prompt-tuning", f"arxiv:{ABOUT[folder.method].paper.arxiv_id}"}
+    return sorted(tags | ({f"base_model:adapter:{base}"} if HUB_ID.fullmatch(base) else set()))
+
+
+def settings_of(folder: AdapterFolder) -> dict[str, Any]:
+    """Every setting of adapter, objective and training that is not empty, in this order.
+
+    Args:
+        folder: What lies in the folder.
+    """
+    shared = {field for field in VLMConfig.__dataclass_fields__}
+    settings = {k: v for k, v in folder.config.to_dict().items() if k not in shared}
+    for part in ("objective", "training"):
+        settings |= {k: v for k, v in ((folder.summary or {}).get(part) or {}).items() if k not in settings}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _summary(folder: AdapterFolder, base: str) -> str:
+    about, config = ABOUT[folder.method], folder.config
+    size = f"{folder.num_parameters:,} numbers, {_weights_size(folder)}"
+    named = f"[{base}](https://huggingface.co/{base})" if HUB_ID.fullmatch(base) else f"`{base}`"
+    does = "classifies images" if is_classifier(config) else "answers questions about images"
+    return (
+        f"A {about.title} adapter ({size}) for {named}, made with peft_vlm; the adapted model {does}. "
+        f"This adapter holds {about.trained}."
+    )
+
+
+def _weights_size(folder: AdapterFolder) -> str:
+    size = (folder.path / "adapter_model.safetensors").stat().st_size
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.0f} kB"
+
+
+def _classes(config: VLMConfig) -> str:
+    names = config.class_names
+    if not names:
+        return "None recorded: the adapter is not tied to classes."
+    shown = ", ".join(f"`{name.replace('`', ' ')}`" for name in names[:SHOWN_CLASSES])
+    more = f" and {len(names) - SHOWN_CLASSES:,} more in `class_names.txt`" if len(names) > SHOWN_CLASSES else ""
+    template = config.template if isinstance(config.template, str) or not config.template else config.template[0]
+    prompt = f" Class prompt: `{template}`." if template else ""
+    return f"{len(names):,} classes: {shown}{more}.{prompt}"
+
+
+def _data_facts(folder: AdapterFolder) -> list[str]:
+    if folder.summary is None:
+        return ["Nothing is recorded about the training, for example because the adapter was converted."]
+    data, objective = folder.summary.get("data") or {}, folder.summary.get("objective") or {}
+    training, evaluation = folder.summary.get("training") or {}, folder.evaluation
+    facts = [f"{data['num_images']:,} training images of {data['num_classes']:,} classes."] if data else []
+    if evaluation and evaluation.shots:
+        facts.append(f"Labelled images per class: at most {evaluation.shots}.")
+    if objective.get("transductive"):
+        facts.append("**Transductive**: trained without labels on images of the new classes too.")
+    else:
+        facts.append("Inductive: only images of these classes were seen in training.")
+    facts.append(f"Seed {training.get('seed')}, one run; {folder.summary.get('steps')} steps.")
+    metrics = {k: v for k, v in (folder.summary.get("metrics") or {}).items() if k in ("train_loss", "eval_accuracy")}
+    return facts + [f"`{name}`: {value:.4g}." for name, value in metrics.items()]
+
+
+def _limits(folder: AdapterFolder, base: str) -> list[str]:
+    about, config, evaluation = ABOUT[folder.method], folder.config, folder.evaluation
+    limits = list(about.limits)
+    if not stores_classes(config) and is_classifier(config) and config.class_names:
+        limits.append("Other class names can be given; the figures hold for those of the evaluation only.")
+    if evaluation is None:
+        limits.append("It was not evaluated.")
+    else:
+        limits.append("One run, one test set: how results vary with seeds and data is not known from this card.")
+    limits.append(f"Errors and biases of `{base}` stay.")
+    return limits + [f"Needs peft_vlm: format version {config.format_version}, written by {config.peft_vlm_version}."]
+
+
+def _environment(folder: AdapterFolder) -> str:
+    versions = (folder.summary or {}).get("environment") or {"peft_vlm": folder.config.peft_vlm_version}
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+
+
+def _shown(value: Any, limit: int = 120) -> str:
+    text = str(value).replace("|", "\\|").replace("`", " ").replace("\n", " ")
+    return text if len(text) <= limit else text[:limit] + " ..."

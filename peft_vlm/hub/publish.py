@@ -1,0 +1,208 @@
+"""Publishing an adapter: everything its users need, in one commit, or nothing at all."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from peft import PeftModel
+from torch import nn
+
+from peft_vlm.adapter_files import (
+    BASELINE_NAME,
+    CARD_NAME,
+    CLASSES_NAME,
+    CURVE_NAME,
+    METRICS_NAME,
+    PICTURE_NAME,
+    REPORT_NAME,
+    SUMMARY_NAME,
+    TRANSFER_NAME,
+    WEIGHTS_NAME,
+)
+from peft_vlm.errors import AdapterError, HubError
+from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
+from peft_vlm.hub.card import render_card
+from peft_vlm.hub_errors import explained
+from peft_vlm.prompting.config import VLMConfig
+
+#: What is copied as it is, where it exists; configuration, class names, picture and card are written anew.
+REPORTS = (
+    *(SUMMARY_NAME, METRICS_NAME, REPORT_NAME, BASELINE_NAME, TRANSFER_NAME),
+    CURVE_NAME,
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where an adapter was published.
+
+    Args:
+        repo_id: Repository.
+        url: Address of the commit.
+        commit: Its identifier.
+        changed: False when the repository had the same files already; then there is no new commit.
+    """
+
+    repo_id: str
+    url: str
+    commit: str
+    changed: bool
+
+
+def saved_adapter(model: nn.Module, folder: str | Path) -> Path | None:
+    """Where `save_pretrained` puts the active adapter of a model; None if it has none of this package.
+
+    Args:
+        model: Any model.
+        folder: Target of `save_pretrained`.
+    """
+    if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, VLMConfig):
+        return None
+    (name,) = model.active_adapters
+    return Path(folder) if name == "default" else Path(folder) / name
+
+
+def write_folder(
+    folder: AdapterFolder,
+    target: Path,
+    *,
+    repo_id: str,
+    license: str | None,
+    base_model: str | None = None,
+    subfolder: str | None = None,
+    title: str | None = None,
+    note: str = "",
+) -> None:
+    """Write what is published into a folder: weights, configuration, class names, reports, card.
+
+    Args:
+        folder: The adapter.
+        target: Existing folder that it goes to; it may be the adapter's own.
+        repo_id: Where it will be loaded from.
+        license: Identifier of the licence, as the Hub spells it.
+        base_model: Hub id that the configuration will name as base model; None for the one it names already.
+        subfolder: Where in the repository it will lie.
+        title: Heading of the card.
+        note: Further paragraph of the card.
+    """
+    for name in (WEIGHTS_NAME, *REPORTS):
+        source = folder.path / name
+        if source.is_file() and source.resolve() != (target / name).resolve():
+            shutil.copyfile(source, target / name)
+    config = folder.config
+    if base_model is not None:
+        config.base_model_name_or_path = base_model
+    config.save_pretrained(str(target))
+    if config.class_names:
+        (target / CLASSES_NAME).write_text("\n".join(config.class_names) + "\n", "utf-8")
+    if folder.picture is not None:
+        folder.picture.save(target / PICTURE_NAME)
+    place = {"repo_id": repo_id, "base_model": base_model, "subfolder": subfolder}
+    render_card(folder, license=license, title=title, note=note, **place).save(target / CARD_NAME)
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    title: str | None = None,
+    note: str = "",
+    subfolder: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    incomplete: bool = False,
+) -> Published:
+    """Upload an adapter folder with a card made from it, in one commit.
+
+    Everything is checked, and the card rendered, before the first request. The folder itself is left as it is; of what
+    else lies in it (checkpoints, optimizer states) nothing is uploaded. A failure leaves no commit behind, at most an
+    empty repository; calling again is safe.
+
+    Args:
+        folder: What the trainer wrote, with the reports of `peft-vlm evaluate --baseline` in it.
+        repo_id: `owner/name`; made if it does not exist.
+        license: Identifier of the licence, as the Hub spells it: "apache-2.0", "mit", "cc-by-4.0", ...
+        base_model: Hub id of the base model; needed when the adapter was trained on a local folder.
+        title: Heading of the card.
+        note: Further paragraph of the card, in Markdown.
+        subfolder: Where in the repository; for several adapters in one.
+        revision: Branch to commit to, made if it does not exist; None for the main one.
+        private: Make the repository private when it is made.
+        token: Token of the Hub; None for the one of `hf auth login`.
+        commit_message: Summary of the commit.
+        incomplete: Publish even if evaluation, licence, training summary or base model are missing; the card says so.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        AdapterError: If the folder holds no adapter, or a part is missing that its users need.
+        HubError: If the Hub refuses, fails or cannot be reached.
+    """
+    adapter = AdapterFolder.read(folder)
+    if not HUB_ID.fullmatch(repo_id):
+        raise HubError(f"Expected `repo_id` to be 'owner/name', got {repo_id!r}.")
+    missing = adapter.missing(license=license, base_model=base_model)
+    if missing and not incomplete:
+        raise AdapterError(
+            f"{str(folder)!r} is not complete. Expected " + "; expected ".join(missing) + ". To publish it as it is, "
+            "with a card that says so, pass `incomplete=True`."
+        )
+    with tempfile.TemporaryDirectory() as staging:
+        place = {"repo_id": repo_id, "base_model": base_model, "subfolder": subfolder}
+        write_folder(adapter, Path(staging), license=license, title=title, note=note, **place)
+        message = commit_message or f"{(subfolder or repo_id).rpartition('/')[2]}: {adapter.method} adapter"
+        with explained(f"{repo_id!r} was not published"):
+            return _upload(
+                HfApi(token=token), staging, repo_id, subfolder, revision=revision, private=private, message=message
+            )
+
+
+def _upload(
+    api: HfApi,
+    staging: str,
+    repo_id: str,
+    subfolder: str | None,
+    *,
+    revision: str | None,
+    private: bool | None,
+    message: str,
+) -> Published:
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    before = api.model_info(repo_id, revision=revision).sha
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=staging, path_in_repo=subfolder, revision=revision, commit_message=message
+    )
+    return Published(repo_id, commit.commit_url, commit.oid, commit.oid != before)
+
+
+def push_model(
+    model: PeftModel,
+    repo_id: str,
+    *,
+    run_folder: str | Path | None = None,
+    **options: object,
+) -> Published:
+    """Publish the active adapter of a model: what `model.push_to_hub(...)` does for adapters of this package.
+
+    Args:
+        model: Model with the adapter.
+        repo_id: `owner/name`.
+        run_folder: Folder of the training, whose reports go with the adapter; its weights must be those of the model.
+        **options: Passed to `publish`.
+    """
+    with tempfile.TemporaryDirectory() as saved:
+        model.save_pretrained(saved, selected_adapters=list(model.active_adapters))
+        folder = saved_adapter(model, saved) or Path(saved)
+        for report in REPORTS if run_folder is not None else ():
+            if (Path(run_folder) / report).is_file():
+                shutil.copyfile(Path(run_folder) / report, folder / report)
+        return publish(folder, repo_id, **options)

@@ -1,0 +1,146 @@
+"""What a card says about results: figures of an evaluation with the base model's beside them."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+
+from peft_vlm.adapter_files import BASELINE_NAME, REPORT_NAME, TRANSFER_NAME
+from peft_vlm.errors import AdapterError
+from peft_vlm.evaluation.report import EvalReport
+from peft_vlm.evaluation.transfer import TransferReport
+
+TITLES = {"accuracy": "accuracy", "base": "base accuracy", "new": "new accuracy", "h": "harmonic mean"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure, in percent.
+
+    Args:
+        dataset: Name of the test set.
+        split: Part of it; empty where the report names none.
+        title: What was measured, for example "base accuracy".
+        value: With the adapter.
+        baselines: Without it, by what was measured instead.
+    """
+
+    dataset: str
+    split: str
+    title: str
+    value: float
+    baselines: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation as a card shows it.
+
+    Args:
+        scores: Figures.
+        facts: Lines that say how they were measured.
+        shots: Training images per class, where known.
+        weights_sha256: The weights that were evaluated; None where the report does not say.
+    """
+
+    scores: tuple[Score, ...]
+    facts: tuple[str, ...]
+    shots: int | None = None
+    weights_sha256: str | None = None
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """The evaluation that lies in an adapter folder, None if there is none.
+
+    Args:
+        folder: Holds `report.json` and `zero_shot.json`, or `transfer.json`.
+
+    Raises:
+        AdapterError: If the adapter was evaluated and the base model was not.
+    """
+    if (folder / TRANSFER_NAME).is_file():
+        return _of_transfer(TransferReport.load(folder / TRANSFER_NAME))
+    if not (folder / REPORT_NAME).is_file():
+        return None
+    if not (folder / BASELINE_NAME).is_file():
+        raise AdapterError(
+            f"Expected {BASELINE_NAME!r} beside {REPORT_NAME!r} in {str(folder)!r}, got none. A card shows what the "
+            "base model does without the adapter: evaluate with `--baseline` (`EvaluationArguments(baseline=True)`)."
+        )
+    return _of_report(EvalReport.load(folder / REPORT_NAME), EvalReport.load(folder / BASELINE_NAME))
+
+
+def _of_report(report: EvalReport, baseline: EvalReport) -> Evaluation:
+    same = ("protocol", "dataset", "template")
+    different = [name for name in same if getattr(report, name) != getattr(baseline, name)]
+    if different or set(report.scores) != set(baseline.scores):
+        raise AdapterError(
+            f"Expected {BASELINE_NAME!r} and {REPORT_NAME!r} of one evaluation, got another "
+            f"{' and '.join(different) or 'set of scores'}. Evaluate again with `--baseline`."
+        )
+    sources, split = re.fullmatch(r"(.*?)(?: \((.*)\))?", report.dataset, re.DOTALL).groups()
+    name = ", ".join(Path(source).name for source in sources.split(", "))
+    scores = []
+    for key, value in report.scores.items():
+        dataset, title = (name, TITLES[key]) if key in TITLES else (key, "accuracy")
+        scores.append(Score(dataset, split or "", title, value, {"zero-shot": baseline.scores[key]}))
+    images = {part: f"{facts['num_images']:,} images" for part, facts in report.parts.items()}
+    counted = "; ".join(f"{part}: {text}" if len(images) > 1 else text for part, text in images.items())
+    facts = [f"Protocol: {report.protocol}; {counted}.", f"Class prompts: {_quoted(report.template)}."]
+    facts += [report.note] if report.note else []
+    return Evaluation(tuple(scores), tuple(facts), report.shots, report.adapter_sha256)
+
+
+def _of_transfer(report: TransferReport) -> Evaluation:
+    scores = []
+    for name, effect in report.effects.items():
+        title = f"accuracy of {name} ({'trained on' if name in report.sources else 'unseen'})"
+        baselines = {"without adapter": effect.full_size, "shrunken, no picture": effect.shrunken}
+        scores.append(Score(report.task, "", title, effect.prompted, baselines))
+    gain = report.mean_gain(over="full_size")
+    facts = [] if gain is None else [f"Mean gain on unseen models over no adapter: {gain:+.2f} points."]
+    return Evaluation(tuple(scores), tuple(facts + ([report.note] if report.note else [])))
+
+
+def score_table(scores: tuple[Score, ...]) -> str:
+    """The figures as a Markdown table.
+
+    Args:
+        scores: Figures, all with the same baselines.
+    """
+    baselines = list(scores[0].baselines)
+    rows = [["data", "figure", "this adapter %", *(f"{name} %" for name in baselines)], ["---"] * (3 + len(baselines))]
+    for score in scores:
+        data = f"{score.dataset}, {score.split}" if score.split else score.dataset
+        figures = [score.value, *(score.baselines[name] for name in baselines)]
+        rows.append([data, score.title, *(f"{figure:.2f}" for figure in figures)])
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
+
+
+def index_entries(scores: tuple[Score, ...], *, task: str) -> list[EvalResult]:
+    """The figures as the Hub's `model-index` has them; each baseline is a metric of its own, named as such.
+
+    Args:
+        scores: Figures.
+        task: The pipeline tag.
+    """
+    entries = []
+    for score in scores:
+        for name, value in {"": score.value, **score.baselines}.items():
+            entries.append(
+                EvalResult(
+                    task_type=task,
+                    dataset_type=re.sub(r"[^\w.-]+", "-", score.dataset).strip("-") or "images",
+                    dataset_name=score.dataset,
+                    dataset_split=score.split or None,
+                    metric_type="accuracy",
+                    metric_name=f"{score.title} %" + (f", {name} baseline" if name else ""),
+                    metric_value=value,
+                )
+            )
+    return entries
+
+
+def _quoted(texts: tuple[str, ...]) -> str:
+    return ", ".join(f"`{text}`" for text in texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")

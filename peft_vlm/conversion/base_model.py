@@ -67,8 +67,16 @@ def official_weights(model: CLIPModel) -> dict[str, Tensor]:
     Args:
         model: A plain `CLIPModel`.
     """
-    named = to_openai_names({name: tensor.detach() for name, tensor in model.state_dict().items()})
-    return {official_name(name): tensor for name, tensor in named.items()}
+    return official_names({name: tensor.detach() for name, tensor in model.state_dict().items()})
+
+
+def official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a `CLIPModel` under the names that the official trainers give them.
+
+    Args:
+        tensors: State dict of a `CLIPModel`.
+    """
+    return {official_name(name): tensor for name, tensor in to_openai_names(tensors).items()}
 
 
 def official_name(openai: str) -> str:

@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
@@ -112,18 +112,6 @@ def token_ids(file: OfficialFile, name: str, base: CLIPModel) -> Int[Tensor, "cl
             )
         found[start : start + len(chunk)] = nearest
     return found[which].view(embeddings.shape[:2])
-
-
-def context_buffers(
-    embeddings: Float[Tensor, "classes tokens width"], num_tokens: int
-) -> dict[str, Float[Tensor, "classes rest width"]]:
-    """The buffers of a prompt learner, the other way round.
-
-    Args:
-        embeddings: Token embeddings of the class prompts, of the text tower's full length.
-        num_tokens: Context vectors.
-    """
-    return {"token_prefix": embeddings[:, :1].clone(), "token_suffix": embeddings[:, 1 + num_tokens :].clone()}
 
 
 def _end_token(base: CLIPModel) -> int:

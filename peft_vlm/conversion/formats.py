@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from peft_vlm.conversion.clip_names import is_clip
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
@@ -40,8 +42,9 @@ class OfficialFormat:
 FORMATS: dict[str, OfficialFormat] = {}
 """Kinds of files that become adapters; every method adds its own when it is imported."""
 
-EXPORTS: dict[str, Callable[..., Path]] = {}
-"""Writers of official files by method: `export(model, path, **settings)`."""
+EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {}
+"""Writers of official files by method: `export(model, path, tokenizer=..., epoch=...)` gives the official settings
+that belong to the file."""
 
 REFUSED: dict[str, Callable[[Names], bool]] = {
     "CoCoOp": lambda names: "meta_net.linear2.weight" in names,
@@ -57,6 +60,16 @@ def register_format(official: OfficialFormat) -> None:
         official: The kind.
     """
     FORMATS[official.name] = official
+
+
+def register_export(method: str, export: Callable[..., dict[str, Any]]) -> None:
+    """Make a writer of official files known.
+
+    Args:
+        method: Name of the method.
+        export: The writer.
+    """
+    EXPORTS[method] = export
 
 
 def recognise(file: OfficialFile) -> OfficialFormat:
@@ -116,3 +129,28 @@ def convert(source: str | Path | OfficialFile, folder: str | Path, **settings: A
             + f"It takes {', '.join(f'`{name}`' for name in known)}."
         )
     return official.convert(file, folder, **settings)
+
+
+def export(
+    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
+) -> dict[str, Any]:
+    """Write an adapter as the checkpoint file that its method's official code loads.
+
+    Args:
+        model: Model with the active adapter.
+        path: The file; an older one is replaced. The official codes look for `model.pth.tar-<epoch>`.
+        tokenizer: The base model's, for the class prompts that prompt learners store; official loaders drop them.
+        epoch: What the file says of its epoch.
+
+    Returns:
+        Official settings that the adapter needs and no file holds, such as `START_LAYER`.
+
+    Raises:
+        AdapterError: If the method has no official format here.
+    """
+    method = model.active_peft_config.peft_type.value.lower()
+    if method not in EXPORTS:
+        raise AdapterError(
+            f"Expected an adapter of {sorted(EXPORTS)!r}, which have an official format, got {method!r}."
+        )
+    return EXPORTS[method](model, path, tokenizer=tokenizer, epoch=epoch)

@@ -1,7 +1,7 @@
 """CoOp (IJCV 2022): learned context vectors in the class prompts."""
 
 from peft_vlm.methods.coop.config import CoOpConfig
-from peft_vlm.methods.coop.convert import convert_checkpoint
+from peft_vlm.methods.coop.convert import convert_checkpoint, export_checkpoint
 from peft_vlm.methods.coop.model import CoOpModel
 from peft_vlm.methods.coop.objective import PAPER, CoOpObjective
 from peft_vlm.methods.coop.presets import preset_for
@@ -20,4 +20,4 @@ register_method(
     ),
 )
 
-__all__ = ["CoOpConfig", "CoOpModel", "CoOpObjective", "convert_checkpoint", "preset_for"]
+__all__ = ["CoOpConfig", "CoOpModel", "CoOpObjective", "convert_checkpoint", "export_checkpoint", "preset_for"]

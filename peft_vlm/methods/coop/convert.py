@@ -5,13 +5,16 @@ KgCoOp pulls the class features towards those of a fixed template, POMP samples 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from peft_vlm.conversion.base_model import base_tokenizer, load_base, write_adapter
 from peft_vlm.conversion.class_texts import training_class_names, word_ids
-from peft_vlm.conversion.formats import OfficialFormat, register_format
+from peft_vlm.conversion.export import adapter_tensors, base_tensors, prompt_buffers, save_official
+from peft_vlm.conversion.formats import OfficialFormat, register_export, register_format
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.coop.config import CoOpConfig
@@ -111,6 +114,29 @@ def _kind(tensors: Mapping[str, Tensor]) -> str:
     return "KgCoOp" if any(name.endswith("bias_vectors") for name in tensors) else "CoOp"
 
 
+def export_checkpoint(
+    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
+) -> dict[str, Any]:
+    """Write `prompt_learner/model.pth.tar-*` of the official CoOp.
+
+    Args:
+        model: Model with the active adapter.
+        path: The file.
+        tokenizer: The base model's; with it the file also holds the class prompts, which official loaders drop.
+        epoch: What the file says of its epoch.
+
+    Returns:
+        Official settings that belong to the file.
+    """
+    config, base = model.active_peft_config, base_tensors(model)
+    tensors = {"ctx": adapter_tensors(model)[CONTEXT]}
+    table, length = (base[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
+    tensors |= prompt_buffers(table, tokenizer, config=config, length=len(length))
+    save_official(tensors, path, epoch=epoch)
+    settings = {"N_CTX": config.num_text_tokens, "CTX_INIT": config.context_init or "", "CSC": False}
+    return settings | {"CLASS_TOKEN_POSITION": config.class_position}
+
+
 def is_coop(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file is CoOp's: a context, and at most the buffers beside it.
 
@@ -142,3 +168,4 @@ def is_pomp(tensors: Mapping[str, Tensor]) -> bool:
 register_format(OfficialFormat("CoOp", is_coop, convert_checkpoint, "coop"))
 register_format(OfficialFormat("KgCoOp", is_kgcoop, convert_kgcoop, "coop"))
 register_format(OfficialFormat("POMP", is_pomp, convert_checkpoint, "coop"))
+register_export("coop", export_checkpoint)

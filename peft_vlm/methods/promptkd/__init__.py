@@ -2,7 +2,7 @@
 
 from peft_vlm.methods.promptkd.classes import texts_are_stored_classes
 from peft_vlm.methods.promptkd.config import PromptKDConfig
-from peft_vlm.methods.promptkd.convert import convert_checkpoint
+from peft_vlm.methods.promptkd.convert import convert_checkpoint, export_checkpoint
 from peft_vlm.methods.promptkd.model import PromptKDModel
 from peft_vlm.methods.promptkd.objective import PromptKDObjective
 from peft_vlm.methods.promptkd.paper import PAPER
@@ -29,6 +29,7 @@ __all__ = [
     "PromptKDObjective",
     "Teacher",
     "convert_checkpoint",
+    "export_checkpoint",
     "preset_for",
     "texts_are_stored_classes",
 ]

@@ -2,15 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
-from peft import get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from peft_vlm.conversion.base_model import ADAPTER_PREFIX, load_base, official_weights, write_adapter
-from peft_vlm.conversion.formats import OfficialFormat, register_format
+from peft_vlm.conversion.base_model import (
+    ADAPTER_PREFIX,
+    load_base,
+    official_names,
+    official_weights,
+    write_adapter,
+)
+from peft_vlm.conversion.export import adapter_tensors, base_tensors, official_tokens, save_official
+from peft_vlm.conversion.formats import OfficialFormat, register_export, register_format
 from peft_vlm.conversion.learned_tokens import VISION, take_learned_tokens
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
+from peft_vlm.errors import AdapterError
 from peft_vlm.methods.promptkd.config import PromptKDConfig
 from peft_vlm.methods.promptkd.model import PromptKDModel
 
@@ -72,6 +82,44 @@ def convert_checkpoint(
     return write_adapter(model, tensors | vectors, folder, file=file, kind=KIND)
 
 
+def export_checkpoint(
+    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
+) -> dict[str, Any]:
+    """Write `VLPromptLearner/model.pth.tar-*` of an official PromptKD student; its class vectors stay behind.
+
+    Args:
+        model: Model with the active adapter.
+        path: The file.
+        tokenizer: Not used; the file holds no texts.
+        epoch: What the file says of its epoch.
+
+    Returns:
+        Official settings that belong to the file.
+
+    Raises:
+        AdapterError: If the student has another projector than the official ones, or no visual tokens.
+    """
+    config, own = model.active_peft_config, adapter_tensors(model)
+    shape = (config.projector_depth, config.projector_norm)
+    if shape != (2, "batchnorm") or not config.vision_depth:
+        raise AdapterError(
+            "Expected a student with visual tokens and a projector of 2 layers with BatchNorm, the only one of the "
+            f"official code, got `vision_depth`={config.vision_depth}, `projector_depth`={shape[0]}, "
+            f"`projector_norm`={shape[1]!r}."
+        )
+    frozen = official_names(base_tensors(model)).items()
+    tensors = {name: t for name, t in frozen if name.startswith("image_encoder.") or name == "logit_scale"}
+    tensors |= official_tokens(own, VISION, prefix=PromptKDModel.prefix)
+    for official, module in PROJECTOR.items():
+        path_in_model = f"visual_projection.{PromptKDModel.prefix}{module}."
+        for name, tensor in own.items():
+            if name.startswith(path_in_model):
+                weight = tensor[..., None, None] if tensor.ndim == 2 else tensor
+                tensors[f"{official}.{name.removeprefix(path_in_model)}"] = weight
+    save_official(tensors, path, epoch=epoch)
+    return {"N_CTX_VISION": config.num_vision_tokens, "PROMPT_DEPTH_VISION": config.vision_depth}
+
+
 def is_promptkd(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file has the projector of a student.
 
@@ -82,3 +130,4 @@ def is_promptkd(tensors: Mapping[str, Tensor]) -> bool:
 
 
 register_format(OfficialFormat(KIND, is_promptkd, convert_checkpoint, "promptkd"))
+register_export("promptkd", export_checkpoint)

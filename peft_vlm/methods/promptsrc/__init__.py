@@ -1,7 +1,7 @@
 """PromptSRC (ICCV 2023): learned tokens in both towers, held close to the frozen model and averaged over epochs."""
 
 from peft_vlm.methods.promptsrc.config import PromptSRCConfig
-from peft_vlm.methods.promptsrc.convert import convert_checkpoint
+from peft_vlm.methods.promptsrc.convert import convert_checkpoint, export_checkpoint
 from peft_vlm.methods.promptsrc.model import PromptSRCModel
 from peft_vlm.methods.promptsrc.objective import PAPER, PromptSRCObjective
 from peft_vlm.methods.promptsrc.presets import preset_for
@@ -27,5 +27,6 @@ __all__ = [
     "PromptSRCModel",
     "PromptSRCObjective",
     "convert_checkpoint",
+    "export_checkpoint",
     "preset_for",
 ]

@@ -2,13 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from peft_vlm.conversion.base_model import base_tokenizer, load_base, official_weights, write_adapter
+from peft_vlm.conversion.base_model import base_tokenizer, load_base, official_names, official_weights, write_adapter
 from peft_vlm.conversion.class_texts import training_class_names, word_ids
-from peft_vlm.conversion.formats import OfficialFormat, register_format
+from peft_vlm.conversion.export import (
+    adapter_tensors,
+    base_tensors,
+    official_tokens,
+    prompt_buffers,
+    save_official,
+)
+from peft_vlm.conversion.formats import OfficialFormat, register_export, register_format
 from peft_vlm.conversion.learned_tokens import TEXT, VISION, take_learned_tokens
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
@@ -79,6 +88,37 @@ def convert_checkpoint(
     return write_adapter(get_peft_model(base, config), text | vision, folder, file=file, kind=KIND)
 
 
+def export_checkpoint(
+    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
+) -> dict[str, Any]:
+    """Write `VLPromptLearner/model.pth.tar-*` of the official PromptSRC (which IVLP's trainer loads too).
+
+    Args:
+        model: Model with the active adapter.
+        path: The file.
+        tokenizer: The base model's; with it the file also holds the class prompts, which official loaders drop.
+        epoch: What the file says of its epoch.
+
+    Returns:
+        Official settings that belong to the file.
+    """
+    config, own, base = model.active_peft_config, adapter_tensors(model), base_tensors(model)
+    tensors = {name: tensor for name, tensor in official_names(base).items() if "token_embedding" not in name}
+    vision = {name: t for name, t in tensors.items() if name.startswith("image_encoder.")}
+    tensors |= {f"prompt_learner.ZS_{name}": tensor for name, tensor in vision.items()}
+    for names in (TEXT, VISION):
+        tensors |= official_tokens(own, names, prefix=PromptSRCModel.prefix)
+    text_depth, vision_depth = config.depths
+    if text_depth:
+        table, length = (base[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
+        buffers = prompt_buffers(table, tokenizer, config=config, length=len(length))
+        tensors |= {f"prompt_learner.{name}": tensor for name, tensor in buffers.items()}
+    save_official(tensors, path, epoch=epoch)
+    settings = {"N_CTX_TEXT": config.num_text_tokens, "N_CTX_VISION": config.num_vision_tokens}
+    settings |= {"PROMPT_DEPTH_TEXT": text_depth, "PROMPT_DEPTH_VISION": vision_depth}
+    return settings | {"CTX_INIT": config.context_init or ""}
+
+
 def is_promptsrc(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file has learned tokens in one or two towers and nothing else that is trained.
 
@@ -91,3 +131,4 @@ def is_promptsrc(tensors: Mapping[str, Tensor]) -> bool:
 
 
 register_format(OfficialFormat(KIND, is_promptsrc, convert_checkpoint, "promptsrc"))
+register_export("promptsrc", export_checkpoint)

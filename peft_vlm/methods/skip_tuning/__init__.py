@@ -2,7 +2,7 @@
 
 from peft_vlm.methods.skip_tuning.answers import SkipTuningAnswerObjective
 from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
-from peft_vlm.methods.skip_tuning.convert import convert_checkpoint
+from peft_vlm.methods.skip_tuning.convert import convert_checkpoint, export_checkpoint
 from peft_vlm.methods.skip_tuning.model import SkipTuningModel
 from peft_vlm.methods.skip_tuning.objective import PAPER, SkipTuningObjective
 from peft_vlm.methods.skip_tuning.presets import preset_for
@@ -27,5 +27,6 @@ __all__ = [
     "SkipTuningModel",
     "SkipTuningObjective",
     "convert_checkpoint",
+    "export_checkpoint",
     "preset_for",
 ]

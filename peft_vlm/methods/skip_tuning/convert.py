@@ -3,14 +3,23 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from peft_vlm.conversion.base_model import load_base, official_weights, openai_name, write_adapter
+from peft_vlm.conversion.base_model import (
+    load_base,
+    official_names,
+    official_weights,
+    openai_name,
+    write_adapter,
+)
 from peft_vlm.conversion.clip_names import to_hf_names
-from peft_vlm.conversion.formats import OfficialFormat, register_format
+from peft_vlm.conversion.export import adapter_tensors, base_tensors, save_official
+from peft_vlm.conversion.formats import OfficialFormat, register_export, register_format
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
@@ -92,6 +101,27 @@ def _is_same(tensor: Tensor, base: Tensor) -> bool:
     return torch.equal(tensor, base.to(tensor.dtype))
 
 
+def export_checkpoint(
+    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
+) -> dict[str, Any]:
+    """Write `learnable_params/model.pth.tar-*` of the official Skip Tuning: the whole CLIP, tuned layers in place.
+
+    Args:
+        model: Model with the active adapter.
+        path: The file.
+        tokenizer: Not used; the file holds no texts.
+        epoch: What the file says of its epoch.
+
+    Returns:
+        Official settings that belong to the file.
+    """
+    copies = {name.replace(f".{SkipTuningModel.prefix}", "."): t for name, t in adapter_tensors(model).items()}
+    tensors = official_names(base_tensors(model) | copies)
+    del tensors["logit_scale"]  # the official module does not have it
+    save_official(tensors, path, epoch=epoch)
+    return {"START_LAYER": min(model.active_peft_config.start_layers)}
+
+
 def is_skip_tuning(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file has both towers and no learned tokens.
 
@@ -104,3 +134,4 @@ def is_skip_tuning(tensors: Mapping[str, Tensor]) -> bool:
 
 
 register_format(OfficialFormat(KIND, is_skip_tuning, convert_checkpoint, "skip_tuning"))
+register_export("skip_tuning", export_checkpoint)

@@ -1,7 +1,7 @@
 """TVP (CVPR 2024): one learned picture on every image, trained on one multimodal model, used on others."""
 
 from peft_vlm.methods.tvp.config import TVPConfig
-from peft_vlm.methods.tvp.convert import convert_checkpoint
+from peft_vlm.methods.tvp.convert import convert_checkpoint, export_checkpoint
 from peft_vlm.methods.tvp.guide import ClipGuide
 from peft_vlm.methods.tvp.model import TVPModel
 from peft_vlm.methods.tvp.normalization import set_normalization
@@ -36,6 +36,7 @@ __all__ = [
     "TVPModel",
     "TVPObjective",
     "convert_checkpoint",
+    "export_checkpoint",
     "preset_for",
     "prompt_layer_of",
     "prompt_of",

@@ -5,18 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
+from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from peft_vlm.conversion.base_model import REPORT_NAME
-from peft_vlm.conversion.formats import OfficialFormat, register_format
+from peft_vlm.conversion.export import save_whole
+from peft_vlm.conversion.formats import OfficialFormat, register_export, register_format
 from peft_vlm.conversion.new_folder import new_folder
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.json_files import write_json
 from peft_vlm.methods.tvp.config import TVPConfig
+from peft_vlm.prompting.prompt_picture import prompt_of
 
 KIND = "TVP"
 OFFICIAL_KEY = "perturbation"
@@ -74,6 +78,25 @@ def convert_checkpoint(
     return report
 
 
+def export_checkpoint(
+    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
+) -> dict[str, Any]:
+    """Write `checkpoint_best.pth` of the official TVP: the prompt as it acts, and nothing else.
+
+    Args:
+        model: Model with the active adapter.
+        path: The file.
+        tokenizer: Not used; the file holds no texts.
+        epoch: Not used; the file does not say.
+
+    Returns:
+        Official settings that belong to the file.
+    """
+    settings = model.active_peft_config.pixel_settings
+    save_whole({OFFICIAL_KEY: prompt_of(model).float()}, path)
+    return {"canvas": settings.canvas_size, "border": settings.border}
+
+
 def official_prompt(file: OfficialFile) -> Float[Tensor, "channels canvas canvas"]:
     """The prompt in an official checkpoint, in [0, 1] pixel units.
 
@@ -116,3 +139,4 @@ def border_of(prompt: Float[Tensor, "channels canvas canvas"]) -> int:
 
 
 register_format(OfficialFormat(KIND, is_tvp, convert_checkpoint, "tvp"))
+register_export("tvp", export_checkpoint)

@@ -1,0 +1,138 @@
+"""Adapters to files that the official trainers load: what all methods share."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+from transformers import CLIPModel, PreTrainedTokenizerBase
+
+from peft_vlm.conversion.base_model import ADAPTER_PREFIX
+from peft_vlm.conversion.checkpoint import WRAPPING_KEY
+from peft_vlm.conversion.class_texts import word_ids
+from peft_vlm.conversion.learned_tokens import TowerNames
+from peft_vlm.errors import AdapterError, UnsupportedModelError
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The active adapter's tensors by their names in the base model, on the CPU.
+
+    Args:
+        model: Model with the adapter.
+    """
+    state = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+    return {name.removeprefix(ADAPTER_PREFIX): tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def base_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The base model's own weights under the names of `CLIPModel`, on the CPU.
+
+    Args:
+        model: Model with adapters.
+
+    Raises:
+        UnsupportedModelError: If the base is no CLIP.
+    """
+    base = model.get_base_model()
+    if not isinstance(base, CLIPModel):
+        raise UnsupportedModelError(
+            f"Expected an adapter on a `CLIPModel`, got one on `{type(base).__name__}`. The official codes know no "
+            "other family."
+        )
+    prefix: Any = model.base_model.prefix
+    return {
+        name.replace(".base_layer", ""): tensor.detach().cpu()
+        for name, tensor in base.state_dict().items()
+        if prefix not in name
+    }
+
+
+def official_tokens(tensors: Mapping[str, Tensor], names: TowerNames, *, prefix: str) -> dict[str, Tensor]:
+    """Learned tokens of one tower under their official names.
+
+    Args:
+        tensors: What `adapter_tensors` gave.
+        names: The tower.
+        prefix: Parameter prefix of the method.
+    """
+    found: dict[str, Tensor] = {}
+    while f"{names.module(len(found))}.{prefix}prompt" in tensors:
+        official = names.deep(len(found)) if found else names.shallow
+        found[official] = tensors[f"{names.module(len(found))}.{prefix}prompt"]
+    return found
+
+
+def prompt_buffers(
+    table: Float[Tensor, "vocabulary width"], tokenizer: PreTrainedTokenizerBase | None, *, config: Any, length: int
+) -> dict[str, Float[Tensor, "classes tokens width"]]:
+    """The buffers of a prompt learner for the adapter's classes; nothing without class names or tokenizer.
+
+    Args:
+        table: The base model's token embeddings.
+        tokenizer: Its tokenizer.
+        config: Configuration of the adapter.
+        length: Tokens that the text tower takes.
+    """
+    check_template(config)
+    if tokenizer is None or config.class_names is None:
+        return {}
+    left = (word_ids(config.context_init, tokenizer) or [])[config.num_text_tokens :]
+    ids = torch.zeros(len(config.class_names), length - config.num_text_tokens, dtype=torch.long)
+    for row, name in zip(ids, config.class_names, strict=True):
+        text = tokenizer(f"{name.replace('_', ' ')}.", add_special_tokens=False)["input_ids"]
+        tokens = [tokenizer.bos_token_id, *left, *text, tokenizer.eos_token_id]
+        row[: len(tokens)] = torch.tensor(tokens)
+    return {"token_prefix": table[ids[:, :1]], "token_suffix": table[ids[:, 1:]]}
+
+
+def check_template(config: Any) -> None:
+    """Refuse a template that the official codes cannot say: theirs is context, class name, full stop.
+
+    Args:
+        config: Configuration of an adapter with text context.
+
+    Raises:
+        AdapterError: If there is other text around the class name.
+    """
+    template = config.template
+    if template is None:
+        return
+    rest = template.removeprefix(f"{config.context_init} ") if isinstance(template, str) else template
+    if rest != "{}.":
+        raise AdapterError(
+            "Expected an adapter whose class prompts are context, class name and full stop, the only ones of the "
+            f"official codes, got `template`={template!r} with `context_init`={config.context_init!r}. Its outputs "
+            "would be others there."
+        )
+
+
+def save_official(tensors: Mapping[str, Tensor], path: str | Path, *, epoch: int) -> None:
+    """Write a checkpoint with the entries that the official trainers look for.
+
+    Args:
+        tensors: State dict.
+        path: The file.
+        epoch: What the file says of its epoch.
+    """
+    content: dict[str, Any] = {WRAPPING_KEY: {name: tensor.contiguous() for name, tensor in tensors.items()}}
+    save_whole(content | {"epoch": epoch, "optimizer": None, "scheduler": None, "val_result": None}, path)
+
+
+def save_whole(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write a file with `torch.save` through a temporary one, so that no reader sees half of it.
+
+    Args:
+        content: Tensors and plain values.
+        path: The file; an older one is replaced.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        torch.save(dict(content), part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -55,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--depth", type=int, help="layers with prompts, instead of the presets'")
     parser.add_argument("--epochs", type=int, help="of both stages, instead of the presets' numbers")
+    parser.add_argument("--align_steps", type=int, help="of the projector alone, instead of the preset's number")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/promptkd"))
     return parser.parse_args()
@@ -79,6 +80,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         epochs = {} if args.epochs is None else {"num_train_epochs": args.epochs, "max_steps": -1}
         parts["training"] |= {"use_cpu": args.use_cpu} | epochs
         settings[stage] = parts
+    if args.align_steps is not None:
+        settings["promptkd"]["objective"]["align_steps"] = args.align_steps
     return settings
 
 

@@ -12,9 +12,10 @@ from mllm_questions import COLOURS, Questions, QuestionTokens, draw_images
 from peft_vlm.data.question_batches import QuestionCollator
 from peft_vlm.data.questions import ImageQuestionDataset
 from pretraining_data import load_smoke
+from run_log import RunLog
 from train_mllm import Training, prepare, run
 
-BATCH = 16
+BATCH = 8
 FAMILIES = ("llava", "idefics3", "paligemma")
 
 
@@ -33,14 +34,16 @@ def tiny_run(family: str, *, steps: int) -> Training:
         smoke=True, corpus=None, family=family, images=steps * BATCH, minutes=None, seed=0, threads=1
     )
     training = prepare(arguments)
-    training.recipe.batch_size = BATCH
+    training.recipe.batch_size, training.recipe.warmup_steps = BATCH, 4
     return training
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_smoke_training_learns_and_exports(family: str, tmp_path: Path) -> None:
+def test_smoke_training_learns_and_exports(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole path from drawings to a folder whose model and processor answer a question."""
-    log = run(tiny_run(family, steps=40), tmp_path, checkpoint_minutes=10)
+    monkeypatch.setattr(RunLog, "every", 5)
+    log = run(tiny_run(family, steps=20), tmp_path, checkpoint_minutes=10)
+    assert len(log.entries) == 4
     assert log.entries[-1]["loss"] < log.entries[0]["loss"] - 1.0
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     collator = QuestionCollator(AutoProcessor.from_pretrained(tmp_path / "model"))
@@ -57,19 +60,17 @@ def test_smoke_training_learns_and_exports(family: str, tmp_path: Path) -> None:
 
 
 def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
-    """Ten steps in one go, or five and a fresh start."""
-    straight = tiny_run("llava", steps=10)
+    """Six steps in one go, or three and a fresh start."""
+    straight = tiny_run("llava", steps=6)
     run(straight, tmp_path / "straight", checkpoint_minutes=10)
-    first = tiny_run("llava", steps=10)
-    for step in range(5):
-        first.train_step(step / 10)
+    first = tiny_run("llava", steps=6)
+    for step in range(3):
+        first.train_step(step / 6)
     (tmp_path / "resumed").mkdir()
-    from run_log import RunLog
-
-    first.save_checkpoint(tmp_path / "resumed" / "checkpoint.pt", RunLog(10, BATCH))
-    second = tiny_run("llava", steps=10)
+    first.save_checkpoint(tmp_path / "resumed" / "checkpoint.pt", RunLog(6, BATCH))
+    second = tiny_run("llava", steps=6)
     run(second, tmp_path / "resumed", checkpoint_minutes=10)
-    assert second.step == 10
+    assert second.step == 6
     for name, tensor in straight.optimiser.masters.items():
         assert torch.equal(tensor, second.optimiser.masters[name]), name
 

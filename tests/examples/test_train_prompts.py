@@ -1,16 +1,15 @@
 """The examples of CoOp, PromptSRC and PromptKD as a user runs them: a few steps on a part of the bundled sets."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from peft_vlm import PromptedClassifier
 from peft_vlm.data.sources import load_image_dataset
+from tests.scripts import Finished, run_script
+from tests.source_tree import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CLASSES, SHOTS = 4, 2
 
 
@@ -29,9 +28,8 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "examples" / script), "--use_cpu", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+def run(script: str, *arguments: str) -> Finished:
+    return run_script(f"examples/{script}", "--use_cpu", *arguments)
 
 
 def check(output: Path, methods: list[str], scores: set[str]) -> dict:
@@ -52,7 +50,7 @@ def test_promptsrc_from_start_to_finish(data, tmp_path):
         *("--dataset", str(data), "--shots", str(SHOTS), "--seeds", "1", "--epochs", "2"),
         *("--output_dir", str(tmp_path)),
     )
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.printed
     report = check(tmp_path, ["zero_shot", "ivlp", "promptsrc"], {"base", "new", "h"})
     # 4 text tokens in 3 layers of width 192 or 2 vision tokens in 4 layers; the same for both rows
     assert report["methods"]["ivlp"]["trainable_parameters"] == report["methods"]["promptsrc"]["trainable_parameters"]
@@ -73,8 +71,8 @@ def test_promptsrc_refuses_a_depth_that_the_model_does_not_have(data, tmp_path):
     result = run(
         "train_promptsrc.py", "--dataset", str(data), "--preset", "base_to_new", "--output_dir", str(tmp_path)
     )
-    assert result.returncode != 0
-    assert "Expected `text_depth` from 0 to 4" in result.stderr
+    assert result.code != 0
+    assert "Expected `text_depth` from 0 to 4" in result.printed
 
 
 def test_coop_from_start_to_finish(data, tmp_path):
@@ -83,7 +81,7 @@ def test_coop_from_start_to_finish(data, tmp_path):
         *("--dataset", str(data), "--shots", str(SHOTS), "--seeds", "1", "--epochs", "2"),
         *("--preset", "random", "--template", "{}.", "--class_position", "middle", "--output_dir", str(tmp_path)),
     )
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.printed
     report = check(tmp_path, ["zero_shot", "coop"], {"accuracy"})
     config = json.loads((tmp_path / "few icons" / "coop" / "seed1" / "adapter_config.json").read_text())
     assert config["num_text_tokens"] == 16
@@ -96,15 +94,16 @@ def test_promptkd_trains_teacher_and_student(data, tmp_path):
     result = run(
         "train_promptkd.py",
         *("--dataset", str(data), "--shots", str(SHOTS), "--seeds", "1", "--epochs", "2"),
-        *("--output_dir", str(tmp_path)),
+        *("--align_steps", "20", "--output_dir", str(tmp_path)),
     )
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.printed
     rows = ["student_zero_shot", "student_promptsrc", "teacher_zero_shot", "teacher_promptsrc"]
     report = check(tmp_path, [*rows, "student_projector_only", "student_promptkd"], {"base", "new", "h"})
     assert report["methods"]["teacher_zero_shot"]["trainable_parameters"] == 0
     folder = tmp_path / "few icons" / "student_promptkd" / "seed1"
     summary = json.loads((folder / "training_summary.json").read_text())
     assert summary["objective"]["transductive"] is True
+    assert summary["objective"]["align_steps"] == 20
     assert summary["objective"]["training_images"]["images"] == CLASSES * (SHOTS + 1)
     assert {"agreement_seen", "agreement_unseen"} & set(summary["metrics"])
     picture = next(path for path in sorted(data.rglob("*.png")))

@@ -1,16 +1,13 @@
 """The example as a user runs it: as a script, in its own process, on a folder model and a folder dataset."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
+from tests.scripts import Finished, run_script
 from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_images(folder: Path, *, per_class: int = 6, classes: int = 4, size: int = 20) -> Path:
@@ -23,9 +20,8 @@ def write_images(folder: Path, *, per_class: int = 6, classes: int = 4, size: in
     return folder
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "examples" / "train_skip_tuning.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+def run(*arguments: str) -> Finished:
+    return run_script("examples/train_skip_tuning.py", *arguments)
 
 
 def check(output: Path, *, seeds: list[int], methods: list[str]) -> dict:
@@ -57,11 +53,11 @@ def test_a_folder_of_images_from_start_to_finish(tmp_path):
         *("--shots", "4", "--seeds", "1", "2", "--epochs", "1", "--output_dir", str(output), "--use_cpu"),
         *("--start_layer", "1"),
     )
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.printed
     check(output, seeds=[1, 2], methods=["zero_shot", "linear_probe", "full_finetuning", "skip_tuning"])
     adapter = output / "my images" / "skip_tuning" / "seed2"
     assert json.loads((adapter / "adapter_config.json").read_text())["class_names"] == sorted(colour_names(4))[:2]
-    assert "peft-vlm predict" in result.stdout
+    assert "peft-vlm predict" in result.printed
 
 
 @pytest.mark.slow
@@ -78,13 +74,13 @@ def test_a_vit_b16_from_disk_with_the_official_preset(tmp_path):
         *("--model", str(tmp_path / "clip"), "--dataset", str(data), "--template", "a photo of a {}.", "--use_cpu"),
         *("--preset", "base_to_new", "--shots", "4", "--seeds", "1", "--epochs", "1", "--output_dir", str(output)),
     )
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.printed
     report = check(output, seeds=[1], methods=["zero_shot", "linear_probe", "full_finetuning", "skip_tuning"])
     assert report["methods"]["skip_tuning"]["trainable_parameters"] > 60_000_000
 
 
 def test_a_wrong_dataset_is_named_before_anything_is_trained(tmp_path):
     result = run("--dataset", str(tmp_path / "nothing here"), "--output_dir", str(tmp_path / "out"))
-    assert result.returncode != 0
-    assert "nothing here" in result.stderr
+    assert result.code != 0
+    assert "nothing here" in result.printed
     assert not (tmp_path / "out" / "metrics.json").exists()

@@ -1,8 +1,6 @@
 """The TVP example as a user runs it: a few steps on the bundled multimodal models and photos."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,19 +12,17 @@ from transformers import AutoModelForImageTextToText
 
 from peft_vlm.evaluation.transfer import TransferReport
 from peft_vlm.methods.tvp import prompt_of
+from tests.scripts import run_script
+from tests.source_tree import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "examples" / "assets"
 SMALL = ("--shots", "1", "--test_images", "12", "--seeds", "1", "--epochs", "1", "--use_cpu")
 
 
 def run(output: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(ROOT / "examples" / "train_tvp.py")]
-    result = subprocess.run(
-        [*command, *SMALL, "--output_dir", str(output), *arguments], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    result = run_script("examples/train_tvp.py", *SMALL, "--output_dir", str(output), *arguments)
+    assert result.code == 0, result.printed
+    return result.printed
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,43 @@
+"""Scripts run as `python script.py ...` runs them, in a forked process that has the imports behind it."""
+
+import runpy
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests import forked
+from tests.source_tree import ROOT
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a script.
+
+    Args:
+        code: Exit code.
+        printed: Standard output and error, as they came.
+    """
+
+    code: int
+    printed: str
+
+
+def run_script(script: str, *arguments: str) -> Finished:
+    """Run a script of the repository with one thread and wait for its end.
+
+    Args:
+        script: Path from the root of the repository.
+        arguments: Its command line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.txt"
+        code = forked.wait(forked.start(log, _main, script, arguments), log)
+        return Finished(code, log.read_text())
+
+
+def _main(script: str, arguments: tuple[str, ...]) -> None:
+    path = ROOT / script
+    sys.argv = [str(path), *arguments]
+    sys.path.insert(0, str(path.parent))
+    runpy.run_path(str(path), run_name="__main__")

@@ -2,7 +2,7 @@
 
 import gc
 
-import matplotlib.backends.backend_agg
+import matplotlib.backends.backend_agg  # noqa: F401
 import PIL.Image
 
 import tests.short_run  # noqa: F401

@@ -1,7 +1,7 @@
 """PromptKD in two stages: a teacher with PromptSRC on few labelled images, then a small student on unlabelled ones.
 
 Paper: PromptKD: Unsupervised Prompt Distillation for Vision-Language Models, arXiv 2403.02781.
-Hardware and time: the demo preset takes 15 to 25 minutes on 2 CPU cores (numbers: docs/methods/promptkd.md).
+Time: the demo preset takes 15 to 25 minutes on 2 CPU cores (numbers: docs/methods/promptkd.md).
     python examples/train_promptkd.py                                       # bundled CLIPs and data, no network
     python examples/train_promptkd.py --teacher openai/clip-vit-large-patch14 --model openai/clip-vit-base-patch16 \
         --dataset <Hub id or folder> --preset base_to_new --template "a photo of a {}."
@@ -65,12 +65,10 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Settings of both stages: for the adapters, the objectives, the training and the augmentation."""
     settings: dict[str, Any] = dict(DEMO)
     if args.preset != "demo":
-        settings = {
-            "promptkd": vars(promptkd.preset_for(args.preset)),
-            "promptsrc": vars(promptsrc.preset_for("teacher")),
-        }
-        settings["augmentation"] = {"scale": (0.08, 1.0), "flip_probability": 0.5}
-        settings["templates"] = promptsrc.OFFICIAL_TEMPLATES
+        stages = {"promptkd": promptkd.preset_for(args.preset), "promptsrc": promptsrc.preset_for("teacher")}
+        settings = {stage: vars(preset) for stage, preset in stages.items()}
+        augmentation = {"scale": (0.08, 1.0), "flip_probability": 0.5}
+        settings |= {"augmentation": augmentation, "templates": promptsrc.OFFICIAL_TEMPLATES}
     for stage in ("promptsrc", "promptkd"):
         parts = {part: dict(settings[stage][part]) for part in ("config", "objective", "training")}
         if stage == "promptsrc" and args.context is not None:
@@ -79,9 +77,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
             parts["config"] |= {key: args.depth for key in parts["config"] if key in ("text_depth", "vision_depth")}
         epochs = {} if args.epochs is None else {"num_train_epochs": args.epochs, "max_steps": -1}
         parts["training"] |= {"use_cpu": args.use_cpu} | epochs
+        if stage == "promptkd" and args.align_steps is not None:
+            parts["objective"]["align_steps"] = args.align_steps
         settings[stage] = parts
-    if args.align_steps is not None:
-        settings["promptkd"]["objective"]["align_steps"] = args.align_steps
     return settings
 
 
@@ -141,9 +139,8 @@ def main() -> None:
     experiment = Experiment.for_clip(args.model, output_dir=args.output_dir, use_cpu=args.use_cpu, **options)
     seen = {task.train.class_names: task.seen_classes for task in tasks}
     learners = learners_of(settings, lambda: CLIPModel.from_pretrained(args.teacher), experiment.prompts, seen)
-    report = experiment.run(tasks, learners, args.seeds)
+    table = write_results(experiment.run(tasks, learners, args.seeds), args.output_dir)
     adapter = args.output_dir / tasks[0].name / "student_promptkd" / f"seed{args.seeds[-1]}"
-    table = write_results(report, args.output_dir)
     print(f"\n{table}\nWritten to {args.output_dir}/: metrics.json, table.md, results.png, and each run's adapter.")
     print(f"Use a student:  peft-vlm predict {str(adapter)!r} picture.png")
 

@@ -65,11 +65,14 @@ class ObjectiveOutput:
             losses, a row per answer token and a column per entry of the vocabulary.
         labels: Column of `logits` that is right for each row. It differs from the batch's labels when the objective
             works on a subset of the classes.
+        terms_are_shared: Whether the terms are already this process's parts (`peft_vlm.processes.share_of`) of means
+            over all processes; needed where a term is the mean of something else than the rows of `labels`.
     """
 
     loss_terms: dict[str, Float[Tensor, ""]]
     logits: Float[Tensor, "batch classes"]
     labels: Int[Tensor, " batch"]
+    terms_are_shared: bool = False
 
     @property
     def loss(self) -> Float[Tensor, ""]:
@@ -129,7 +132,13 @@ class Objective(ABC):
         return {}
 
     def batch_sampler(self, labels: Sequence[int], *, batch_size: int, seed: int) -> "EpochBatchSampler | None":
-        """Batches of dataset positions for methods that compose their batches themselves; None for shuffled ones."""
+        """Batches of dataset positions for methods that compose their batches themselves; None for shuffled ones.
+
+        Args:
+            labels: Class of each training image.
+            batch_size: Images per step on all processes together; each of them gets a part of every batch.
+            seed: Seed of the run.
+        """
         return None
 
     def param_groups(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:

@@ -4,7 +4,7 @@ Every function that communicates must be called by all processes at the same pla
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, distributed
 
 _left_out = False
+_apart = False
 
 
 def num_processes() -> int:
     """Processes of this training."""
-    return distributed.get_world_size() if _started() else 1
+    return distributed.get_world_size() if _started() and not _apart else 1
 
 
 def process_index() -> int:
@@ -68,6 +69,29 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def from_all(value: Any) -> list[Any]:
+    """The values of all processes in their order.
+
+    Args:
+        value: Anything that pickles.
+    """
+    box = [value] * num_processes()
+    if num_processes() > 1:
+        distributed.all_gather_object(box, value)
+    return box
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within this, every process works for itself: all do the same work, and exchange nothing."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
 @contextmanager
 def left_out(leave_out: bool) -> Iterator[None]:
     """Within this, the rows of this process count nowhere: they only fill a place in a step that has too few.
@@ -101,6 +125,16 @@ def share_of(count: Tensor) -> Tensor:
     return count * num_processes() / sum_over_processes(count).clamp(min=1.0)
 
 
+def shared_mean(means: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """The mean of several means, each turned into this process's part of the mean over all processes.
+
+    Args:
+        means: Scalars, each with the number of items that it is the mean of on this process.
+    """
+    counts = torch.tensor([count for _, count in means], device=means[0][0].device)
+    return (torch.stack([mean for mean, _ in means]) * share_of(counts)).mean()
+
+
 def sum_over_processes(value: Tensor) -> Tensor:
     """Sum of the processes' tensors; those that are left out count as 0.
 
@@ -131,6 +165,25 @@ def gather_rows(rows: Tensor) -> Tensor:
     gathered = [torch.empty_like(padded) for _ in counts]
     distributed.all_gather(gathered, padded)
     return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
+
+
+def divided(count: int, function: Callable[[Tensor], Tensor], *, chunk_size: int) -> Tensor:
+    """A row for each of `count` items, computed by all processes together and then there on all of them.
+
+    Args:
+        count: Number of items, at least one.
+        function: Rows of some items by their numbers.
+        chunk_size: Items per call.
+    """
+    part = torch.arange(count)[_slice(count)]
+    work = part if len(part) else torch.zeros(1, dtype=torch.long)  # all processes take part in the exchange
+    rows = torch.cat([function(chunk) for chunk in work.split(chunk_size)])
+    return gather_rows(rows[: len(part)])
+
+
+def _slice(count: int) -> slice:
+    part = part_of(count, index=process_index(), parts=num_processes())
+    return slice(part.start, part.stop)
 
 
 def part_of(total: int, *, index: int, parts: int) -> range:

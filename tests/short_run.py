@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from peft_vlm.data import ImageQuestionDataset, QuestionCollator
 from peft_vlm.data.transforms import TrainTransform
 from peft_vlm.methods.tvp import ClipGuide
 from tests.cases import CASES, base_model, class_prompts, images
-from tests.tiny import clip_processor, colour_rows, tiny_clip
+from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip
 from tests.tiny_questions import QUESTION, llava_processor, tiny_llava
 
 #: Methods on multimodal models, beside those of `CASES`.
@@ -36,22 +37,23 @@ MEMORY = {
 }
 
 
-def parts(method: str, *, per_class: int = 4, augmented: bool = False, **settings: Any) -> tuple[Any, Any, Any]:
+def parts(method: str, *, count: int = 24, augmented: bool = False, **settings: Any) -> tuple[Any, Any, Any]:
     """Model with a new adapter, objective and training data of a run."""
     if method in QUESTION_RUNS:
-        return question_parts(method)
+        return question_parts(method, count=count * 2 // 3)
     (case,) = [case for case in CASES if case.method == method]
-    dataset = images(per_class)
+    dataset = images().select(range(count))
     if augmented:
         dataset.transform = TrainTransform(clip_processor())
     return get_peft_model(base_model(), case.config()), case.objective(class_prompts(), **settings), dataset
 
 
-def question_parts(method: str) -> tuple[Any, Any, Any]:
-    """A multimodal model, and 12 questions whose answers have one length."""
+def question_parts(method: str, *, count: int) -> tuple[Any, Any, Any]:
+    """A multimodal model, and questions with answers of different length."""
     collator = QuestionCollator(llava_processor(), clip_processor=clip_processor(16))
-    names = [f"colour {number}" for number in range(6)]
-    dataset = ImageQuestionDataset(colour_rows(2), names, question=QUESTION, label_column="label", collator=collator)
+    names = list(colour_names())
+    rows = colour_rows(3)[:count]
+    dataset = ImageQuestionDataset(rows, names, question=QUESTION, label_column="label", collator=collator)
     if method == "skip_tuning_answers":
         return get_peft_model(tiny_llava(), SkipTuningConfig(start_layer=1)), SkipTuningAnswerObjective(), dataset
     model = get_peft_model(tiny_llava(), TVPConfig.for_processor(clip_processor(), canvas_size=32, border=5))
@@ -67,6 +69,7 @@ def train(
     callbacks: tuple[TrainerCallback, ...] = (),
     settings: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
+    watch: Callable[[Any], None] | None = None,
     **arguments: Any,
 ) -> VLMTrainer:
     """Train two epochs; the final tensors of each process go to `final-<rank>.safetensors`."""
@@ -78,6 +81,8 @@ def train(
     args = VLMTrainingArguments(
         output_dir=str(folder), use_cpu=True, disable_tqdm=True, report_to="none", **(own | arguments)
     )
+    if watch is not None:
+        watch(model)
     trainer = VLMTrainer(model, objective, args, train_dataset=dataset, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=resume)
     tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}

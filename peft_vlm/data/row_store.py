@@ -3,29 +3,37 @@
 import logging
 import shutil
 import tempfile
+import uuid
 import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 
 from peft_vlm.errors import AdapterError, DataError
+from peft_vlm.processes import all_agree, from_main, local_place, part_of, wait_for_everyone
 
 logger = logging.getLogger(__name__)
 
 STORAGES = ("ram", "disk")
 _MEMORY = Path("/proc/meminfo")
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 class RowStore:
     """Tensors of one shape by position.
 
+    The processes of one machine share the rows, each having filled a part of them (`divided_pass`); all of them call
+    `allocate` and `complete` together.
+
     Args:
         storage: `"ram"`, or `"disk"` for a memory-mapped file.
         name: What is stored, for the log and the file.
-        folder: Where the file goes, in a folder of its own that is removed with the store; the system's folder for
-            temporary files by default.
+        folder: Where the file goes; the system's folder for temporary files by default. It has no name once it is
+            open, so that nothing is left of it, however the run ends.
 
     Raises:
         ValueError: If the storage is unknown.
@@ -54,16 +62,39 @@ class RowStore:
         sizes = " x ".join(str(size) for size in shape)
         logger.info("Storing %s: %s numbers = %.1f MB in %s", self.name, sizes, megabytes, self.storage)
         check_room(count * dtype.itemsize, self.storage, name=self.name, folder=self.folder)
-        if self.storage == "ram":
+        if self.storage == "ram" and local_place()[1] == 1:
             self.rows = torch.empty(shape, dtype=dtype)
-            return
-        if self.folder is not None:
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
-        # a folder of its own: two processes, or two runs, must not share a file
-        folder = tempfile.mkdtemp(prefix="peft_vlm_cache_", dir=self.folder)
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        path = Path(folder) / f"{self.name.replace(' ', '_')}.bin"
-        self.rows = torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(shape)
+        else:
+            self.rows = self._mapped(count, dtype).view(shape)
+
+    def _mapped(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Numbers in a file that the processes of this machine share; in memory-backed storage for `"ram"`."""
+        leads, parent = local_place()[0] == 0, Path(self.folder or tempfile.gettempdir())
+        if self.storage == "ram" and _SHARED_MEMORY.is_dir():
+            parent = _SHARED_MEMORY
+        folder = parent / f"peft_vlm_cache_{from_main(uuid.uuid4().hex)}"
+        path, problem = folder / f"{self.name.replace(' ', '_')}.bin", None
+        if leads:
+            try:
+                check_room(count * dtype.itemsize, "disk", name=self.name, folder=parent)
+                folder.mkdir(parents=True)
+                rows = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+            except (OSError, RuntimeError, DataError) as error:
+                problem = error
+        if not all_agree(problem is None):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise problem or DataError(f"Another process found no room for the {self.name}; see its message.")
+        if not leads:
+            rows = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+        wait_for_everyone()
+        if leads:
+            shutil.rmtree(folder, ignore_errors=True)  # the open file stays; systems that cannot do so keep it ...
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)  # ... until the store is gone
+        return rows
+
+    def complete(self) -> None:
+        """Wait until every process has written its rows."""
+        wait_for_everyone()
 
     def write(self, index: Int[Tensor, " batch"], rows: Float[Tensor, "batch *row"]) -> None:
         """Store some rows; `allocate` comes first."""
@@ -85,6 +116,21 @@ class RowStore:
                 f"Expected stored {self.name}, got none: an empty feature cache. Call `epoch_start` before training."
             )
         return self.rows[index.cpu()].to(device)
+
+
+def divided_pass(dataset: Any, *, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """One pass over a dataset in its order, divided among the processes of this machine: batches of this one's part.
+
+    Args:
+        dataset: Images with a `collate`.
+        batch_size: Images per batch.
+        num_workers: Processes that decode images.
+    """
+    index, parts = local_place()
+    wait_for_everyone()  # none may still read what is about to be overwritten
+    rows = part_of(len(dataset), index=index, parts=parts) or range(1)  # `allocate` needs every process
+    part = dataset if parts == 1 else Subset(dataset, rows)
+    return DataLoader(part, batch_size=batch_size, collate_fn=dataset.collate, num_workers=num_workers)
 
 
 def check_room(size: int, storage: str, *, name: str, folder: str | Path | None = None) -> None:

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_vlm.errors import AdapterError, ClassNameError
+from peft_vlm.processes import divided, num_processes
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.text.reserve import reserve_slots
 from peft_vlm.towers import text_features, towers_of
@@ -30,7 +31,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def encode_classes(model: nn.Module, prompts: ClassPrompts, *, chunk_size: int = 256) -> Float[Tensor, "classes dim"]:
+def encode_classes(
+    model: nn.Module, prompts: ClassPrompts, *, chunk_size: int = 256, divide: bool = False
+) -> Float[Tensor, "classes dim"]:
     """Class features: each prompt's text feature is normalised, averaged over the templates, and normalised again.
 
     Runs in evaluation mode without autograd; memory beside the result grows with `chunk_size`, not with the number of
@@ -42,6 +45,7 @@ def encode_classes(model: nn.Module, prompts: ClassPrompts, *, chunk_size: int =
         model: CLIP-like model, with or without adapters.
         prompts: Tokenised class list of this model; slots for learned context are added where an adapter needs them.
         chunk_size: Prompts per forward pass.
+        divide: Divide the prompts among the processes of the training, which must all call this; all get all features.
 
     Raises:
         ClassNameError: If the prompts were made with the tokenizer of another model, or have no room for the learned
@@ -53,6 +57,8 @@ def encode_classes(model: nn.Module, prompts: ClassPrompts, *, chunk_size: int =
     prompts = reserve_slots(model, prompts)
     device = next(model.parameters()).device
     num_classes = len(prompts.class_names)
+    if divide and num_processes() > 1:
+        return _encode_together(model, prompts, device, chunk_size)
     sums: Tensor | None = None
     with evaluation_mode(model):
         for start in range(0, len(prompts.input_ids), chunk_size):
@@ -65,6 +71,21 @@ def encode_classes(model: nn.Module, prompts: ClassPrompts, *, chunk_size: int =
             sums.index_add_(0, rows, features)
     assert sums is not None, "ClassPrompts has at least one class"
     return nn.functional.normalize(sums, dim=-1)
+
+
+def _encode_together(
+    model: nn.Module, prompts: ClassPrompts, device: torch.device, chunk_size: int
+) -> Float[Tensor, "classes dim"]:
+    """The class features, each process computing a part of the prompts."""
+
+    def features_of(rows: Int[Tensor, " rows"]) -> Tensor:
+        input_ids = prompts.input_ids[rows].to(device)
+        _check_vocabulary(model, input_ids)
+        return nn.functional.normalize(text_features(model, input_ids).float(), dim=-1)
+
+    with evaluation_mode(model):
+        features = divided(len(prompts.input_ids), features_of, chunk_size=chunk_size)
+    return nn.functional.normalize(features.unflatten(0, (-1, len(prompts.class_names))).sum(dim=0), dim=-1)
 
 
 def stored_class_features(model: nn.Module, class_names: Sequence[str]) -> Float[Tensor, "classes dim"] | None:
@@ -119,13 +140,16 @@ class ClassFeatureCache:
         self.num_computed = 0
         self._entry: tuple[_TextState, ClassPrompts, Tensor] | None = None
 
-    def get(self, model: nn.Module, prompts: ClassPrompts, *, refresh: bool = True) -> Float[Tensor, "classes dim"]:
+    def get(
+        self, model: nn.Module, prompts: ClassPrompts, *, refresh: bool = True, divide: bool = False
+    ) -> Float[Tensor, "classes dim"]:
         """Class features of the model as it is now, unit-norm.
 
         Args:
             model: CLIP-like model, with or without adapters.
             prompts: Tokenised class list.
             refresh: False: raise where the features would have to be computed anew, except the first time.
+            divide: As for `encode_classes`.
 
         Raises:
             AdapterError: If `refresh` is False and the cache is stale.
@@ -139,7 +163,7 @@ class ClassFeatureCache:
                 raise AdapterError(
                     f"The cached class features are stale: {reason}. Call `get` with `refresh=True`, or `clear()`."
                 )
-        features = encode_classes(model, prompts, chunk_size=self.chunk_size)
+        features = encode_classes(model, prompts, chunk_size=self.chunk_size, divide=divide)
         self.num_computed += 1
         self._entry = (state, prompts, features)
         return features

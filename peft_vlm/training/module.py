@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_vlm.objective import Objective
+from peft_vlm.processes import left_out, num_processes, share_of
 from peft_vlm.shapes import Batch
 from peft_vlm.towers import unwrap
+from peft_vlm.training.batches import FILLER
 
 
 class TrainingModule(nn.Module):
@@ -35,13 +37,21 @@ class TrainingModule(nn.Module):
         return unwrap(self.model).config
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """Run the objective on one batch; keyword arguments are its columns."""
-        output = self.objective(self.model, cast(Batch, batch))
-        terms = {f"loss_{name}": term.detach() for name, term in output.loss_terms.items()}
-        if bool((output.labels < 0).any()):  # images without labels
-            return {"loss": output.loss, **terms}
-        correct = (output.logits.detach().argmax(dim=-1) == output.labels).float().mean()
-        return {"loss": output.loss, "accuracy": correct, **terms}
+        """Run the objective on one batch; keyword arguments are its columns.
+
+        With several processes every term is scaled by this process's share of the rows that it is the mean of. The
+        mean over the processes, which DDP takes of gradients and the log of terms, is then that over all rows, also
+        where the last batch of an epoch divides unevenly.
+        """
+        with left_out(batch.pop(FILLER, None) is not None):
+            output = self.objective(self.model, cast(Batch, batch))
+            share = share_of(torch.tensor(float(len(output.labels)), device=output.labels.device))
+        scale = 1.0 if output.terms_are_shared or num_processes() == 1 else share
+        terms = {f"loss_{name}": scale * term for name, term in output.loss_terms.items()}
+        outputs = {"loss": torch.stack(list(terms.values())).sum()} | {k: v.detach() for k, v in terms.items()}
+        counts = (output.labels >= 0) & (share > 0)
+        correct = counts & (output.logits.detach().argmax(dim=-1) == output.labels)
+        return outputs | {"correct": correct.sum(), "labelled": counts.sum()}
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute layer activations in the backward pass, in both towers."""

@@ -7,20 +7,24 @@ import math
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, TrainerCallback
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.objective import EpochBatchSampler, Objective
+from peft_vlm.objective import Objective
+from peft_vlm.processes import num_processes
 from peft_vlm.training.arguments import VLMTrainingArguments
 from peft_vlm.training.artifacts import ArtifactsCallback, describe_adapter
+from peft_vlm.training.batches import ShuffledBatches, train_loader
 from peft_vlm.training.callbacks import ObjectiveCallback
 from peft_vlm.training.checks import check_run
+from peft_vlm.training.exact_metrics import WithLoss, accuracy_metric, classes_and_losses
 from peft_vlm.training.module import TrainingModule
 from peft_vlm.training.publishing import PublishingTrainer
 from peft_vlm.training.resumable import ResumableTrainer
+from peft_vlm.training.running_means import RunningMeans
 from peft_vlm.training.schedule import epoch_cosine_scheduler
 
 
@@ -59,16 +63,15 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
             args._n_gpu = 1
         self.objective = objective
         self.steps_per_epoch = 0
-        self._term_sums: dict[str, float] = {}
-        self._term_count = 0
+        self._means = RunningMeans()
         super().__init__(
             model=TrainingModule(model, objective),
             args=args,
             data_collator=train_dataset.collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            compute_metrics=compute_metrics or accuracy_metric,
-            preprocess_logits_for_metrics=predicted_classes,
+            compute_metrics=WithLoss(compute_metrics or accuracy_metric),
+            preprocess_logits_for_metrics=classes_and_losses,
             callbacks=callbacks,
             **kwargs,
         )
@@ -81,26 +84,13 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Batches as the objective composes them, else shuffled; without pixels when the objective caches features."""
         dataset = self.train_dataset if self.objective.needs_pixels else self.train_dataset.without_pixels()
-        sampler = self.objective.batch_sampler(
-            self.train_dataset.labels, batch_size=self._train_batch_size, seed=self.args.seed
-        )
-        if sampler is None:
-            return self._get_dataloader(
-                dataset, "Training", self._train_batch_size, sampler_fn=self._get_train_sampler, is_training=True
-            )
-        if self.args.world_size > 1:
-            sampler = ProcessShard(sampler, self.args.process_index, self.args.world_size)
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=dataset.collate,
-            num_workers=self.args.dataloader_num_workers if self.objective.needs_pixels else 0,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-        )
-        # already sharded: accelerator.prepare would shard again and mistreat batches of different sizes
-        return prepare_data_loader(
-            loader, device=self.args.device, num_processes=1, process_index=0, put_on_device=True
-        )
+        size, args = self._train_batch_size * num_processes(), self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        batches = self.objective.batch_sampler(self.train_dataset.labels, batch_size=size, seed=args.seed)
+        if batches is None:
+            batches = ShuffledBatches(len(dataset), batch_size=size, seed=seed, drop_last=args.dataloader_drop_last)
+        workers = args.dataloader_num_workers if self.objective.needs_pixels else 0
+        return train_loader(dataset, batches, args, num_workers=workers)
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
         """The base class's loader with the dataset's own collator; training and validation may differ in theirs."""
@@ -182,17 +172,13 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
                 f"with dataset index "
                 f"{inputs['index'].tolist()!r}. Lower the learning rate, or use bf16 or float32 instead of fp16."
             )
-        for key, value in outputs.items():
-            if key != "loss":
-                self._term_sums[key] = self._term_sums.get(key, 0.0) + float(value)
-        self._term_count += 1
+        self._means.add(outputs)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the mean loss terms and training accuracy since the last log."""
-        if self._term_count and "loss" in logs:
-            logs |= {key: value / self._term_count for key, value in self._term_sums.items()}
-            self._term_sums, self._term_count = {}, 0
+        """Log with the mean loss terms and training accuracy of all processes since the last log."""
+        if "loss" in logs:
+            logs |= self._means.take()
         super().log(logs, start_time)
 
     def prediction_step(
@@ -202,52 +188,21 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss and logits over all classes, as a user of the trained model gets them."""
+        """Logits over all classes, as a user of the trained model gets them; `WithLoss` has the loss."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.accelerator.autocast():
             logits = self.model.predict(inputs)
-            loss = nn.functional.cross_entropy(logits.float(), inputs["labels"])
-        return (loss, None, None) if prediction_loss_only else (loss, logits, inputs["labels"])
+        if prediction_loss_only:
+            return nn.functional.cross_entropy(logits.float(), inputs["labels"]), None, None
+        return None, logits, inputs["labels"]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The base class's loop; predictions are class ids."""
+        output = super().evaluation_loop(*args, **kwargs)
+        classes = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+        return output._replace(predictions=classes)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter, with everything needed to use it, from the main process."""
         describe_adapter(self.model.model, self.objective, self.train_dataset)
         super().save_model(output_dir, _internal_call=_internal_call)
-
-
-class ProcessShard(EpochBatchSampler):
-    """Every n-th batch of a sampler, for process `rank` of `world_size`.
-
-    All processes take the same number of steps: where the batches do not divide evenly, the first ones are repeated.
-
-    Args:
-        batches: Sampler that draws the same batches on every process.
-        rank: Number of this process.
-        world_size: Number of processes.
-    """
-
-    def __init__(self, batches: EpochBatchSampler, rank: int, world_size: int) -> None:
-        super().__init__(batch_size=batches.batch_size, seed=batches.seed)
-        self.batches, self.rank, self.world_size = batches, rank, world_size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
-        self.batches.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.batches) / self.world_size)
-
-    def __iter__(self) -> Any:
-        batches = list(self.batches)
-        for step in range(len(self)):
-            yield batches[(step * self.world_size + self.rank) % len(batches)]
-
-
-def predicted_classes(logits: Tensor, labels: Tensor) -> Tensor:
-    """Class ids instead of logits, so that evaluation memory does not grow with images times classes."""
-    return logits.argmax(dim=-1)
-
-
-def accuracy_metric(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 accuracy in percent."""
-    return {"accuracy": 100.0 * float((prediction.predictions == prediction.label_ids).mean())}

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,8 +112,8 @@ def test_the_disk_cache_holds_what_the_ram_cache_holds(tmp_path):
     ram = prepared(CASE, model, dataset, image_cache="ram").cache.rows
     disk = prepared(CASE, model, dataset, image_cache="disk", cache_folder=tmp_path)
     assert torch.equal(ram, disk.cache.rows)
-    (file,) = tmp_path.rglob("*.bin")
-    assert file.stat().st_size == ram.numel() * 4
+    assert f"{tmp_path}/peft_vlm_cache_" in Path("/proc/self/maps").read_text()
+    assert len(list(tmp_path.rglob("*.bin"))) == 0  # open, but without a name: a killed run leaves nothing
 
 
 def test_the_cache_announces_its_size(caplog):

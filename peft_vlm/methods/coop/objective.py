@@ -119,7 +119,7 @@ class CoOpObjective(PromptObjective):
             return
         with evaluation_mode(model):
             self._images = all_image_features(
-                model, dataset, batch_size=self.cache_batch_size, num_workers=self.num_workers
+                model, dataset, batch_size=self.cache_batch_size, num_workers=self.num_workers, divide=True
             )
         megabytes = self._images.numel() * 4 / 2**20
         logger.info("Image features: %d x %d = %.1f MB in RAM", *self._images.shape, megabytes)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, distributed
+from torch import Tensor
 
 from peft_vlm.errors import ClassNameError
+from peft_vlm.processes import sum_over_processes
 from peft_vlm.text.templates import readable
 
 
@@ -54,10 +55,7 @@ class Agreement:
         same = student.detach().argmax(dim=-1) == chosen
         group = (~self.seen.to(chosen.device)[chosen]).long()  # 0 seen, 1 unseen
         rows = [torch.stack([(same & (group == g)).sum(), (group == g).sum()]) for g in (0, 1)]
-        counts = torch.stack(rows)
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(counts)
-        self.counts = self.counts.to(chosen.device) + counts
+        self.counts = self.counts.to(chosen.device) + sum_over_processes(torch.stack(rows))
 
     def metrics(self) -> dict[str, float]:
         """Agreement in percent of the groups that had images."""

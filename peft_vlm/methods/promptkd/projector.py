@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft_vlm.methods.promptkd.config import MAX_PROJECTOR_DEPTH
+from peft_vlm.processes import is_left_out, num_processes, sum_over_processes
 from peft_vlm.prompting.layer import PromptLayer
 
 
@@ -93,13 +94,44 @@ class Projector(PromptLayer):
 
 
 def normalise(norm: nn.Module, hidden: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
-    """A norm layer; BatchNorm in training falls back to its running statistics for a batch of one image.
+    """A norm layer; BatchNorm in training takes the statistics of the batches of all processes, and falls back to its
+    running ones for a batch of one image.
 
     Args:
         norm: `BatchNorm1d` or `LayerNorm`.
         hidden: Its input.
     """
-    if isinstance(norm, nn.BatchNorm1d) and norm.training and len(hidden) == 1:
-        statistics = norm.running_mean, norm.running_var
-        return nn.functional.batch_norm(hidden, *statistics, norm.weight, norm.bias, False, 0.0, norm.eps)
+    if not isinstance(norm, nn.BatchNorm1d) or not norm.training:
+        return norm(hidden)
+    if num_processes() > 1:
+        return normalise_together(norm, hidden)
+    if len(hidden) == 1:
+        return _by_running_statistics(norm, hidden)
     return norm(hidden)
+
+
+def normalise_together(norm: nn.BatchNorm1d, hidden: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+    """BatchNorm over the rows of all processes, gradients included; torch's `SyncBatchNorm` needs a GPU.
+
+    Args:
+        norm: In training mode.
+        hidden: Rows of this process; all processes call this together.
+    """
+    from torch.distributed.nn.functional import all_reduce  # not there in builds of torch without distributed
+
+    kept = hidden[: 0 if is_left_out() else None]
+    count = float(sum_over_processes(torch.tensor(float(len(hidden)), device=hidden.device)))
+    if count == 1:
+        return _by_running_statistics(norm, hidden)
+    mean = all_reduce(kept.sum(dim=0)) / count
+    variance = all_reduce((kept - mean).square().sum(dim=0)) / count
+    with torch.no_grad():
+        for statistic, value in ((norm.running_mean, mean), (norm.running_var, variance * count / (count - 1))):
+            statistic.lerp_(value, norm.momentum)
+        norm.num_batches_tracked.add_(1)
+    return (hidden - mean) * torch.rsqrt(variance + norm.eps) * norm.weight + norm.bias
+
+
+def _by_running_statistics(norm: nn.BatchNorm1d, hidden: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+    statistics = norm.running_mean, norm.running_var
+    return nn.functional.batch_norm(hidden, *statistics, norm.weight, norm.bias, False, 0.0, norm.eps)

@@ -85,7 +85,7 @@ class Teacher:
                 "Tokenise the objective's class names with this teacher's tokenizer."
             )
         with _own_precision(self.model):
-            return encode_classes(self.model, own)
+            return encode_classes(self.model, own, divide=True)
 
     @torch.no_grad()
     def image_features(

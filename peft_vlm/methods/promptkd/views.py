@@ -6,12 +6,12 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from peft_vlm.data.dataset import ImageClassificationDataset, collate
-from peft_vlm.data.row_store import RowStore
+from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.row_store import RowStore, divided_pass
 from peft_vlm.methods.promptkd.projector import Projector
+from peft_vlm.processes import apart
 from peft_vlm.text.class_features import evaluation_mode
 from peft_vlm.towers import towers_of
 
@@ -63,7 +63,7 @@ class ViewCache:
         self._offset = view * len(dataset)
         if view in self._filled:
             return
-        loader = DataLoader(dataset, batch_size=self.batch_size, collate_fn=collate, num_workers=self.num_workers)
+        loader = divided_pass(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
         progress = tqdm(loader, desc=f"Features of view {view + 1} of {self.num_views}", leave=False)
         for batch in progress:
             with torch.no_grad():
@@ -72,6 +72,7 @@ class ViewCache:
             self.store.write(batch["index"] + self._offset, features)
             size = self.num_views * len(dataset) * features.shape[-1] * features.element_size() / 2**20
             progress.set_postfix_str(f"{size:.1f} MB in {self.store.storage}")
+        self.store.complete()
         self._filled.add(view)
 
     def fill(self, encode: Encoder, dataset: ImageClassificationDataset, *, device: torch.device) -> None:
@@ -161,7 +162,7 @@ def align_projector(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=passes)
     training, device, losses = projector.training, parameters[0].device, [0.0]
     projector.train()
-    with torch.enable_grad():
+    with torch.enable_grad(), apart():
         for number in tqdm(range(passes), desc="Aligning the projector", leave=False):
             losses = []
             order = torch.randperm(images, generator=generator) + number % cache.num_views * images

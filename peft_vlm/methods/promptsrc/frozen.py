@@ -1,9 +1,10 @@
 """What the frozen model says: the targets of PromptSRC's consistency terms."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from peft_vlm.processes import divided
 from peft_vlm.text.class_features import evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.towers import towers_of
@@ -20,12 +21,17 @@ def frozen_class_features(
 
     Args:
         model: `PeftModel`; its adapter is switched off for this pass.
-        prompts: Plain class prompts, with any number of templates.
+        prompts: Plain class prompts, divided among the processes of the training, with any number of templates.
         chunk_size: Prompts per forward pass.
     """
     towers, num_classes = towers_of(model), len(prompts.class_names)
     input_ids = prompts.input_ids.to(next(towers.model.parameters()).device)
+
+    def features_of(rows: Int[Tensor, " rows"]) -> Tensor:
+        ids = input_ids[rows]
+        return towers.finish_text(towers.embed_text(ids), ids, 0).float()
+
     with evaluation_mode(model), model.disable_adapter():
-        chunks = [towers.finish_text(towers.embed_text(ids), ids, 0).float() for ids in input_ids.split(chunk_size)]
-    features = torch.cat(chunks).unflatten(0, (-1, num_classes)).mean(dim=0)
+        features = divided(len(input_ids), features_of, chunk_size=chunk_size)
+    features = features.unflatten(0, (-1, num_classes)).mean(dim=0)
     return nn.functional.normalize(features, dim=-1)

@@ -147,14 +147,14 @@ class PromptSRCObjective(PromptObjective):
         trains_text, self._trains_vision = trained_towers(model)
         ids = reserve_slots(model, self.prompts).input_ids
         self._input_ids = ids.to(next(model.parameters()).device)
-        self._fixed_text = None if trains_text else encode_classes(model, self.prompts)
+        self._fixed_text = None if trains_text else encode_classes(model, self.prompts, divide=True)
         self._frozen_text = self._frozen_images = None
         if self.weights["text"] or self.weights["logit"]:
             self._frozen_text = frozen_class_features(model, self.frozen_prompts)
         if self._needs_frozen_images and self.image_cache == "auto" and dataset.has_fixed_pixels:
             with evaluation_mode(model), model.disable_adapter():
                 self._frozen_images = all_image_features(
-                    model, dataset, batch_size=self.cache_batch_size, num_workers=self.num_workers
+                    model, dataset, batch_size=self.cache_batch_size, num_workers=self.num_workers, divide=True
                 )
 
     @property

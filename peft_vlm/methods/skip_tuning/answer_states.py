@@ -4,14 +4,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from peft_vlm.data.question_inputs import IGNORED, TOKEN_COLUMNS, model_inputs
 from peft_vlm.data.questions import ImageQuestionDataset
-from peft_vlm.data.row_store import check_room
+from peft_vlm.data.row_store import RowStore, check_room, divided_pass
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 from peft_vlm.language_layers import LanguageLayers
+from peft_vlm.processes import from_all, local_place, part_of
 from peft_vlm.text.class_features import evaluation_mode
 
 STATES = "hidden_states"
@@ -30,6 +30,7 @@ class AnswerStates:
     def __init__(self, language: LanguageLayers, start: int) -> None:
         self.language, self.start = language, start
         self.rows: dict[int, dict[str, Tensor]] = {}
+        self._store: RowStore | None = None  # holds the memory of the rows
 
     @property
     def megabytes(self) -> float:
@@ -60,7 +61,7 @@ class AnswerStates:
         """
         self.rows.clear()
         device = next(model.parameters()).device
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=dataset.collate, num_workers=num_workers)
+        loader = divided_pass(dataset, batch_size=batch_size, num_workers=num_workers)
         for batch in tqdm(loader, desc=f"Caching layers below {self.start}", leave=False, disable=len(loader) < 2):
             hidden = self.enter(model, {name: column.to(device) for name, column in batch.items()}).cpu()
             if not self.rows:
@@ -73,6 +74,29 @@ class AnswerStates:
                 if "image_grid_thw" in batch:
                     kept["image_grid_thw"] = batch["image_grid_thw"][row]
                 self.rows[index] = kept
+        if local_place()[1] > 1:
+            self._share(len(dataset))
+
+    def _share(self, total: int) -> None:
+        """Put the states of all rows, of which each process of this machine has a part, where all of them can read."""
+        index, parts = local_place()
+        own = part_of(total, index=index, parts=parts)
+        mine = {row: columns for row, columns in self.rows.items() if row in own}
+        columns: dict[int, dict[str, Tensor]] = {}
+        for part in from_all({row: {k: v for k, v in c.items() if k != STATES} for row, c in mine.items()}):
+            columns |= part  # of further machines too, which hold the same
+        lengths = torch.tensor([len(columns[row]["input_ids"]) for row in range(total)])
+        ends = lengths.cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        example = next(iter(self.rows.values()))[STATES]
+        store = RowStore("ram", name="hidden states of questions")
+        store.allocate((ends[-1], example.shape[-1]), example.dtype)
+        for row, kept in mine.items():
+            store.write(torch.arange(starts[row], ends[row]), kept[STATES])
+        store.complete()
+        self._store, rows = store, store.rows
+        assert rows is not None
+        self.rows = {row: {STATES: rows[starts[row] : ends[row]], **columns[row]} for row in range(total)}
 
     def read(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The token columns and states of some rows, padded on the right, on the device of the batch.

@@ -3,11 +3,11 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from peft_vlm.data.dataset import ImageClassificationDataset, collate
-from peft_vlm.data.row_store import RowStore
+from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.row_store import RowStore, divided_pass
+from peft_vlm.processes import divided
 from peft_vlm.towers import Towers
 
 
@@ -31,7 +31,7 @@ def fill(
         num_workers: Processes that decode images.
     """
     device = next(towers.model.parameters()).device
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
+    loader = divided_pass(dataset, batch_size=batch_size, num_workers=num_workers)
     for batch in tqdm(loader, desc=f"Caching layers below {start}", leave=False, disable=len(loader) < 2):
         with torch.no_grad():
             hidden = towers.embed_image(batch["pixel_values"].to(device))
@@ -39,6 +39,7 @@ def fill(
         cache.allocate((len(dataset), *hidden.shape[1:]), hidden.dtype)
         cache.write(batch["index"], hidden)
         del batch, hidden  # or they would live on beside the next batch
+    cache.complete()
 
 
 def text_hidden_states(
@@ -52,9 +53,12 @@ def text_hidden_states(
         start: First tuned text layer.
         chunk_size: Prompts per forward pass.
     """
+
+    def states_of(rows: Int[Tensor, " rows"]) -> Tensor:
+        return towers.run_text(towers.embed_text(input_ids[rows]), 0, start)
+
     with torch.no_grad():
-        chunks = [towers.run_text(towers.embed_text(ids), 0, start) for ids in input_ids.split(chunk_size)]
-    return torch.cat(chunks)
+        return divided(len(input_ids), states_of, chunk_size=chunk_size)
 
 
 def initial_prototypes(
@@ -76,9 +80,10 @@ def initial_prototypes(
         start: First tuned text layer.
         chunk_size: Prompts per forward pass.
     """
+
+    def features_of(rows: Int[Tensor, " rows"]) -> Tensor:
+        return towers.finish_text(hidden[rows], input_ids[rows], start)
+
     with torch.no_grad(), model.disable_adapter():
-        chunks = [
-            towers.finish_text(states, ids, start)
-            for states, ids in zip(hidden.split(chunk_size), input_ids.split(chunk_size), strict=True)
-        ]
-    return nn.functional.normalize(torch.cat(chunks).float(), dim=-1)
+        features = divided(len(hidden), features_of, chunk_size=chunk_size)
+    return nn.functional.normalize(features.float(), dim=-1)

@@ -18,6 +18,7 @@ from peft_vlm.losses.class_skipping import kept_classes, num_top_classes, rank_c
 from peft_vlm.methods.skip_tuning.feature_cache import fill, initial_prototypes, text_hidden_states
 from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
 from peft_vlm.objective import ObjectiveOutput, Paper
+from peft_vlm.processes import gather_rows
 from peft_vlm.shapes import Batch
 from peft_vlm.text.prompt_objective import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts
@@ -274,6 +275,7 @@ class SkipTuningObjective(PromptObjective):
             return None
         if self.redraw_tail == "step":
             self._draw_tail()
+        image, labels = gather_rows(image), gather_rows(labels)  # the batch of all processes decides
         ranked = rank_classes(nn.functional.normalize(image.float(), dim=-1), prototypes, labels)
         keep_rank = (self.tail_uniform < self.keep_probability).to(ranked.device)
         return kept_classes(ranked, keep_rank, labels)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from peft_vlm.data.row_store import STORAGES, RowStore
+from peft_vlm.data.row_store import STORAGES, RowStore, divided_pass
 from peft_vlm.errors import DataError
 from peft_vlm.methods.tvp.frozen import hold_still, on_device
 from peft_vlm.methods.tvp.tasks import Task
@@ -60,9 +59,7 @@ class CleanTokens:
             return
         store = RowStore(self.cache, name="clean visual tokens", folder=self.folder)
         device = next(model.parameters()).device
-        loader = DataLoader(
-            dataset, batch_size=self.batch_size, collate_fn=dataset.collate, num_workers=self.num_workers
-        )
+        loader = divided_pass(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
         hold_still(model)
         for batch in tqdm(loader, desc="Clean visual tokens", leave=False, disable=len(loader) < 10):
             batch = on_device(batch, device)
@@ -72,6 +69,7 @@ class CleanTokens:
                 raise DataError(_UNEVEN.format(different))
             store.allocate((len(dataset), *rows.shape[1:]), rows.dtype)
             store.write(batch["index"], rows)
+        store.complete()
         self._store = store
 
     def get(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "tokens width"]:

@@ -62,7 +62,7 @@ class ClipGuide:
 
     def refresh(self) -> None:
         """Compute the class features anew."""
-        self._class_features = encode_classes(self._shared, self.prompts)
+        self._class_features = encode_classes(self._shared, self.prompts, divide=True)
 
     def logits(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
         """Scaled cosines between the prompted images and the classes.

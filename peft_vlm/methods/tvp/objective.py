@@ -21,6 +21,7 @@ from peft_vlm.methods.tvp.optimizer import NormalizedGradient
 from peft_vlm.methods.tvp.sources import Source, check_same_images, share_once
 from peft_vlm.methods.tvp.tasks import AnswerTask, ClassTask, Task, TaskOutput
 from peft_vlm.objective import ClassNames, Objective, ObjectiveOutput, Paper
+from peft_vlm.processes import shared_mean
 from peft_vlm.prompting.prompt_picture import active_name, prompt_layer_of
 from peft_vlm.shapes import Batch
 from peft_vlm.text.candidates import Candidates
@@ -196,17 +197,14 @@ class TVPObjective(Objective):
             The terms `language` (or `cross_entropy`), `fca` and `tse` where they have a weight, the last negative; the
             logits of the first model that ran.
         """
-        outputs, distances = [], []
-        for number in self._turn():
-            output, distance = self._run(number, model, batch)
-            outputs.append(output)
-            distances.append(distance)
-        terms = {self.task.term: torch.stack([output.loss for output in outputs]).mean()}
+        runs = [self._run(number, model, batch) for number in self._turn()]
+        terms = {self.task.term: shared_mean([(output.loss, len(output.labels)) for output, _ in runs])}
         if self.fca_weight:
-            terms["fca"] = self.fca_weight * torch.stack(distances).mean()
+            terms["fca"] = self.fca_weight * shared_mean([(apart, len(output.tokens)) for output, apart in runs])
         if self.tse_weight and self.tse_clip is not None:
-            terms["tse"] = -self.tse_weight * self._semantics(batch)
-        return ObjectiveOutput(terms, outputs[0].logits, outputs[0].labels)
+            terms["tse"] = -self.tse_weight * shared_mean([self._semantics(batch)])
+        first = runs[0][0]
+        return ObjectiveOutput(terms, first.logits, first.labels, terms_are_shared=True)
 
     def _turn(self) -> list[int]:
         """Numbers of the models that this batch runs through; 0 is the trained one."""
@@ -229,12 +227,12 @@ class TVPObjective(Objective):
             return output, output.loss.new_zeros(())
         return output, feature_consistency(output.tokens, clean.get(model, batch))
 
-    def _semantics(self, batch: Mapping[str, Tensor]) -> Float[Tensor, ""]:
-        """TSE over the images with a class."""
-        labels = batch["labels"]
-        logits = self.tse_clip.logits(batch)
+    def _semantics(self, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, ""], int]:
+        """TSE over the images with a class, and their number."""
+        labels, logits = batch["labels"], self.tse_clip.logits(batch)
         known = labels >= 0
-        return semantic_enhancement(logits[known], labels[known]) if bool(known.any()) else logits.new_zeros(())
+        count = int(known.sum())
+        return semantic_enhancement(logits[known], labels[known]) if count else 0.0 * logits.sum(), count
 
     def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
         """A score per class by the model in training.

@@ -159,7 +159,7 @@ class ClassTask:
             model: CLIP-like `PeftModel` with an active pixel prompt.
             batch: Not used.
         """
-        self._class_features = self._cache.get(model, self.prompts)
+        self._class_features = self._cache.get(model, self.prompts, divide=True)
 
     def run(self, model: nn.Module, batch: Mapping[str, Tensor]) -> TaskOutput:
         """Mean over the images.

@@ -1,0 +1,109 @@
+"""Which images a step sees: the same ones whatever the number of processes, each process with its part of them."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_utils import seed_worker
+
+from peft_vlm.objective import EpochBatchSampler
+from peft_vlm.processes import num_processes, part_of, process_index
+
+FILLER = "is_filler"
+"""Column of a batch that only fills a place: the step has fewer images than processes."""
+
+
+class ShuffledBatches(EpochBatchSampler):
+    """All images in random order; the last batch may be smaller, or is left out.
+
+    Args:
+        num_images: Images in the dataset.
+        batch_size: Images per batch.
+        seed: Seed of the run; the epoch is added to it.
+        drop_last: Leave out a last batch that is not full.
+    """
+
+    def __init__(self, num_images: int, *, batch_size: int, seed: int, drop_last: bool = False) -> None:
+        super().__init__(batch_size=batch_size, seed=seed)
+        self.num_images, self.drop_last = num_images, drop_last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        for batch in order.split(self.batch_size):
+            if len(batch) == self.batch_size or not self.drop_last:
+                yield batch.tolist()
+
+    def __len__(self) -> int:
+        return (self.num_images + (0 if self.drop_last else self.batch_size - 1)) // self.batch_size
+
+
+class ProcessShard(EpochBatchSampler):
+    """This process's part of every batch; no image is left out or comes twice.
+
+    The batches are those of all processes together, so a method composes them as it would in one process: a batch of
+    one class has one class on all of them. A process whose part is empty gets an empty list.
+
+    Args:
+        batches: Sampler that draws the same batches on every process.
+    """
+
+    def __init__(self, batches: EpochBatchSampler) -> None:
+        super().__init__(batch_size=batches.batch_size, seed=batches.seed)
+        self.batches = batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.batches.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            part = part_of(len(batch), index=process_index(), parts=num_processes())
+            yield batch[part.start : part.stop]
+
+
+class FillingCollate:
+    """The dataset's `collate`; for no items, its first one as a filler that counts nowhere.
+
+    Args:
+        dataset: Dataset with a `collate`.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
+        """A batch."""
+        if items:
+            return self.dataset.collate(items)
+        return {**self.dataset.collate([self.dataset[0]]), FILLER: torch.ones(1, dtype=torch.bool)}
+
+
+def train_loader(dataset: Any, batches: EpochBatchSampler, args: TrainingArguments, *, num_workers: int) -> DataLoader:
+    """A loader of this process's part of the batches, on the device of the run.
+
+    Args:
+        dataset: Training images.
+        batches: Batches of all processes together.
+        args: Settings of the run.
+        num_workers: Processes that read images.
+    """
+    several = num_processes() > 1
+    loader = DataLoader(
+        dataset,
+        batch_sampler=ProcessShard(batches) if several else batches,
+        collate_fn=FillingCollate(dataset) if several else dataset.collate,
+        num_workers=num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        persistent_workers=args.dataloader_persistent_workers and num_workers > 0,
+        prefetch_factor=args.dataloader_prefetch_factor if num_workers else None,
+        worker_init_fn=partial(seed_worker, num_workers=num_workers, rank=args.process_index),
+    )
+    # already this process's part: accelerator.prepare would divide again and mistreat batches of different sizes
+    return prepare_data_loader(loader, device=args.device, num_processes=1, process_index=0, put_on_device=True)

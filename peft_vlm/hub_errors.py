@@ -37,7 +37,10 @@ def explain(error: BaseException) -> str | None:
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
-    return next((text for text in map(_reason, reversed(causes)) if text), None)
+    reason = next((text for text in map(_reason, reversed(causes)) if text), None)
+    if reason is None and (failed := [cause for cause in causes if isinstance(cause, HTTPError)]):
+        reason = f"the connection failed ({type(failed[-1]).__name__}). Call again."
+    return reason
 
 
 def _reason(error: BaseException) -> str | None:
@@ -49,16 +52,14 @@ def _reason(error: BaseException) -> str | None:
         return "there is no such revision (branch, tag or commit)."
     if isinstance(error, RepositoryNotFoundError):
         return f"there is no such repository, or it is private. {LOG_IN} if it is."
-    if isinstance(error, HfHubHTTPError):
-        status, said = error.response.status_code, (error.server_message or "").strip()
-        advice = BY_STATUS.get(status, "the Hub has a problem. Call again later." if status >= 500 else "refused.")
-        return f"{advice} ({status}{': ' + said if said else ''})"
     if isinstance(error, LocalEntryNotFoundError):
         return "the file is not in the cache, and the Hub could not be reached."
     if isinstance(error, EntryNotFoundError):
         return "the repository has no such file."
-    if isinstance(error, HTTPError):
-        return f"the connection failed ({type(error).__name__}). Call again."
+    if isinstance(error, HfHubHTTPError):
+        status, said = error.response.status_code, (error.server_message or "").strip()
+        advice = BY_STATUS.get(status, "the Hub has a problem. Call again later." if status >= 500 else "refused.")
+        return f"{advice} ({status}{': ' + said if said else ''})"
     return None
 
 

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 
 import peft_vlm  # noqa: F401 - registers the methods
-from peft_vlm.cli import evaluate, info, predict
+from peft_vlm.cli import evaluate, info, predict, publish
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.prompting.config import installed_version
 
 #: In the order of the help text.
-COMMANDS = (evaluate, predict, info)
+COMMANDS = (evaluate, predict, publish, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

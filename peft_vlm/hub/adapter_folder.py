@@ -21,7 +21,7 @@ from peft_vlm.adapter_files import (
 )
 from peft_vlm.errors import AdapterError
 from peft_vlm.hub.scores import Evaluation, read_evaluation
-from peft_vlm.prompting.config import VLMConfig
+from peft_vlm.prompting.config import VLMConfig, check_adapter_file
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -65,6 +65,7 @@ class AdapterFolder:
                     f"Expected {name!r} in {str(folder)!r}, got none. Pass the folder that `save_pretrained` or the "
                     "trainer wrote; an adapter that is not called `default` is in a subfolder of its name."
                 )
+        check_adapter_file(path)
         config = PeftConfig.from_pretrained(str(path))
         if not isinstance(config, VLMConfig):
             raise AdapterError(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
 from tests.hub.environment import CACHE, LISTENER
@@ -31,7 +31,8 @@ def connected(hub: LoopbackHub) -> Iterator[LoopbackHub]:
             patch.setattr(owner, name, getattr(owner, name))  # puts back what the guard replaces
         allow_loopback_only()
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
+        for module in (_http, file_download):
+            patch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
         patch.setenv("HF_HUB_OFFLINE", "0")  # PEFT reads the variable itself
         patch.setenv("HF_TOKEN", TOKEN)
         hub.reset()

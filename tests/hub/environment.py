@@ -23,7 +23,6 @@ os.environ |= {
     "HF_HUB_CACHE": CACHE,
     "HF_TOKEN_PATH": f"{CACHE}/no-token",
     "HF_HUB_DISABLE_XET": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

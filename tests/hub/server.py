@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(answer.status)
         for name, value in {"Content-Type": "application/json", **answer.headers}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(answer.body)))
+        self.send_header("Content-Length", str(len(answer.body) or int(cut)))
         self.end_headers()
         if cut:
             self.wfile.write(answer.body[: len(answer.body) // 2])

@@ -1,0 +1,232 @@
+"""Publishing an adapter folder: what is refused, where it goes, and what the Hub's failures leave behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import peft_vlm
+from peft_vlm import PromptedClassifier, publish
+from peft_vlm.errors import AdapterError, HubError
+from peft_vlm.evaluation.report import EvalReport
+from tests.cases import base_model, logits_of
+from tests.hub.adapters import BASE, SKIP_TUNING, put_base_model, trained, write_images
+from tests.hub.conftest import connected
+from tests.hub.server import Fault
+from tests.tiny import noise_image
+
+NAME = "me/adapter"
+
+
+@pytest.fixture(scope="module")
+def run(running_hub, tmp_path_factory) -> Path:
+    """A trained and evaluated adapter."""
+    folder = tmp_path_factory.mktemp("run")
+    with connected(running_hub) as hub:
+        put_base_model(hub)
+        trained(SKIP_TUNING, folder / "adapter", write_images(folder / "colours"))
+    return folder / "adapter"
+
+
+@pytest.fixture
+def adapter(run, hub, tmp_path) -> Path:
+    """A copy of it that a test may spoil; the Hub has the base model."""
+    put_base_model(hub)
+    return Path(shutil.copytree(run, tmp_path / "adapter"))
+
+
+def test_the_folder_stays_as_it_is(adapter, hub):
+    before = {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()}
+    published = publish(adapter, NAME, license="mit")
+    assert len(before) > 5
+    assert {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()} == before
+    assert published.url.endswith(f"{NAME}/commit/{published.commit}")
+    assert hub.model(NAME).messages == ["adapter: skip_tuning adapter"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "training_summary.json").unlink(), "training_summary.json"),
+        (lambda folder: (folder / "report.json").unlink(), "an evaluation .*peft-vlm evaluate --baseline"),
+        (lambda folder: change_weights(folder, lambda t: t + 1), "an evaluation of these weights, got one of others"),
+        (lambda folder: change_weights(folder, lambda t: t * float("nan")), "finite weights, got NaN"),
+        (
+            lambda folder: change_config(folder, base_model_name_or_path="a/b/c"),
+            "base model .*'a/b/c': pass `base_model=",
+        ),
+    ],
+)
+def test_incomplete_adapters_are_refused_before_any_request(adapter, hub, spoil, message):
+    spoil(adapter)
+    hub.requests.clear()
+    with pytest.raises(AdapterError, match=message):
+        publish(adapter, NAME, license="mit")
+    assert hub.requests == []
+
+
+def test_told_so_it_publishes_what_there_is_and_the_card_says_so(adapter, hub):
+    for name in ("report.json", "training_summary.json"):
+        (adapter / name).unlink()
+    with pytest.raises(AdapterError, match="a licence: pass `license=`"):
+        publish(adapter, NAME)
+    publish(adapter, NAME, incomplete=True)
+    card = hub.model(NAME).files["README.md"].decode()
+    for sentence in ("Not evaluated.", "It was not evaluated.", "Nothing is recorded about the training", "gave none"):
+        assert sentence in card
+    assert "More Information Needed" not in card
+    assert ModelCard(card).data.license is None
+
+
+def test_what_is_no_adapter_is_refused_even_so(adapter, hub, tmp_path):
+    (adapter / "zero_shot.json").unlink()
+    with pytest.raises(AdapterError, match="Expected 'zero_shot.json' beside 'report.json'"):
+        publish(adapter, NAME, license="mit", incomplete=True)
+    (adapter / "adapter_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(AdapterError, match="cut off or damaged"):
+        publish(adapter, NAME, license="mit", incomplete=True)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(AdapterError, match=r"Expected 'adapter_model.safetensors'.*got none"):
+        publish(adapter, NAME, license="mit", incomplete=True)
+    get_peft_model(base_model(), LoraConfig(target_modules=["q_proj"], r=2)).save_pretrained(tmp_path / "lora")
+    with pytest.raises(AdapterError, match="got one of PEFT's 'LORA'"):
+        publish(tmp_path / "lora", NAME, license="mit")
+    assert ("model", NAME) not in hub.repositories
+
+
+def test_an_impossible_name_is_refused(adapter, hub):
+    with pytest.raises(HubError, match="'owner/name', got 'a/b/c'"):
+        publish(adapter, "a/b/c", license="mit")
+
+
+def test_another_base_model_name_is_written_into_the_published_configuration(adapter, hub):
+    change_config(adapter, base_model_name_or_path=str(adapter))
+    publish(adapter, NAME, license="mit", base_model=BASE)
+    assert json.loads(hub.model(NAME).files["adapter_config.json"])["base_model_name_or_path"] == BASE
+    assert ModelCard(hub.model(NAME).files["README.md"].decode()).data.base_model == BASE
+
+
+def test_many_adapters_branches_and_private_repositories(adapter, hub, monkeypatch):
+    """Loaded by subfolder, by branch, by commit, with a token, and afterwards without a connection."""
+    publish(adapter, NAME, license="mit", subfolder="first", private=True)
+    change_weights(adapter, lambda tensor: 1.5 * tensor)
+    publish(adapter, NAME, license="mit", revision="v2", incomplete=True)
+    picture = noise_image(20, 20)
+    by_folder = PromptedClassifier.from_pretrained(adapter).predict(picture)
+    by_branch = PromptedClassifier.from_pretrained(NAME, revision="v2")
+    assert by_branch.predict(picture) == by_folder
+    commit = hub.model(NAME).branches["v2"][-1].oid
+    assert PromptedClassifier.from_pretrained(NAME, revision=commit).predict(picture) == by_folder
+    first = PromptedClassifier.from_pretrained(NAME, subfolder="first")
+    assert first.predict(picture) != by_folder
+    assert 'from_pretrained("me/adapter", subfolder="first")' in hub.model(NAME).files["first/README.md"].decode()
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(AdapterError, match="no such repository, or it is private. Log in"):
+        PromptedClassifier.from_pretrained(NAME, revision="v3")
+    hub.repositories["model", BASE].private = False
+    assert PromptedClassifier.from_pretrained(NAME, subfolder="first", token="hf_dummy").predict(picture)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert PromptedClassifier.from_pretrained(NAME, revision="v2").predict(picture) == by_folder
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault("POST /api/repos/create", status=401), r"does not know you\. Log in with `hf auth login`"),
+        (Fault("POST /api/repos/create", status=403), "with write permission"),
+        (Fault("POST .*/preupload/", status=404), "no such repository"),
+        (Fault("POST .*/commit/", status=409), "something else is changing the repository"),
+        (Fault("POST .*/commit/", status=429), "fewer requests. Wait some minutes"),
+        (Fault("POST .*/lfs/objects/batch", status=500), "the Hub has a problem. Call again later"),
+        (Fault("POST .*/validate-yaml", status=400), "card invalid"),
+        (Fault("PUT /lfs/", cut=True), "the connection failed"),
+        (Fault("POST .*/commit/", cut=True), "the connection failed"),
+    ],
+)
+def test_a_failure_says_what_to_do_and_leaves_nothing_half_done(adapter, hub, fault, message):
+    hub.faults.append(fault)
+    with pytest.raises(HubError, match=f"'{NAME}' was not published: .*{message}"):
+        publish(adapter, NAME, license="mit")
+    stored = hub.repositories.get(("model", NAME))
+    assert stored is None or stored.files == {} or fault.pattern == "POST .*/commit/", "no commit, or all of it"
+    hub.faults.clear()
+    publish(adapter, NAME, license="mit")
+    assert len(hub.model(NAME).messages) == 1
+    assert len(hub.model(NAME).files) == 9
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (Fault("HEAD .*/adapter_config.json", status=401), "does not know you|private"),
+        (Fault("HEAD .*/adapter_config.json", status=500), "the Hub has a problem"),
+        (Fault("GET .*adapter_model.safetensors", cut=True), "the connection failed"),
+    ],
+)
+def test_a_failing_download_says_what_to_do(adapter, hub, fault, message):
+    publish(adapter, NAME, license="mit")
+    hub.faults.append(fault)
+    with pytest.raises(peft_vlm.errors.PeftVLMError, match=message):
+        PromptedClassifier.from_pretrained(NAME)
+    hub.faults.clear()
+    assert PromptedClassifier.from_pretrained(NAME).class_names
+
+
+def test_loading_what_is_not_there_names_it(adapter, hub):
+    publish(adapter, NAME, license="mit")
+    with pytest.raises(AdapterError, match="no such revision"):
+        PromptedClassifier.from_pretrained(NAME, revision="v7")
+    with pytest.raises(AdapterError, match="no such file"):
+        PromptedClassifier.from_pretrained(NAME, subfolder="elsewhere")
+    with pytest.raises(AdapterError, match="no such repository"):
+        PromptedClassifier.from_pretrained("me/nothing")
+
+
+def test_the_numbers_of_every_protocol_reach_the_card(adapter, hub):
+    """Base, new and harmonic mean, one figure each beside its baseline."""
+    for name, scores in (("report", (71.25, 64.5, 67.7)), ("zero_shot", (68.0, 67.0, 67.5))):
+        report = EvalReport.load(adapter / f"{name}.json")
+        values = dict(zip(("base", "new", "h"), scores, strict=True))
+        parts = {part: report.parts["all"] for part in ("base", "new")}
+        EvalReport(**{**vars(report), "protocol": "base-to-new", "scores": values, "parts": parts}).save(
+            adapter / f"{name}.json"
+        )
+    publish(adapter, NAME, license="mit")
+    text = hub.model(NAME).files["README.md"].decode()
+    assert "| colours, test | new accuracy | 64.50 | 67.00 |" in text
+    results = ModelCard(text).data.eval_results
+    assert [result.metric_value for result in results] == [71.25, 68.0, 64.5, 67.0, 67.7, 67.5]
+
+
+def test_models_are_published_with_the_reports_of_their_run(adapter, hub):
+    """`model.push_to_hub`, which in PEFT uploads a card full of gaps."""
+    model = PeftModel.from_pretrained(base_model(), adapter)
+    with pytest.raises(AdapterError, match="training_summary.json"):
+        model.push_to_hub(NAME, license="mit")
+    published = model.push_to_hub(NAME, run_folder=adapter, license="mit", base_model=BASE)
+    assert published.changed
+    assert not publish(adapter, NAME, license="mit").changed
+    loaded = PeftModel.from_pretrained(base_model(), NAME)
+    assert torch.equal(logits_of(SKIP_TUNING, loaded), logits_of(SKIP_TUNING, model))
+
+
+def test_other_adapters_keep_the_upload_of_peft(hub):
+    get_peft_model(base_model(), LoraConfig(target_modules=["q_proj"], r=2)).push_to_hub("me/lora")
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(hub.model("me/lora").files)
+
+
+def change_weights(folder: Path, change) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+
+
+def change_config(folder: Path, **values) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -1,5 +1,6 @@
 """What every test relies on: no model hub, no progress bars, fixed seeds, one thread for each of several workers."""
 
+import gc
 import os
 
 import tests.hub.environment  # noqa: F401 - before the hub libraries, which read their settings on import
@@ -19,6 +20,12 @@ def pytest_configure() -> None:
     """The threads of a worker, should a plugin have imported torch first."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: leave it out of every garbage collection, of which trainers make many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

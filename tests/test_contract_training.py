@@ -38,40 +38,47 @@ def run(case: Case, folder: Path, *, name: str = "default", epochs: int = 2, res
     return trainer, get_peft_model_state_dict(model, adapter_name=name)
 
 
-def test_equal_seeds_give_equal_tensors(case, tmp_path):
-    _, first = run(case, tmp_path / "a")
-    _, second = run(case, tmp_path / "b")
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.method)
+def straight(request, tmp_path_factory):
+    """Case, folder, trainer and tensors of a run that never stopped; tests change none of them."""
+    folder = tmp_path_factory.mktemp(request.param.method)
+    return request.param, folder, *run(request.param, folder)
+
+
+def test_equal_seeds_give_equal_tensors(straight, tmp_path):
+    case, _, _, first = straight
+    _, second = run(case, tmp_path)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("step", [2, 6, 8])
-def test_a_resumed_run_ends_with_the_tensors_of_one_that_never_stopped(case, tmp_path, step):
+def test_a_resumed_run_ends_with_the_tensors_of_one_that_never_stopped(straight, tmp_path, step):
     """In mid-epoch (2, 8) and at the end of an epoch (6), momentum, schedule and batch order included."""
-    _, straight = run(case, tmp_path / "a")
-    trainer, resumed = run(case, tmp_path / "b", resume=str(tmp_path / "a" / f"checkpoint-{step}"))
+    case, folder, _, expected = straight
+    trainer, resumed = run(case, tmp_path, resume=str(folder / f"checkpoint-{step}"))
     assert trainer.state.global_step == 12
-    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
 
 
 def test_an_adapter_of_any_name_resumes_and_reloads(case, tmp_path):
-    _, straight = run(case, tmp_path / "a", name="mine")
+    _, expected = run(case, tmp_path / "a", name="mine")
     _, resumed = run(case, tmp_path / "b", name="mine", resume=str(tmp_path / "a" / "checkpoint-8"))
-    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
 
 
-def test_a_finished_run_leaves_what_a_person_wants(case, tmp_path):
-    trainer, _ = run(case, tmp_path)
-    files = {path.name for path in tmp_path.iterdir()}
+def test_a_finished_run_leaves_what_a_person_wants(straight):
+    case, folder, trainer, _ = straight
+    files = {path.name for path in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "metrics.json", "training_summary.json"} <= files
-    assert (tmp_path / "training_curve.png").stat().st_size > 5_000
-    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    assert (folder / "training_curve.png").stat().st_size > 5_000
+    summary = json.loads((folder / "training_summary.json").read_text())
     assert summary["steps"] == 12
     assert summary["objective"]
-    config = PeftConfig.from_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(folder)
     assert config.class_names == list(class_prompts().class_names)
     assert config.template == "a {}."
     assert config.image_size == [16, 16]
     assert len(config.image_mean) == len(config.image_std) == 3
-    again = PeftModel.from_pretrained(base_model(), tmp_path)
+    again = PeftModel.from_pretrained(base_model(), folder)
     assert torch.equal(logits_of(case, again), logits_of(case, trainer.model.model.eval()))
-    assert not list(tmp_path.rglob("*.bin"))
+    assert not list(folder.rglob("*.bin"))

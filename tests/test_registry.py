@@ -12,13 +12,14 @@ import torch
 from peft import AutoPeftModel, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors.torch import load_file
-from transformers import AutoModelForZeroShotImageClassification, pipeline
+from transformers import AutoModelForZeroShotImageClassification, CLIPModel, pipeline
 
 import peft_vlm
 from peft_vlm import SkipTuningConfig, SkipTuningModel
 from peft_vlm.errors import AdapterError, PeftVLMError, PeftVLMWarning, UnsupportedModelError
 from peft_vlm.registry import METHODS, extend_peft_type, register_method
 from peft_vlm.text import reserve_slots
+from tests import forked
 from tests.cases import (
     CASES,
     Case,
@@ -53,18 +54,18 @@ def test_registering_the_same_classes_again_changes_nothing():
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType["SKIP_TUNING"]] is SkipTuningConfig
 
 
-def test_a_reload_is_refused_with_advice():
+def test_a_reload_is_refused_with_advice(tmp_path):
     """Reloaded classes would not match the objects made before."""
-    code = (
-        "import importlib, peft_vlm\n"
-        "import peft_vlm.methods.skip_tuning.config as config\n"
-        "import peft_vlm.methods.skip_tuning as method\n"
-        "importlib.reload(config)\n"
-        "importlib.reload(method)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode != 0
-    assert "Restart Python instead of reloading peft_vlm" in result.stderr
+    log = tmp_path / "log.txt"
+    assert forked.wait(forked.start(log, reload_a_method), log) != 0
+    assert "Restart Python instead of reloading peft_vlm" in log.read_text()
+
+
+def reload_a_method() -> None:
+    """What a notebook's autoreload does."""
+    method = importlib.import_module("peft_vlm.methods.skip_tuning")
+    importlib.reload(importlib.import_module("peft_vlm.methods.skip_tuning.config"))
+    importlib.reload(method)
 
 
 def test_a_name_that_peft_owns_is_refused():
@@ -73,23 +74,20 @@ def test_a_name_that_peft_owns_is_refused():
         register_method("lora", config_cls=SkipTuningConfig, model_cls=SkipTuningModel)
 
 
-def test_without_the_import_peft_does_not_know_the_type(tmp_path):
-    """Why every card begins with `import peft_vlm`."""
+def test_without_the_import_peft_does_not_know_the_type_but_a_pickle_brings_it(tmp_path):
+    """Why every card begins with `import peft_vlm`, while spawned data-loader workers need no such line."""
     SkipTuningConfig().save_pretrained(tmp_path)
-    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
-    without = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "KeyError: 'SKIP_TUNING'" in without.stderr
-    with_import = subprocess.run([sys.executable, "-c", "import peft_vlm;" + code], capture_output=True, text=True)
-    assert with_import.returncode == 0, with_import.stderr
-
-
-def test_a_pickled_configuration_loads_in_a_fresh_process(tmp_path):
-    """Spawned data-loader workers unpickle configurations without our import."""
-    path = tmp_path / "config.pkl"
-    path.write_bytes(pickle.dumps(SkipTuningConfig(start_layer=2)))
-    code = f"import pickle; print(pickle.load(open({str(path)!r}, 'rb')).start_layer)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.strip() == "2", result.stderr
+    (tmp_path / "config.pkl").write_bytes(pickle.dumps(SkipTuningConfig(start_layer=2)))
+    code = (
+        "import pickle, sys\n"
+        "from peft import PeftConfig\n"
+        "try: PeftConfig.from_pretrained(sys.argv[1])\n"
+        "except KeyError as error: print(repr(error))\n"
+        "print(pickle.load(open(sys.argv[1] + '/config.pkl', 'rb')).start_layer)\n"
+        "print(type(PeftConfig.from_pretrained(sys.argv[1])).__name__)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert result.stdout.splitlines() == ["KeyError('SKIP_TUNING')", "2", "SkipTuningConfig"], result.stderr
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.method)
@@ -136,19 +134,16 @@ def test_a_new_process_gives_bitwise_the_same_logits(saved, tmp_path):
     case, base, adapter, expected = saved
     loaded = PeftModel.from_pretrained(base_model(), adapter)
     torch.save({"inputs": model_inputs(case, loaded, pixels(3))}, tmp_path / "inputs.pt")
-    code = (
-        "import sys, torch, peft_vlm\n"
-        "from peft import PeftModel\n"
-        "from transformers import CLIPModel\n"
-        "base, adapter, folder = sys.argv[1:]\n"
-        "model = PeftModel.from_pretrained(CLIPModel.from_pretrained(base), adapter, adapter_name='again').eval()\n"
-        "inputs = torch.load(folder + '/inputs.pt', weights_only=True)['inputs']\n"
-        "with torch.no_grad(): torch.save(model(**inputs).logits_per_image, folder + '/logits.pt')\n"
-    )
-    command = [sys.executable, "-c", code, str(base), str(adapter), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    forked.run(tmp_path / "log.txt", save_logits, str(base), str(adapter), str(tmp_path))
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+
+
+def save_logits(base: str, adapter: str, folder: str) -> None:
+    """Logits of an adapter that is loaded under another name."""
+    model = PeftModel.from_pretrained(CLIPModel.from_pretrained(base), adapter, adapter_name="again").eval()
+    inputs = torch.load(f"{folder}/inputs.pt", weights_only=True)["inputs"]
+    with torch.no_grad():
+        torch.save(model(**inputs).logits_per_image, f"{folder}/logits.pt")
 
 
 def test_the_zero_shot_pipeline_gives_the_adapters_scores_or_refuses(saved):
@@ -253,10 +248,12 @@ def test_fp16_on_a_cpu_is_refused(tmp_path):
 
 
 def test_the_package_imports_without_optional_dependencies():
+    """The plots' one is imported when a plot is drawn, if at all."""
     code = (
         "import sys\n"
-        "for name in ('matplotlib', 'tensorboard', 'torchvision', 'sklearn'): sys.modules[name] = None\n"
-        "import peft_vlm, peft_vlm.experiment\n"
+        "for name in ('tensorboard', 'torchvision', 'sklearn'): sys.modules[name] = None\n"
+        "import peft_vlm, peft_vlm.experiment, peft_vlm.evaluation.run\n"
+        "assert 'matplotlib' not in sys.modules\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -145,23 +145,30 @@ def test_labels_change_nothing(tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("step", [3, 8])
-def test_a_resumed_run_with_cached_views_repeats_itself(tmp_path, step: int):
+def with_cached_views(folder, **settings):
+    """Three epochs on two views."""
+    options = {"teacher_cache": "views", "num_views": 2, "seen_classes": NAMES[:2]}
+    objective = PromptKDObjective(class_prompts(), teacher=teacher(), **options)
+    return train(folder, objective, augmented(), epochs=3, save_steps=3, **settings)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Folder, trainer and tensors of a run with cached views that never stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, *with_cached_views(folder)
+
+
+@pytest.mark.parametrize("step", [3, 9])
+def test_a_resumed_run_with_cached_views_repeats_itself(tmp_path, straight, step: int):
     """Tensors and the agreement of the interrupted epoch."""
-
-    def objective() -> PromptKDObjective:
-        return PromptKDObjective(
-            class_prompts(), teacher=teacher(), teacher_cache="views", num_views=2, seen_classes=NAMES[:2]
-        )
-
-    straight, first = train(tmp_path / "a", objective(), augmented(), epochs=3, save_steps=step)
-    checkpoint = str(tmp_path / "a" / f"checkpoint-{step}")
-    resumed, second = train(tmp_path / "b", objective(), augmented(), epochs=3, save_steps=step, resume=checkpoint)
-    assert straight.state.global_step == resumed.state.global_step == 18
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    folder, uninterrupted, expected = straight
+    resumed, tensors = with_cached_views(tmp_path, resume=str(folder / f"checkpoint-{step}"))
+    assert uninterrupted.state.global_step == resumed.state.global_step == 18
+    assert all(torch.equal(expected[key], tensors[key]) for key in expected)
     agreements = [
         [entry for entry in run.state.log_history if any(key.startswith("agreement") for key in entry)]
-        for run in (straight, resumed)
+        for run in (uninterrupted, resumed)
     ]
     assert len(agreements[0]) == 3
     assert agreements[0] == agreements[1]

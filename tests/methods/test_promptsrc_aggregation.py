@@ -110,17 +110,24 @@ def test_frozen_weights_are_not_averaged(tmp_path):
     assert torch.equal(logits, expected)
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Folder and tensors of a run that never stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, train(folder)[1]
+
+
 @pytest.mark.parametrize("step", [2, 6, 8, 12, 18])
-def test_a_resumed_run_ends_with_the_same_mean_bitwise(tmp_path, step):
+def test_a_resumed_run_ends_with_the_same_mean_bitwise(tmp_path, straight, step):
     """In mid-epoch, at the end of an epoch, and after the last step, before the mean was put in place."""
-    _, straight, _ = train(tmp_path / "a")
-    trainer, resumed, _ = train(tmp_path / "b", resume=str(tmp_path / "a" / f"checkpoint-{step}"))
+    folder, expected = straight
+    trainer, resumed, _ = train(tmp_path, resume=str(folder / f"checkpoint-{step}"))
     assert trainer.state.global_step == 18
-    assert straight.keys() == resumed.keys()
-    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
 
 
-def test_a_run_that_was_interrupted_goes_on_to_the_same_mean(tmp_path):
+def test_a_run_that_was_interrupted_goes_on_to_the_same_mean(tmp_path, straight):
     """Stopped within epoch 2 by an exception, as by a kill; resumed from its own last checkpoint."""
 
     class Stop(TrainerCallback):
@@ -128,16 +135,16 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_mean(tmp_path):
             if state.global_step == 9:
                 raise KeyboardInterrupt
 
-    _, straight, _ = train(tmp_path / "a")
+    _, expected = straight
     torch.manual_seed(3)
     model = get_peft_model(tiny_clip(), promptsrc_config())
     settings = {"num_train_epochs": 3, "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 2, "seed": 3}
-    args = VLMTrainingArguments(output_dir=str(tmp_path / "b"), use_cpu=True, disable_tqdm=True, **settings)
+    args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, **settings)
     objective = PromptSRCObjective(class_prompts(), gpa_mean=2, gpa_std=1)
     with pytest.raises(KeyboardInterrupt):
         VLMTrainer(model, objective, args, train_dataset=images(), callbacks=[Stop()]).train()
-    _, resumed, _ = train(tmp_path / "b", resume=str(tmp_path / "b" / "checkpoint-8"))
-    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    _, resumed, _ = train(tmp_path, resume=str(tmp_path / "checkpoint-8"))
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
 
 
 @pytest.mark.parametrize("stop_after", [12, 15])

@@ -77,18 +77,30 @@ def test_training_lowers_the_loss_and_leaves_a_prompt_that_predicts_the_same(tmp
     assert 0 <= metrics["eval_accuracy"] <= 100
 
 
-@pytest.mark.parametrize("step", [2, 3])
-@pytest.mark.parametrize("augmentation", [None, RandomCrop()])
-def test_a_resumed_run_ends_with_the_prompt_of_one_that_never_stopped(tmp_path, step, augmentation):
-    def data() -> ImageQuestionDataset:
-        return questions(2, augmentation=augmentation)
+SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
 
-    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
-    straight = trained(run(tmp_path / "a", data(), **saving))
-    resumed = run(tmp_path / "b", data(), resume=str(tmp_path / "a" / f"checkpoint-{step}"), **saving)
+
+@pytest.fixture(scope="module", params=[None, RandomCrop()], ids=["plain", "augmented"])
+def straight(request, tmp_path_factory) -> tuple[RandomCrop | None, Path, Tensor]:
+    """Augmentation, folder and final prompt of a run that never stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    return request.param, folder, trained(run(folder, questions(2, augmentation=request.param), **SAVING))
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_resumed_run_ends_with_the_prompt_of_one_that_never_stopped(tmp_path, straight, step):
+    augmentation, folder, expected = straight
+    data = questions(2, augmentation=augmentation)
+    resumed = run(tmp_path, data, resume=str(folder / f"checkpoint-{step}"), **SAVING)
     assert resumed.state.global_step == 6
-    assert torch.equal(trained(resumed), straight)
-    assert not torch.equal(straight, prompt_parameter(prompted_llava(size=0.1)))
+    assert torch.equal(trained(resumed), expected)
+    assert not torch.equal(expected, prompt_parameter(prompted_llava(size=0.1)))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Tensor:
+    """The final prompt of a run with the default settings."""
+    return trained(run(tmp_path_factory.mktemp("plain")))
 
 
 def test_accumulated_batches_train_what_one_large_batch_trains(tmp_path):
@@ -105,11 +117,11 @@ def even() -> ImageQuestionDataset:
     return dataset
 
 
-def test_bf16_trains_about_the_same_prompt_in_float32(tmp_path):
-    exact, half = run(tmp_path / "a"), run(tmp_path / "b", bf16=True)
+def test_bf16_trains_about_the_same_prompt_in_float32(tmp_path, plain):
+    half = run(tmp_path, bf16=True)
     assert trained(half).dtype == torch.float32
     start = prompt_parameter(prompted_llava(size=0.1)).detach()
-    moved, expected = (trained(half) - start).flatten(), (trained(exact) - start).flatten()
+    moved, expected = (trained(half) - start).flatten(), (plain - start).flatten()
     assert torch.nn.functional.cosine_similarity(moved, expected, dim=0) > 0.95
     assert not torch.equal(moved, expected)
 
@@ -130,9 +142,8 @@ def test_a_model_in_bf16_trains_a_float32_prompt(tmp_path):
     assert prompt.grad.abs().max() > 0
 
 
-def test_gradient_checkpointing_trains_the_same_prompt(tmp_path):
-    plain = trained(run(tmp_path / "a"))
-    assert_close(trained(run(tmp_path / "b", activation_checkpointing=True)), plain, rtol=1e-4, atol=1e-5)
+def test_gradient_checkpointing_trains_the_same_prompt(tmp_path, plain):
+    assert_close(trained(run(tmp_path, activation_checkpointing=True)), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_another_optimizer_moves_the_border_only(tmp_path):

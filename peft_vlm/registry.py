@@ -5,7 +5,10 @@ for most calls but breaks `mixed=True` and transformers' own `load_adapter`, whi
 members.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -13,12 +16,32 @@ from peft.utils import register_peft_method
 
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.objective import About
+from peft_vlm.presets import Preset
 
 METHODS: dict[str, type] = {}
 """Registered config classes by method name (`"skip_tuning"`, ...)."""
 
 ABOUT: dict[str, About] = {}
 """What a model card says about each method."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What trains a method by its name.
+
+    Args:
+        objective: Objective on a CLIP-like model, from class prompts; None where the method trains none.
+        answer_objective: Objective on a model that writes text, from candidate answers; None where it trains none.
+        preset_for: Gives an official configuration by its name.
+    """
+
+    objective: Callable[..., Any] | None = None
+    answer_objective: Callable[..., Any] | None = None
+    preset_for: Callable[..., Preset] | None = None
+
+
+RECIPES: dict[str, Recipe] = {}
+"""How each registered method is trained, by method name."""
 
 
 def extend_peft_type(name: str) -> PeftType:
@@ -39,7 +62,9 @@ def extend_peft_type(name: str) -> PeftType:
     return member
 
 
-def register_method(name: str, *, config_cls: type, model_cls: type, about: About | None = None) -> None:
+def register_method(
+    name: str, *, config_cls: type, model_cls: type, about: About | None = None, recipe: Recipe | None = None
+) -> None:
     """Register a method with PEFT under a name that adapter files carry for years.
 
     Args:
@@ -47,6 +72,7 @@ def register_method(name: str, *, config_cls: type, model_cls: type, about: Abou
         config_cls: The method's `PeftConfig`.
         model_cls: The method's tuner.
         about: What a model card says about the method.
+        recipe: How the method is trained by its name.
 
     Raises:
         PeftVLMError: If PEFT or another package owns the name, or the module was reloaded.
@@ -67,6 +93,6 @@ def register_method(name: str, *, config_cls: type, model_cls: type, about: Abou
         )
     extend_peft_type(name.upper())
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
-    METHODS[name] = config_cls
+    METHODS[name], RECIPES[name] = config_cls, recipe or Recipe()
     if about is not None:
         ABOUT[name] = about

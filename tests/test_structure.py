@@ -26,6 +26,7 @@ LAYERS = {
     "figures": 0,
     "hub_errors": 0,
     "json_files": 0,
+    "named_settings": 0,
     "presets": 0,
     "processes": 0,
     "shapes": 0,
@@ -55,6 +56,7 @@ LAYERS = {
     "transfer_experiment": 4,
     "experiment_report": 4,
     "export": 4,
+    "training_run": 4,
     "": 5,
     "cli": 5,
 }

@@ -1,19 +1,30 @@
-"""`peft-vlm info`: what an adapter is, or what is installed."""
+"""`peft-vlm info`: what is installed, what a method can be told, what an adapter or an exported classifier is."""
 
 import argparse
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
+from peft_vlm.adapter_files import BASELINE_NAME, REPORT_NAME, SUMMARY_NAME, WEIGHTS_NAME
 from peft_vlm.cli.command import add_command, print_json
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.registry import METHODS
+from peft_vlm.prompting.config import VLMConfig
+from peft_vlm.registry import ABOUT, METHODS, RECIPES
+from peft_vlm.serving.plain import load_exported
 from peft_vlm.training.artifacts import environment
 
 EXAMPLES = """
-  peft-vlm info                  versions and methods
-  peft-vlm info outputs/readme   settings of an adapter
+  peft-vlm info                                    versions and methods
+  peft-vlm info skip_tuning                        settings of a method with their defaults, for `peft-vlm train`
+  peft-vlm info outputs/readme                     an adapter: method, base model, classes, settings, results
+  peft-vlm info exported/classifier.safetensors    an exported classifier
 """
+SHARED_FIELDS = frozenset(inspect.signature(VLMConfig).parameters)
 
 
 def register(commands: Any) -> None:
@@ -22,32 +33,110 @@ def register(commands: Any) -> None:
     Args:
         commands: What `add_subparsers` gave.
     """
-    command = add_command(commands, "info", run, summary="what an adapter is, or what is installed", examples=EXAMPLES)
-    command.add_argument("adapter", nargs="?", help="folder or Hub id; none: versions and methods")
+    summary = "what is installed, the settings of a method, what an adapter is"
+    command = add_command(commands, "info", run, summary=summary, examples=EXAMPLES)
+    command.add_argument(
+        "what", nargs="?", help="method; folder or Hub id of an adapter; exported classifier; none: what is installed"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what an adapter's folder says, or what is installed.
+    """Print facts.
 
     Args:
         arguments: Parsed words.
-
-    Raises:
-        PeftVLMError: If the adapter is of a method that is not ours.
     """
-    if arguments.adapter is None:
-        facts: dict[str, Any] = {**environment(), "methods": sorted(METHODS)}
+    what = arguments.what
+    if what is None:
+        facts = _installed()
+    elif what in METHODS:
+        facts = _method(what)
+    elif what.endswith(".safetensors") and Path(what).is_file():
+        facts = {"exported classifier": what, **asdict(load_exported(what).card)}
     else:
-        config = PeftConfig.from_pretrained(arguments.adapter)
-        if config.peft_type.value.lower() not in METHODS:
-            raise PeftVLMError(
-                f"Expected an adapter of {sorted(METHODS)!r}, got one of PEFT's {config.peft_type.value!r}."
-            )
-        facts = {key: value for key, value in config.to_dict().items() if value is not None}
-        facts.pop("target_modules", None)
+        facts = _adapter(what)
     if arguments.json:
         print_json(facts)
-        return
-    for key, value in facts.items():
-        text = str(value) if not isinstance(value, list) or len(value) <= 8 else f"{len(value)}: {value[:5]} ..."
-        print(f"{key:24}{text}")
+    else:
+        _print(facts)
+
+
+def _installed() -> dict[str, Any]:
+    """Versions, and what each method trains."""
+    trained = {name: ABOUT[name].trained if name in ABOUT else "" for name in sorted(METHODS)}
+    return {"versions": environment(), "methods": trained}
+
+
+def _method(name: str) -> dict[str, Any]:
+    """Settings of a method with their defaults."""
+    recipe, facts = RECIPES[name], _origin(name)
+    facts["config"] = _defaults(METHODS[name])
+    for key, target in (("objective", recipe.objective), ("objective on text models", recipe.answer_objective)):
+        if target is not None:
+            facts[key] = _defaults(target)
+    facts["page"] = f"docs/methods/{name}.md"
+    return facts
+
+
+def _origin(name: str) -> dict[str, Any]:
+    """What a method trains, and the paper it comes from."""
+    if name not in ABOUT:
+        return {"method": name}
+    about = ABOUT[name]
+    return {"method": name, "trained": about.trained, "paper": f"{about.paper.title}, {about.paper.url}"}
+
+
+def _defaults(target: Callable[..., Any]) -> dict[str, Any]:
+    """Default of each setting; "needed" where there is none."""
+    parameters = [p for p in inspect.signature(target).parameters.values() if p.kind is not p.POSITIONAL_ONLY]
+    own = [p for p in parameters if p.name not in SHARED_FIELDS | {"prompts", "candidates"}]
+    return {p.name: "needed" if p.default is p.empty else p.default for p in own}
+
+
+def _adapter(adapter: str) -> dict[str, Any]:
+    """What an adapter's configuration says, and what lies beside it in a local folder."""
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise PeftVLMError(f"{adapter!r} is no method and no adapter that can be read: {error}") from error
+    method = config.peft_type.value.lower()
+    if method not in METHODS:
+        raise PeftVLMError(
+            f"Expected an adapter of {sorted(METHODS)!r}, got one of PEFT's {config.peft_type.value!r}."
+        )
+    values = config.to_dict()
+    facts: dict[str, Any] = {"adapter": adapter, **_origin(method), "base model": config.base_model_name_or_path}
+    facts |= {"classes": values["class_names"], "template": values["template"]}
+    facts["images"] = {name: values[f"image_{name}"] for name in ("size", "mean", "std")}
+    facts["settings"] = {name: value for name, value in values.items() if name not in SHARED_FIELDS}
+    facts |= {"format version": values["format_version"], "peft_vlm version": values["peft_vlm_version"]}
+    return facts | _folder(Path(adapter))
+
+
+def _folder(folder: Path) -> dict[str, Any]:
+    """Size of the weights, training and results of a local adapter folder."""
+    facts: dict[str, Any] = {}
+    if (folder / WEIGHTS_NAME).is_file():
+        facts["weights"] = f"{(folder / WEIGHTS_NAME).stat().st_size / 1e6:.2f} MB"
+    if (folder / SUMMARY_NAME).is_file():
+        summary = json.loads((folder / SUMMARY_NAME).read_text("utf-8"))
+        facts |= {"data": summary.get("data"), "steps": summary.get("steps"), "objective": summary.get("objective")}
+    for key, name in (("results", REPORT_NAME), ("results of the base model", BASELINE_NAME)):
+        if (folder / name).is_file():
+            report = json.loads((folder / name).read_text("utf-8"))
+            facts[key] = {"dataset": report["dataset"], "protocol": report["protocol"], **report["scores"]}
+    return facts
+
+
+def _print(facts: Mapping[str, Any], indent: str = "") -> None:
+    """Names and values in two columns; what is nested stands indented below its name."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            print(f"{indent}{name}")
+            _print(value, indent + "  ")
+            continue
+        if isinstance(value, list | tuple) and len(value) > 8:
+            value = f"{len(value)}: {', '.join(map(str, value[:6]))}, ..."
+        elif isinstance(value, float):
+            value = f"{value:.6g}"
+        print(f"{indent + name:28}{value}")

@@ -1,20 +1,28 @@
 """`peft-vlm predict`: labels of image files."""
 
 import argparse
-from collections.abc import Sequence
+import glob
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.classifier import PromptedClassifier
+from peft_vlm.classifier import Prediction, PromptedClassifier
 from peft_vlm.cli.command import add_command, print_json
+from peft_vlm.data.images import IMAGE_EXTENSIONS
 from peft_vlm.errors import PeftVLMError
+from peft_vlm.serving.plain import load_exported
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+#: Images per line-up: files to their labels.
+Labeller = Callable[[Sequence[Path]], list[list[Prediction]]]
+BATCH_SIZE = 32
 
 EXAMPLES = """
-  peft-vlm predict outputs/readme picture.png holiday/*.jpg
-  peft-vlm predict user/adapter my_images/ --top_k 1 --json
+  peft-vlm predict outputs/readme picture.png "holiday pictures/"
+  peft-vlm predict outputs/readme "scans/**/*.png" --top_k 1 --json     (quoted: peft-vlm looks for the files itself)
+  peft-vlm predict user/adapter my_images/ --class_names cat dog
+  peft-vlm predict openai/clip-vit-base-patch32 my_images/ --zero_shot --class_names cat dog
+  peft-vlm predict exported/classifier.onnx my_images/
 """
 
 
@@ -25,8 +33,11 @@ def register(commands: Any) -> None:
         commands: What `add_subparsers` gave.
     """
     command = add_command(commands, "predict", run, summary="labels of image files", examples=EXAMPLES)
-    command.add_argument("adapter", help="folder or Hub id of an adapter; with --zero_shot: of a base model")
-    command.add_argument("images", nargs="+", help="image files or folders")
+    command.add_argument(
+        "adapter",
+        help="folder or Hub id of an adapter; with --zero_shot: of a base model; or a file that `export` wrote",
+    )
+    command.add_argument("images", nargs="+", help="image files, folders (with their subfolders), or patterns with *")
     command.add_argument("--class_names", nargs="+", help="choose among these instead of the adapter's classes")
     command.add_argument("--template", help="text around a class name, with one {}")
     command.add_argument("--base_model", help="base model; by default the one the adapter records")
@@ -35,22 +46,32 @@ def register(commands: Any) -> None:
 
 
 def image_files(paths: Sequence[str]) -> list[Path]:
-    """Image files among paths, folders searched with their subfolders.
+    """Image files among paths, each once: folders are searched with their subfolders, patterns are looked up.
 
     Args:
-        paths: Files and folders.
+        paths: Files, folders, and patterns with `*`, `?` or `[...]`.
 
     Raises:
-        PeftVLMError: If a path does not exist or a folder holds no image.
+        PeftVLMError: If a path does not exist, or a folder or pattern gives no image.
     """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files: dict[Path, None] = {}
+    for text in paths:
+        path = Path(text)
+        if path.is_file():
+            found = [path]
+        elif path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS)
+        else:
+            matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
+            found = [p for p in matches if p.is_file() and p.suffix.lower() in IMAGE_EXTENSIONS]
         if not found:
+            pattern = glob.has_magic(text)
             reason = "it holds no image file" if path.is_dir() else "there is no such file or folder"
-            raise PeftVLMError(f"Expected images in {str(path)!r}, but {reason}.")
-        files += found
-    return files
+            raise PeftVLMError(
+                f"Expected images in {text!r}, but {'no image file matches it' if pattern else reason}."
+            )
+        files |= dict.fromkeys(found)
+    return list(files)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -60,17 +81,52 @@ def run(arguments: argparse.Namespace) -> None:
         arguments: Parsed words.
     """
     files = image_files(arguments.images)
+    label = _labeller(arguments)
+    rows = []
+    for start in range(0, len(files), BATCH_SIZE):
+        batch = files[start : start + BATCH_SIZE]
+        predictions = label(batch)
+        rows += [
+            {"file": str(f), "labels": [asdict(p) for p in row]} for f, row in zip(batch, predictions, strict=True)
+        ]
+        if not arguments.json:
+            for file, row in zip(batch, predictions, strict=True):
+                print(f"{file}: " + ", ".join(f"{p.label} {100 * p.probability:.1f} %" for p in row), flush=True)
+    if arguments.json:
+        print_json(rows)
+
+
+def _labeller(arguments: argparse.Namespace) -> Labeller:
+    """The function from files to labels that the words name."""
+    path, top_k = Path(arguments.adapter), arguments.top_k
+    if path.suffix in (".safetensors", ".onnx") and path.is_file():
+        fixed = {"class_names", "template", "base_model", "zero_shot"}
+        given = sorted(name for name in fixed if getattr(arguments, name))
+        if given:
+            raise PeftVLMError(
+                f"{str(path)!r} is an exported classifier, whose classes are fixed; leave out {given!r}."
+            )
+        exported = _load_exported(path)
+
+        def predict_exported(files: Sequence[Path]) -> list[list[Prediction]]:
+            return [[Prediction(*pair) for pair in row] for row in exported.predict(files, top_k=top_k)]
+
+        return predict_exported
     classifier = PromptedClassifier.from_pretrained(
         None if arguments.zero_shot else arguments.adapter,
         base_model=arguments.adapter if arguments.zero_shot else arguments.base_model,
         class_names=arguments.class_names,
         template=arguments.template,
     )
-    predictions = classifier.predict(files, top_k=arguments.top_k)
-    if arguments.json:
-        print_json(
-            [{"file": str(f), "labels": [asdict(p) for p in row]} for f, row in zip(files, predictions, strict=True)]
-        )
-        return
-    for file, row in zip(files, predictions, strict=True):
-        print(f"{file}: " + ", ".join(f"{p.label} {100 * p.probability:.1f} %" for p in row))
+    return lambda files: classifier.predict(files, top_k=top_k)
+
+
+def _load_exported(path: Path) -> Any:
+    """The classifier in a file, with the runtime of its kind."""
+    if path.suffix == ".safetensors":
+        return load_exported(path)
+    try:
+        from peft_vlm.serving.onnx import OnnxClassifier
+    except ImportError as error:
+        raise PeftVLMError("ONNX files need onnxruntime. Install: pip install 'peft-vlm[onnx]'.") from error
+    return OnnxClassifier(path)

@@ -7,15 +7,27 @@ A new command is a file of this folder with a function `register(commands)`, and
 
 import argparse
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from transformers.utils import logging as transformers_logging
 
 import peft_vlm  # noqa: F401 - registers the methods
-from peft_vlm.cli import evaluate, info, predict, publish
+from peft_vlm.cli import evaluate, export, info, predict, publish, train
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.prompting.config import installed_version
 
 #: In the order of the help text.
-COMMANDS = (evaluate, predict, publish, info)
+COMMANDS = (train, evaluate, predict, publish, export, info)
+
+
+DESCRIPTION = """\
+Prompts and selective tuning for vision-language models: train an adapter, measure it, use it, share it, export it.
+
+Begin with `peft-vlm info` (what is installed), `peft-vlm info METHOD` (the settings of a method) and the examples of
+`peft-vlm COMMAND --help`. With --json a command prints one JSON value on standard output and nothing else there.
+Exit codes: 0 done, 2 wrong input (one line on standard error says what), 1 anything unexpected."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code.
     """
-    parser = argparse.ArgumentParser(prog="peft-vlm", description="Prompted vision-language models: use and evaluate.")
+    parser = argparse.ArgumentParser(
+        prog="peft-vlm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"peft-vlm {installed_version()}")
     names = " | ".join(command.__name__.rpartition(".")[2] for command in COMMANDS)
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
@@ -38,8 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.settings = rest
     try:
-        arguments.run(arguments)
+        with _quiet():
+            arguments.run(arguments)
     except (PeftVLMError, ValueError) as error:
         print(f"peft-vlm {arguments.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks of the libraries below that a user of the command can do nothing about."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

@@ -66,12 +66,9 @@ class Preprocessing:
 
         Args:
             image: A path, the content of a file, or a PIL image; the orientation that a photo records is applied.
+                What is none is a `ValueError`.
         """
-        if isinstance(image, bytes):
-            image = Image.open(io.BytesIO(image))
-        elif not isinstance(image, Image.Image):
-            image = Image.open(image)
-        image = to_rgb(ImageOps.exif_transpose(image))
+        image = to_rgb(ImageOps.exif_transpose(_open(image)))
         rows, cols = self._resized(image.height, image.width)
         image = image.resize((cols, rows), Image.Resampling(self.resample))
         top, left = (rows - self.image_size[0]) // 2, (cols - self.image_size[1]) // 2
@@ -85,3 +82,14 @@ class Preprocessing:
             return self.resize[0], self.resize[1]
         (short,) = self.resize
         return (short, int(short * cols / rows)) if rows <= cols else (int(short * rows / cols), short)
+
+
+def _open(image: str | Path | bytes | Image.Image) -> Image.Image:
+    name = "the image" if isinstance(image, bytes | Image.Image) else repr(str(image))
+    try:
+        if not isinstance(image, Image.Image):
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        image.load()
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them stumble over
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+    return image

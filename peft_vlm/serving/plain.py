@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -79,10 +79,16 @@ def load_exported(path: str | Path, *, device: str | torch.device = "cpu") -> Pl
 
     Returns:
         The classifier in evaluation mode.
+
+    Raises:
+        ValueError: If the file is damaged or something else.
     """
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        card = ClassifierCard.from_json((file.metadata() or {}).get(METADATA_KEY), where=str(path))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            card = ClassifierCard.from_json((file.metadata() or {}).get(METADATA_KEY), where=str(path))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    except SafetensorError as error:
+        raise ValueError(f"Expected a complete safetensors file, got {str(path)!r}: {error}") from error
     with torch.device("meta"):
         classifier = PlainClassifier(card)
     classifier.load_state_dict(tensors, assign=True)

@@ -71,3 +71,7 @@ class VLMTrainingArguments(TrainingArguments):
                 f"Expected `warmup_epochs` and `warmup_learning_rate` of 0 or more, got {self.warmup_epochs!r} and "
                 f"{self.warmup_learning_rate!r}."
             )
+
+
+# `HfArgumentParser` reads the types of the fields, which the decorator hides from everybody, not only from beartype.
+del VLMTrainingArguments.__no_type_check__

@@ -6,7 +6,7 @@ from peft_vlm.methods.coop.model import CoOpModel
 from peft_vlm.methods.coop.objective import PAPER, CoOpObjective
 from peft_vlm.methods.coop.presets import preset_for
 from peft_vlm.objective import About
-from peft_vlm.registry import register_method
+from peft_vlm.registry import Recipe, register_method
 
 register_method(
     "coop",
@@ -18,6 +18,7 @@ register_method(
         paper=PAPER,
         limits=("Class names that were not trained on can be given, but may score lower than without the adapter.",),
     ),
+    recipe=Recipe(objective=CoOpObjective, preset_for=preset_for),
 )
 
 __all__ = ["CoOpConfig", "CoOpModel", "CoOpObjective", "convert_checkpoint", "export_checkpoint", "preset_for"]

@@ -9,7 +9,7 @@ from peft_vlm.methods.promptkd.paper import PAPER
 from peft_vlm.methods.promptkd.presets import preset_for
 from peft_vlm.methods.promptkd.teacher import Teacher
 from peft_vlm.objective import About
-from peft_vlm.registry import register_method
+from peft_vlm.registry import Recipe, register_method
 
 register_method(
     "promptkd",
@@ -21,6 +21,7 @@ register_method(
         paper=PAPER,
         limits=("It classifies with stored class vectors: only the classes listed here, no free text.",),
     ),
+    recipe=Recipe(objective=PromptKDObjective, preset_for=preset_for),
 )
 
 __all__ = [

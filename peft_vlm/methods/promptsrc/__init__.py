@@ -7,7 +7,7 @@ from peft_vlm.methods.promptsrc.objective import PAPER, PromptSRCObjective
 from peft_vlm.methods.promptsrc.presets import preset_for
 from peft_vlm.methods.promptsrc.templates import OFFICIAL_TEMPLATES
 from peft_vlm.objective import About
-from peft_vlm.registry import register_method
+from peft_vlm.registry import Recipe, register_method
 
 register_method(
     "promptsrc",
@@ -19,6 +19,7 @@ register_method(
         paper=PAPER,
         limits=("The learned tokens take places in the class prompt: give class names, not whole sentences.",),
     ),
+    recipe=Recipe(objective=PromptSRCObjective, preset_for=preset_for),
 )
 
 __all__ = [

@@ -7,7 +7,7 @@ from peft_vlm.methods.skip_tuning.model import SkipTuningModel
 from peft_vlm.methods.skip_tuning.objective import PAPER, SkipTuningObjective
 from peft_vlm.methods.skip_tuning.presets import preset_for
 from peft_vlm.objective import About
-from peft_vlm.registry import register_method
+from peft_vlm.registry import Recipe, register_method
 
 register_method(
     "skip_tuning",
@@ -19,6 +19,7 @@ register_method(
         paper=PAPER,
         limits=("It replaces layers of the base model, so it fits this base model only.",),
     ),
+    recipe=Recipe(objective=SkipTuningObjective, answer_objective=SkipTuningAnswerObjective, preset_for=preset_for),
 )
 
 __all__ = [

@@ -12,7 +12,7 @@ from peft_vlm.methods.tvp.sharing import share_prompt
 from peft_vlm.methods.tvp.sources import Source
 from peft_vlm.objective import About
 from peft_vlm.prompting.prompt_picture import prompt_layer_of, prompt_of, render_prompt, without_prompt
-from peft_vlm.registry import register_method
+from peft_vlm.registry import Recipe, register_method
 
 register_method(
     "tvp",
@@ -26,6 +26,7 @@ register_method(
             "Images are shrunk to make room for the picture. Measure what it gains on a model it was not trained on.",
         ),
     ),
+    recipe=Recipe(objective=TVPObjective, answer_objective=TVPObjective, preset_for=preset_for),
 )
 
 __all__ = [

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessorPil
 
 from peft_vlm.errors import DataError
 from peft_vlm.methods.tvp.sources import share_once
@@ -55,7 +55,7 @@ class ClipGuide:
         processor = self.processor
         if processor is None:
             config = source.active_peft_config
-            processor = CLIPImageProcessor(image_mean=list(config.image_mean), image_std=list(config.image_std))
+            processor = CLIPImageProcessorPil(image_mean=list(config.image_mean), image_std=list(config.image_std))
         self._shared = share_once(self._shared, source, self.model, processor=processor)
         self._shared.to(next(source.parameters()).device).eval()
         self.refresh()

@@ -1,0 +1,78 @@
+"""`peft-vlm train`: an adapter of any method on a data set."""
+
+import argparse
+from typing import Any
+
+from peft_vlm.cli.command import add_command, print_json, read_settings
+from peft_vlm.training.arguments import VLMTrainingArguments
+from peft_vlm.training_run import RunSettings, preset_of, run_training
+
+EXAMPLES = """
+  peft-vlm train --method skip_tuning --model examples/assets/clip_student --dataset examples/assets/icons \\
+      --template "a {} icon" --shots 4 --config start_layer=3 text_start_layer=2 \\
+      --objective batch_composition=random --max_steps 60 --learning_rate 0.02 \\
+      --per_device_train_batch_size 32 --output_dir outputs/icons
+  peft-vlm train --method promptsrc --preset base_to_new --protocol base_to_new \\
+      --model openai/clip-vit-base-patch16 --dataset my_images/ --output_dir outputs/promptsrc
+  peft-vlm train settings.yaml --seed 2 --output_dir outputs/seed2
+
+settings.yaml has the same names (flags behind the file replace its values):
+  method: promptkd
+  model: examples/assets/clip_student
+  teacher: examples/assets/clip_teacher
+  dataset: examples/assets/icons
+  template: a {} icon
+  transductive: true
+  config: {vision_depth: 4, projector_depth: 1}
+  objective: {weight: 10}
+  learning_rate: 0.01
+  max_steps: 100
+  output_dir: outputs/student
+"""
+DESCRIPTION = """\
+Writes the adapter, training_summary.json, metrics.json and, after classifying the test split, report.json.
+
+A dataset is a folder with train/<class>/*.png and test/<class>/*.png, a CSV file with image and label, or a Hub id.
+Settings have three homes: --config is what rebuilds the adapter, --objective what the loss needs (both: see the page
+of the method), and every field of transformers' TrainingArguments is a flag of its own."""
+
+
+def register(commands: Any) -> None:
+    """Add the command to the program.
+
+    Args:
+        commands: What `add_subparsers` gave.
+    """
+    add_command(
+        commands,
+        "train",
+        run,
+        summary="an adapter of any method on a data set",
+        description=DESCRIPTION,
+        examples=EXAMPLES,
+        settings=[RunSettings],
+        more="\n  and every field of VLMTrainingArguments, most of all --output_dir (required), --learning_rate,\n"
+        "  --num_train_epochs, --max_steps, --per_device_train_batch_size, --warmup_epochs, --seed, --use_cpu,\n"
+        "  --resume_from_checkpoint",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, save and measure.
+
+    Args:
+        arguments: Parsed words.
+    """
+    settings, args = read_settings(arguments, RunSettings, VLMTrainingArguments)
+    preset = preset_of(settings)
+    if preset.training:
+        settings, args = read_settings(arguments, RunSettings, VLMTrainingArguments, defaults=preset.training)
+    if arguments.json:  # standard output is for the result
+        args.disable_tqdm = True
+    scores = run_training(settings, args)
+    if arguments.json:
+        print_json({"adapter": args.output_dir, "scores": scores})
+        return
+    for name, score in scores.items():
+        print(f"{name:24}{score:7.2f} %")
+    print(f"Written to {args.output_dir}. Use it:  peft-vlm predict {args.output_dir!r} picture.png")

@@ -1,0 +1,273 @@
+"""One training run from names and numbers: any method on any data set, then its accuracy on the test split."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, PrinterCallback
+
+from peft_vlm.adapter_files import BASELINE_NAME
+from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
+from peft_vlm.data.sources import load_image_dataset
+from peft_vlm.data.splits import base_and_new_classes, few_shot
+from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform, mean_and_std_of
+from peft_vlm.errors import PeftVLMError
+from peft_vlm.evaluation.loading import load_model
+from peft_vlm.evaluation.mllm import likelihood_accuracy
+from peft_vlm.evaluation.report import EvalReport
+from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
+from peft_vlm.figures import has_matplotlib
+from peft_vlm.named_settings import accepted, build, named_values
+from peft_vlm.objective import Objective
+from peft_vlm.presets import Preset
+from peft_vlm.prompting.config import VLMConfig
+from peft_vlm.registry import METHODS, RECIPES
+from peft_vlm.text.candidates import tokenize_candidates
+from peft_vlm.text.class_features import encode_classes
+from peft_vlm.text.prompts import check_same_vocabulary, tokenize_for_model
+from peft_vlm.towers import FAMILIES
+from peft_vlm.training.arguments import VLMTrainingArguments
+from peft_vlm.training.trainer import VLMTrainer
+from peft_vlm.transfer_experiment import ImageTextModel
+
+PROTOCOLS = {"few_shot": "few-shot", "base_to_new": "base-to-new"}
+
+
+@dataclass
+class RunSettings:
+    """What is trained on what, as `HfArgumentParser` reads it from flags or a file; documented by the help."""
+
+    method: str = field(metadata={"help": "One of `peft-vlm info`'s methods, such as skip_tuning."})
+    model: str = field(metadata={"help": "Base model: folder or Hub id."})
+    dataset: str = field(metadata={"help": "Labelled images: folder, CSV file or Hub id."})
+    template: str = field(default="a photo of a {}.", metadata={"help": "Text around a class name, with one {}."})
+    question: str = field(
+        default="What is in the picture?", metadata={"help": "For models that write text: what is asked."}
+    )
+    shots: int = field(default=16, metadata={"help": "Training images per class; 0: all there are."})
+    protocol: str = field(
+        default="few_shot",
+        metadata={"help": "few_shot: all classes; base_to_new: train on the first half of them, test both halves."},
+    )
+    preset: str | None = field(
+        default=None, metadata={"help": "Official configuration of the method to start from, such as base_to_new."}
+    )
+    config: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Settings of the method's config as name=value, such as start_layer=6."},
+    )
+    objective: list[str] = field(
+        default_factory=list, metadata={"help": "Settings of its objective as name=value, such as top_ratio=0.5."}
+    )
+    augmentation: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Settings of TrainTransform as name=value, such as flip_probability=0 scale=[0.9,1]."},
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "CLIP that teaches, where the method has a teacher: folder or Hub id."}
+    )
+    teacher_adapter: str | None = field(default=None, metadata={"help": "Adapter of the teacher, if it has one."})
+    transductive: bool = field(
+        default=False,
+        metadata={"help": "For methods that read no labels: train on all images of all classes, new ones included."},
+    )
+    split: str = field(default="train", metadata={"help": "Part of the dataset to train on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Part for validation during training; see --eval_strategy."}
+    )
+    test_split: str = field(default="test", metadata={"help": "Part that is classified at the end."})
+    evaluate: bool = field(default=True, metadata={"help": "Classify the test split at the end."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
+    class_names: str | None = field(default=None, metadata={"help": "File with class names."})
+
+
+@dataclass
+class _Parts:
+    """What a run is made of, and what measures its result."""
+
+    model: nn.Module
+    objective: Objective
+    train: ImageClassificationDataset
+    eval: ImageClassificationDataset | None
+    evaluate: Callable[[], dict[str, float]]
+
+
+def preset_of(settings: RunSettings) -> Preset:
+    """The official configuration that the settings name; an empty one where they name none.
+
+    Args:
+        settings: Settings of the run.
+
+    Raises:
+        PeftVLMError: If the method is unknown or has no presets.
+    """
+    if settings.method not in METHODS:
+        raise PeftVLMError(f"Expected a method of {sorted(METHODS)!r}, got {settings.method!r}.")
+    if settings.preset is None:
+        return Preset()
+    preset_for = RECIPES[settings.method].preset_for
+    if preset_for is None:
+        raise PeftVLMError(f"{settings.method!r} has no presets. Leave out `preset`.")
+    return preset_for(settings.preset, **accepted(preset_for, {"shots": settings.shots}))
+
+
+def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str, float]:
+    """Train an adapter, save it in `args.output_dir`, and measure it.
+
+    Args:
+        settings: What is trained on what.
+        args: How; a preset's settings of the training must be in it already (`preset_of`).
+
+    Returns:
+        Accuracies in percent on the test split by name, those of the base model with `zero_shot_`; empty without
+        `settings.evaluate`.
+
+    Raises:
+        PeftVLMError: If settings contradict each other or name what the method does not have.
+    """
+    if settings.protocol not in PROTOCOLS:
+        raise PeftVLMError(f"Expected `protocol` to be one of {sorted(PROTOCOLS)!r}, got {settings.protocol!r}.")
+    preset = preset_of(settings)
+    config = preset.config | named_values(settings.config, "config")
+    options = preset.objective | named_values(settings.objective, "objective")
+    families = tuple(family.config_class for family in FAMILIES)
+    build = _classifier if isinstance(AutoConfig.from_pretrained(settings.model), families) else _answerer
+    if settings.evaluate:
+        _images(settings, settings.test_split)  # a missing split is better found before the training
+    parts = build(settings, args, config, options)
+    trainer = VLMTrainer(parts.model, parts.objective, args, train_dataset=parts.train, eval_dataset=parts.eval)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    return parts.evaluate() if settings.evaluate and args.process_index == 0 else {}
+
+
+def _classifier(
+    settings: RunSettings, args: VLMTrainingArguments, config: dict[str, Any], options: dict[str, Any]
+) -> _Parts:
+    """A run on a CLIP-like model."""
+    loaded = load_model(base_model=settings.model, device="cpu")
+    augmentation = TrainTransform(loaded.image_processor, **named_values(settings.augmentation, "augmentation"))
+    pool = _images(settings, settings.split, augmentation)
+    pool.seed = args.seed
+    train = pool if settings.transductive else _shots(pool, settings, args.seed)
+    prompts = tokenize_for_model(loaded.model, loaded.tokenizer, train.class_names, template=settings.template)
+    offered: dict[str, Any] = {"seed": args.seed, "transductive": settings.transductive}
+    offered["seen_classes"] = [pool.class_names[c] for c in _labelled(pool, settings)]
+    if settings.teacher or settings.teacher_adapter:
+        teacher = load_model(settings.teacher_adapter, base_model=settings.teacher, device="cpu")
+        check_same_vocabulary(loaded.tokenizer, teacher.tokenizer)
+        one = tokenize_for_model(teacher.model, teacher.tokenizer, ["a"], template=settings.template)
+        offered |= {"teacher": teacher.model, "class_dim": encode_classes(teacher.model, one).shape[-1]}
+    objective = _objective(RECIPES[settings.method].objective, settings, prompts, offered, options)
+    model = _adapted(loaded.model, settings.method, loaded.image_processor, config, offered)
+    validation = None
+    if settings.eval_split is not None:
+        images = _images(settings, settings.eval_split, EvalTransform(loaded.image_processor))
+        validation = images if settings.transductive else images.restrict(_labelled(images, settings))
+    return _Parts(model, objective, train, validation, lambda: _report(settings, args))
+
+
+def _answerer(
+    settings: RunSettings, args: VLMTrainingArguments, config: dict[str, Any], options: dict[str, Any]
+) -> _Parts:
+    """A run on a model that writes text: the classes are answers to one question."""
+    if settings.protocol != "few_shot" or settings.transductive or settings.teacher:
+        raise PeftVLMError("Models that write text are trained with `protocol=few_shot`, without `teacher`.")
+    member = ImageTextModel.load(settings.model)
+    crop = RandomCrop(**named_values(settings.augmentation, "augmentation")) if settings.augmentation else None
+
+    def questions(images: ImageClassificationDataset, augmentation: RandomCrop | None = None) -> ImageQuestionDataset:
+        asked = ImageQuestionDataset.from_images(images, question=settings.question, augmentation=augmentation)
+        return asked.with_collator(member.collator)
+
+    train = questions(_shots(_images(settings, settings.split), settings, args.seed), crop)
+    candidates = tokenize_candidates(
+        member.collator.tokenizer,
+        train.class_names,
+        answer_format=member.collator.answer_format,
+        include_end=True,  # one class name may be the beginning of another
+        end_token=member.collator.end_token,
+    )
+    objective = _objective(RECIPES[settings.method].answer_objective, settings, candidates, {}, options)
+    model = _adapted(member.model, settings.method, member.collator.processor.image_processor, config, {})
+
+    def evaluate() -> dict[str, float]:
+        test = questions(_images(settings, settings.test_split))
+        return {"accuracy": likelihood_accuracy(model.eval(), test, include_end=True)}
+
+    validation = None if settings.eval_split is None else questions(_images(settings, settings.eval_split))
+    return _Parts(model, objective, train, validation, evaluate)
+
+
+def _images(settings: RunSettings, split: str, transform: ImageTransform | None = None) -> ImageClassificationDataset:
+    """One part of the dataset, all classes."""
+    columns = {name: getattr(settings, name) for name in ("image_column", "label_column", "class_names")}
+    return load_image_dataset(settings.dataset, split=split, transform=transform, **columns)
+
+
+def _labelled(images: ImageClassificationDataset, settings: RunSettings) -> Sequence[int]:
+    """Classes whose labels may be used."""
+    count = len(images.class_names)
+    return base_and_new_classes(count)[0] if settings.protocol == "base_to_new" else range(count)
+
+
+def _shots(pool: ImageClassificationDataset, settings: RunSettings, seed: int) -> ImageClassificationDataset:
+    """The labelled images of a run."""
+    chosen = few_shot(pool, shots=settings.shots, seed=seed) if settings.shots else pool
+    return chosen.restrict(_labelled(pool, settings)) if settings.protocol == "base_to_new" else chosen
+
+
+def _adapted(
+    base: nn.Module, method: str, image_processor: Any, config: dict[str, Any], offered: dict[str, Any]
+) -> PeftModel:
+    """The model with a new adapter."""
+    mean, std = mean_and_std_of(image_processor)
+    known = accepted(METHODS[method], {"image_mean": list(mean), "image_std": list(std), **offered})
+    return get_peft_model(base, build(METHODS[method], known | config, name="config", hidden=VLMConfig))
+
+
+def _objective(
+    target: Callable[..., Any] | None,
+    settings: RunSettings,
+    classes: Any,
+    offered: dict[str, Any],
+    options: dict[str, Any],
+) -> Objective:
+    """The method's objective with what the run offers and the settings name."""
+    if target is None:
+        raise PeftVLMError(
+            f"{settings.method!r} is not trained on models like {settings.model!r}: see docs/families.md."
+        )
+    for name in ("teacher", "transductive"):
+        if offered.get(name) and name not in inspect.signature(target).parameters:
+            raise PeftVLMError(f"{settings.method!r} has no use for `{name}`. Leave it out.")
+    return build(target, accepted(target, offered) | options, classes, name="objective")
+
+
+def _report(settings: RunSettings, args: VLMTrainingArguments) -> dict[str, float]:
+    """Evaluate the saved adapter and the base model alone; the adapter's folder gets both reports."""
+    evaluation = EvaluationArguments(
+        protocol=PROTOCOLS[settings.protocol],
+        dataset=[settings.dataset],
+        output_dir=args.output_dir,
+        adapter=args.output_dir,
+        model=settings.model,
+        split=[settings.test_split],
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        class_names=settings.class_names,
+        shots=settings.shots or None,
+        seed=args.seed,
+        device=str(args.device),
+        plots=has_matplotlib(),
+        baseline=True,
+    )
+    scores = run_evaluation(evaluation).scores
+    baseline = EvalReport.load(Path(args.output_dir) / BASELINE_NAME).scores
+    return {**scores, **{f"zero_shot_{name}": score for name, score in baseline.items()}}

@@ -1,0 +1,152 @@
+"""`peft-vlm train`: any method, from flags or a file."""
+
+import json
+
+import pytest
+import yaml
+from transformers import CLIPProcessor
+
+from peft_vlm import VLMTrainingArguments
+from peft_vlm.cli import main
+from peft_vlm.cli.command import as_flags
+from peft_vlm.errors import PeftVLMError
+from peft_vlm.named_settings import build, named_values
+from peft_vlm.registry import METHODS, RECIPES
+from peft_vlm.training_run import RunSettings, preset_of
+from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
+from tests.tiny_questions import llava_processor, tiny_llava
+
+#: Words that each method needs on a CLIP of three layers.
+WORDS = {
+    "coop": ["--config", "context_init=a"],
+    "promptkd": ["--config", "vision_depth=2", "projector_depth=1", "--teacher", "TEACHER", "--transductive"],
+    "promptsrc": ["--config", "text_depth=2", "vision_depth=2", "num_text_tokens=2", "context_init=null"],
+    "skip_tuning": ["--config", "start_layer=1", "--objective", "batch_composition=random"],
+    "tvp": ["--config", "canvas_size=16", "border=3", "--objective", "tse_weight=0"],
+}
+
+
+def save_clip(folder, **settings) -> str:
+    """A tiny CLIP with its processor on disk."""
+    tiny_clip(**settings).save_pretrained(folder)
+    CLIPProcessor(image_processor=clip_processor(), tokenizer=tiny_tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Flags of a run of one step on four classes, without method and folder."""
+    root = tmp_path_factory.mktemp("r\u00e9sum\u00e9 of colours")
+    for split in ("train", "test"):
+        for number, row in enumerate(colour_rows(2, classes=4)):
+            path = root / "data" / split / colour_names(4)[row["label"]] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row["image"].save(path)
+    model = save_clip(root / "clip")
+    save_clip(root / "teacher", seed=5, dim=24)
+    flags = ["--model", model, "--dataset", str(root / "data"), "--template", "a {}.", "--max_steps", "1"]
+    return root, [*flags, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", "4"]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_is_trained_by_its_name(method, words, tmp_path, capsys) -> None:
+    """A method that is not registered with a recipe, or needs what no flag gives, fails here."""
+    root, flags = words
+    own = [str(root / "teacher") if word == "TEACHER" else word for word in WORDS[method]]
+    flags = [*flags, *own, "--no_evaluate", "--output_dir", str(tmp_path / "run")]
+    assert main(["train", "--method", method, *flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"] == {}
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["class_names"] == sorted(colour_names(4))
+
+
+def test_flags_replace_what_a_file_says_and_the_adapter_is_measured(words, tmp_path, capsys) -> None:
+    """Base-to-new: two of four classes are trained on; the base model stands beside the result."""
+    root, flags = words
+    values = {"method": "skip_tuning", "protocol": "base_to_new", "shots": 1, "seed": 7, "warmup_learning_rate": 1e-06}
+    values |= {"config": {"start_layer": 1}, "objective": {"batch_composition": "random", "top_ratio": 1.0}}
+    values |= {"model": flags[1], "dataset": flags[3], "template": "- {}.", "max_steps": 1, "use_cpu": True}
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values | {"output_dir": "not here"}))
+    run = tmp_path / "run"
+    assert main(["train", str(tmp_path / "settings.yaml"), "--seed", "3", "--output_dir", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "zero_shot_new" in printed
+    assert "peft-vlm predict" in printed
+    summary = json.loads((run / "training_summary.json").read_text())
+    assert summary["training"]["seed"] == 3
+    assert summary["training"]["warmup_learning_rate"] == 1e-6
+    assert summary["objective"]["top_ratio"] == 1.0
+    assert summary["data"] == {"num_images": 2, "num_classes": 2}
+    assert {"base", "new", "h"} <= set(json.loads((run / "report.json").read_text())["scores"])
+    assert main(["info", str(run)]) == 0
+    assert "results of the base model" in capsys.readouterr().out
+
+
+def test_models_that_write_text_are_asked_a_question(words, tmp_path, capsys) -> None:
+    """The class names are the candidate answers."""
+    _, flags = words
+    tiny_llava().save_pretrained(tmp_path / "llava")
+    llava_processor().save_pretrained(tmp_path / "llava")
+    flags = [*flags[2:], "--model", str(tmp_path / "llava"), "--question", "which colour?"]
+    flags += ["--objective", "tse_weight=0", "--output_dir", str(tmp_path / "run")]
+    assert main(["train", "--method", "tvp", *flags, "--json"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["scores"]["accuracy"] <= 100
+    assert main(["train", "--method", "coop", *flags]) == 2
+    assert "'coop' is not trained on models like" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--method", "maple"], "got 'maple'"),
+        (["--method", "coop", "--preset", "nothing"], "got 'nothing'"),
+        (["--method", "coop", "--config", "depth=3"], "`config` has no setting depth. It has: num_text_tokens"),
+        (["--method", "coop", "--config", "depth"], "as name=value, got 'depth'"),
+        (["--method", "promptkd"], "needs teacher: pass `--teacher`"),
+        (["--method", "coop", "--transductive"], "no use for `transductive`"),
+        (["--method", "coop", "--test_split", "dev"], "'dev'"),
+        (["--method", "coop", "--protocol", "open"], "got 'open'"),
+    ],
+)
+def test_wrong_settings_end_with_two_before_anything_is_trained(changes, message, words, tmp_path, capsys) -> None:
+    """One line that names the setting."""
+    _, flags = words
+    assert main(["train", *flags, *changes, "--output_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_wrong_files_are_named(tmp_path, capsys) -> None:
+    """Missing, no mapping, unknown names."""
+    assert main(["train", str(tmp_path / "missing.yaml")]) == 2
+    assert "missing.yaml" in capsys.readouterr().err
+    (tmp_path / "list.yaml").write_text("- a\n")
+    assert main(["train", str(tmp_path / "list.yaml")]) == 2
+    assert "got list" in capsys.readouterr().err
+    (tmp_path / "odd.yaml").write_text("method: coop\nmodel: m\ndataset: d\noutput_dir: o\nlerning_rate: 1\n")
+    assert main(["train", str(tmp_path / "odd.yaml")]) == 2
+    assert "lerning_rate" in capsys.readouterr().err
+
+
+def test_presets_are_the_methods_own() -> None:
+    """Each method's official configuration by its name; the command line passes the number of shots."""
+    names = {"coop": "random", "promptkd": "base_to_new", "promptsrc": "base_to_new", "skip_tuning": "few_shot"}
+    names["tvp"] = "cifar10"
+    for method in METHODS:
+        if RECIPES[method].preset_for is not None:
+            preset = preset_of(RunSettings(method=method, model="m", dataset="d", shots=1, preset=names[method]))
+            assert preset.training
+            assert VLMTrainingArguments(output_dir="unused", use_cpu=True, **preset.training).learning_rate > 0
+
+
+def test_words_and_values() -> None:
+    """Values are JSON where they can be, text elsewhere, in both directions."""
+    words = ["depth=3", "init=a photo", "scale=[0.9, 1]", "cache=null", "equation=a=b"]
+    values = {"depth": 3, "init": "a photo", "scale": [0.9, 1], "cache": None, "equation": "a=b"}
+    assert named_values(words, "config") == values
+    flags = as_flags({"config": values, "seed": 1, "split": ["a", "b"], "note": None, "template": "- {}"})
+    assert flags == ["--config", *words, "--seed=1", "--split", "a", "b", "--template=- {}"]
+    with pytest.raises(PeftVLMError, match="`objective` has no setting x. It has: b."):
+        build(lambda a, *, b: b, {"x": 1}, 0, name="objective")

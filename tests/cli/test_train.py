@@ -125,9 +125,9 @@ def test_wrong_files_are_named(tmp_path, capsys) -> None:
     (tmp_path / "list.yaml").write_text("- a\n")
     assert main(["train", str(tmp_path / "list.yaml")]) == 2
     assert "got list" in capsys.readouterr().err
-    (tmp_path / "odd.yaml").write_text("method: coop\nmodel: m\ndataset: d\noutput_dir: o\nlerning_rate: 1\n")
+    (tmp_path / "odd.yaml").write_text("method: coop\nmodel: m\ndataset: d\noutput_dir: o\nno_such_setting: 1\n")
     assert main(["train", str(tmp_path / "odd.yaml")]) == 2
-    assert "lerning_rate" in capsys.readouterr().err
+    assert "no_such_setting" in capsys.readouterr().err
 
 
 def test_presets_are_the_methods_own() -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-from peft_vlm.conversion.checkpoint import read_checkpoint
 from peft_vlm.conversion.clip_names import HEAD_WIDTH, NOT_WEIGHTS, clip_config, to_hf_names
 from peft_vlm.conversion.new_folder import new_folder
+from peft_vlm.conversion.official_file import OfficialFile
 from peft_vlm.errors import AdapterError
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -16,7 +16,7 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 def convert_clip(
-    path: str | Path,
+    source: str | Path | OfficialFile,
     folder: str | Path,
     *,
     hidden_act: str | None = None,
@@ -29,7 +29,7 @@ def convert_clip(
     An `open_clip_config.json` beside the weights answers what the arguments leave open.
 
     Args:
-        path: OpenAI's TorchScript archive (its code is not run) or a state dict of OpenAI's CLIP or open_clip.
+        source: OpenAI's TorchScript archive (its code is not run) or a state dict of OpenAI's CLIP or open_clip.
         folder: New folder.
         hidden_act: `"quick_gelu"` for OpenAI's weights and open_clip's `-quickgelu` models, `"gelu"` for others of
             open_clip. Known for an archive of OpenAI.
@@ -43,8 +43,8 @@ def convert_clip(
     Raises:
         AdapterError: If the activation is not known, or a tensor is missing or misshapen.
     """
-    tensors = read_checkpoint(path)
-    recorded = _open_clip_settings(Path(path).with_name(OPEN_CLIP_CONFIG))
+    file = OfficialFile.open(source)
+    tensors, recorded = file.tensors, _open_clip_settings(file.path.with_name(OPEN_CLIP_CONFIG))
     act = hidden_act or recorded.get("hidden_act") or ("quick_gelu" if "input_resolution" in tensors else None)
     if act not in ("quick_gelu", "gelu"):
         raise AdapterError(
@@ -62,7 +62,7 @@ def convert_clip(
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise AdapterError(f"The tensors of {str(path)!r} do not make a whole CLIP: {error}") from error
+        raise AdapterError(f"The tensors of {str(file.path)!r} do not make a whole CLIP: {error}") from error
     processor = CLIPImageProcessor(
         size={"shortest_edge": config.vision_config.image_size},
         crop_size={"height": config.vision_config.image_size, "width": config.vision_config.image_size},

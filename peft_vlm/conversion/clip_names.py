@@ -135,11 +135,8 @@ def clip_config(
         hidden_act: `"quick_gelu"` for OpenAI's weights and open_clip's `-quickgelu` models, `"gelu"` for the others.
         vision_head_width: Width of an attention head in the vision tower.
         text_heads: Attention heads of the text tower; None: of width 64.
-
-    Raises:
-        UnsupportedModelError: If it is no CLIP with two transformers.
     """
-    check_architecture(tensors)
+    _check_clip(tensors)
     hf = to_hf_names({name: tensor for name, tensor in tensors.items() if name not in NOT_WEIGHTS})
     patch, positions = (hf[f"vision_model.embeddings.{n}_embedding.weight"] for n in ("patch", "position"))
     vocabulary, text_width = hf["text_model.embeddings.token_embedding.weight"].shape
@@ -170,14 +167,24 @@ def clip_config(
     )
 
 
-def check_architecture(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what is no CLIP with two transformers, by name.
+def _check_clip(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what is no CLIP with two transformers."""
+    refuse_other_models(tensors)
+    if not is_clip(tensors):
+        raise UnsupportedModelError(
+            "Expected the state dict of a CLIP with the names of OpenAI or open_clip ('visual.proj', "
+            f"'token_embedding.weight', ...), got {sorted(tensors)[:4]!r}."
+        )
+
+
+def refuse_other_models(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse models of OpenAI and open_clip that are no CLIP with two transformers, by name.
 
     Args:
         tensors: Whole state dict.
 
     Raises:
-        UnsupportedModelError: Naming the kind, where it is known.
+        UnsupportedModelError: Naming the kind.
     """
     known = {
         "visual.layer1.0.conv1.weight": "a CLIP with a ResNet (RN50 and relatives), which transformers does not have",
@@ -191,8 +198,3 @@ def check_architecture(tensors: Mapping[str, Tensor]) -> None:
     for name, kind in known.items():
         if name in tensors:
             raise UnsupportedModelError(f"Expected a CLIP with two transformers, got {kind} (tensor {name!r}).")
-    if not is_clip(tensors):
-        raise UnsupportedModelError(
-            "Expected the state dict of a CLIP with the names of OpenAI or open_clip ('visual.proj', "
-            f"'token_embedding.weight', ...), got {sorted(tensors)[:4]!r}."
-        )

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from peft_vlm.conversion.clip_names import is_clip
+from peft_vlm.conversion.clip_names import is_clip, refuse_other_models
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 
@@ -94,6 +94,7 @@ def recognise(file: OfficialFile) -> OfficialFormat:
         )
     found = [official for official in FORMATS.values() if official.recognises(file.tensors)]
     if not found:
+        refuse_other_models(file.tensors)
         raise AdapterError(
             f"{str(file.path)!r} is of no kind that is known ({', '.join(sorted(FORMATS))}): its {len(file.tensors)} "
             f"tensors begin with {sorted(file.tensors)[:4]!r}."

@@ -131,6 +131,7 @@ class OfficialFile:
         Raises:
             AdapterError: If a tensor has another shape or other values.
         """
+        differences: dict[str, float] = {}
         for name, expected in base.items():
             if name not in self.tensors:
                 self.missing[name] = f"taken from {base_name}"
@@ -143,8 +144,10 @@ class OfficialFile:
                     f"{f', by {difference:.0%} of its largest entry' if difference < float('inf') else ''}. Pass the "
                     "base model of the training."
                 )
-            same = "equal to" if not difference else f"within {difference:.1e} of"
-            self.unused[name] = f"frozen, {same} the base model's"
+            differences[name] = difference
+        averaged = f"frozen, within {max(differences.values(), default=0.0):.1e} of the base model's"
+        for name, difference in differences.items():
+            self.unused[name] = averaged if difference else "frozen, equal to the base model's"
 
     def report(self, kind: str, config: Any) -> ConversionReport:
         """Close the account.

@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, set_seed
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.sources import load_image_dataset
-from peft_vlm.data.splits import base_and_new_classes, few_shot_indices
+from peft_vlm.data.splits import base_and_new_classes, few_shot
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 from peft_vlm.evaluation.metrics import harmonic_mean
 from peft_vlm.json_files import write_json
@@ -82,7 +82,7 @@ def split_of(task: Task, *, seed: int, train_transform: ImageTransform, test_tra
     """
     pool = task.train.with_transform(train_transform)
     pool.seed = seed
-    train = pool.select(few_shot_indices(task.train.labels, shots=task.shots, seed=seed))
+    train = few_shot(pool, shots=task.shots, seed=seed)
     test = task.test.with_transform(test_transform)
     if task.protocol == "few_shot":
         return Split(train, pool, {"accuracy": test})

@@ -29,7 +29,12 @@ logger = logging.getLogger(__name__)
 
 
 def few_shot_indices(
-    labels: Sequence[int], *, shots: int, seed: int | random.Random, strict: bool = False
+    labels: Sequence[int],
+    *,
+    shots: int,
+    seed: int | random.Random,
+    strict: bool = False,
+    num_classes: int | None = None,
 ) -> list[int]:
     """Positions of `shots` images per class, drawn as CoOp's code does.
 
@@ -42,6 +47,7 @@ def few_shot_indices(
         seed: Seed of a new generator; or a generator to go on with, as CoOp does for its validation images
             (`min(shots, 4)` per class, after the training images).
         strict: Refuse classes with fewer images instead.
+        num_classes: Number of classes, so that those without any image are counted and logged too.
 
     Returns:
         Positions in `labels`, class by class.
@@ -55,13 +61,16 @@ def few_shot_indices(
     positions: dict[int, list[int]] = defaultdict(list)
     for position, label in enumerate(labels):
         positions[label].append(position)
-    short = {label: len(items) for label, items in sorted(positions.items()) if len(items) < shots}
+    classes = sorted(positions) if num_classes is None else range(num_classes)
+    short = {label: len(positions.get(label, ())) for label in classes if len(positions.get(label, ())) < shots}
     if short:
         found = ", ".join(f"class {label}: {count}" for label, count in list(short.items())[:10])
         more = ", ..." if len(short) > 10 else ""
-        message = f"{len(short)} of {len(positions)} classes have fewer than {shots} images ({found}{more})"
+        message = f"{len(short)} of {len(classes)} classes have fewer than {shots} images ({found}{more})"
         if strict:
-            raise DataError(f"{message}. Use at most {min(short.values())} shots, or `strict=False` to take them all.")
+            fewest = min(short.values())
+            advice = f"Use at most {fewest} shots" if fewest else "Leave out the classes without images"
+            raise DataError(f"{message}. {advice}, or `strict=False` to take them all.")
         logger.warning("%s; all of their images are used.", message)
     generator = seed if isinstance(seed, random.Random) else random.Random(seed)
     chosen = (items if label in short else generator.sample(items, shots) for label, items in positions.items())
@@ -126,7 +135,8 @@ def few_shot(
     dataset: ImageClassificationDataset, *, shots: int, seed: int, strict: bool = False
 ) -> ImageClassificationDataset:
     """The dataset cut to `shots` images per class; see `few_shot_indices`."""
-    return dataset.select(few_shot_indices(dataset.labels, shots=shots, seed=seed, strict=strict))
+    options = {"strict": strict, "num_classes": len(dataset.class_names)}
+    return dataset.select(few_shot_indices(dataset.labels, shots=shots, seed=seed, **options))
 
 
 def read_zhou_split(path: str | Path, *, root: str | Path, split: str = "train") -> ImageClassificationDataset:

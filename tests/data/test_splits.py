@@ -80,6 +80,16 @@ def test_strict_refuses_classes_with_fewer_images() -> None:
         few_shot_indices(LABELS, shots=0, seed=1)
 
 
+def test_a_class_without_images_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing would be learned about it, and its accuracy would be taken for the method's."""
+    dataset = ImageClassificationDataset(colour_rows(3, classes=2), colour_names(3))
+    with caplog.at_level(logging.WARNING, logger="peft_vlm"):
+        assert sorted(few_shot(dataset, shots=2, seed=1).labels) == [0, 0, 1, 1]
+    assert "1 of 3 classes have fewer than 2 images (class 2: 0)" in caplog.text
+    with pytest.raises(DataError, match=r"\(class 2: 0\). Leave out the classes without images"):
+        few_shot(dataset, shots=2, seed=1, strict=True)
+
+
 @pytest.mark.parametrize(("count", "num_base"), [(2, 1), (37, 19), (47, 24), (101, 51), (1000, 500)])
 def test_base_is_the_first_half_rounded_up(count: int, num_base: int) -> None:
     """Class counts of the published protocol."""

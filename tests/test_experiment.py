@@ -1,13 +1,18 @@
 """The comparison harness: two models on one set of class prompts."""
 
+import json
 from pathlib import Path
 
 import pytest
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
+from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import ClassNameError
-from peft_vlm.experiment import Experiment
-from tests.tiny import CONTEXT_LENGTH, clip_processor, tiny_clip, tiny_tokenizer
+from peft_vlm.experiment import Experiment, Task
+from peft_vlm.experiment_report import markdown_table
+from peft_vlm.learners import LinearProbeLearner, ZeroShot
+from tests.tiny import CONTEXT_LENGTH, clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 
 
 def saved_clip(folder: Path, tokenizer: PreTrainedTokenizerBase, *, length: int = CONTEXT_LENGTH) -> str:
@@ -38,3 +43,30 @@ def test_the_shorter_text_tower_sets_the_length(tmp_path: Path) -> None:
     assert experiment.prompts(["red", "blue"], "a {}.").input_ids.shape == (2, 8)
     with pytest.raises(ClassNameError, match="limit of the text tower is 12"):
         experiment.prompts(["hippopotamus"], "a {}.")
+
+
+def test_the_report_has_the_first_task_on_top_and_the_others_below(tmp_path: Path) -> None:
+    """The form that `metrics.json` promises; a learner that no seed changes runs once and is listed for every seed."""
+    folder = saved_clip(tmp_path / "clip", tiny_tokenizer())
+    tiny_clip().save_pretrained(folder)
+    experiment = Experiment.for_clip(folder, augmentation={}, output_dir=tmp_path / "out", use_cpu=True)
+    train, test = (ImageClassificationDataset(colour_rows(n, seed=n), colour_names()) for n in (4, 2))
+    protocols = {"icons": "base_to_new", "emoji": "few_shot"}
+    tasks = [Task(name, kind, train, test, template="a {}.", shots=2) for name, kind in protocols.items()]
+    learners = [ZeroShot(), LinearProbeLearner(EvalTransform(clip_processor()))]
+    report = experiment.run(tasks, learners, [1, 2])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == report
+    assert report["seeds"] == [1, 2]
+    assert report["task"] == "icons"
+    assert list(report["tasks"]) == ["emoji"]
+    first, second = report["methods"], report["tasks"]["emoji"]["methods"]
+    assert list(first) == list(second) == ["zero_shot", "linear_probe"]
+    costs = {"seconds", "peak_memory_mb", "trainable_parameters"}
+    assert {"base", "new", "h"} | costs <= set(first["zero_shot"])
+    assert {"accuracy"} | costs <= set(second["zero_shot"])
+    assert len(set(first["zero_shot"]["base"])) == 1
+    assert (first["linear_probe"]["new"], first["linear_probe"]["h"]) == (None, None)
+    for row in (*first.values(), *second.values()):
+        assert all(len(values) == 2 for values in row.values() if isinstance(values, list))
+    assert second["linear_probe"]["trainable_parameters"] == 6 * 16 + 6
+    assert "| linear probe |" in markdown_table(report).partition("### emoji")[2]

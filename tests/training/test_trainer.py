@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from peft_vlm import CoOpConfig, CoOpObjective, VLMTrainer, VLMTrainingArguments
@@ -45,10 +46,11 @@ def weighted(dataset, weight: float):
     return dataset
 
 
-def trainer_of(objective, folder, **settings) -> VLMTrainer:
-    model = get_peft_model(base_model(), CoOpConfig(context_init_ids=WORD_A))
+def trainer_of(objective, folder, *, model=None, arguments=None, **settings) -> VLMTrainer:
+    model = model or get_peft_model(base_model(), CoOpConfig(context_init_ids=WORD_A))
     options = {"num_train_epochs": 1, "learning_rate": 0.01, "use_cpu": True, "disable_tqdm": True}
-    args = VLMTrainingArguments(output_dir=str(folder), warmup_epochs=0, save_strategy="no", **options)
+    options |= {"warmup_epochs": 0, "save_strategy": "no"} | (arguments or {})
+    args = VLMTrainingArguments(output_dir=str(folder), **options)
     return VLMTrainer(model, objective, args, **({"train_dataset": images(per_class=1)} | settings))
 
 
@@ -121,3 +123,49 @@ def test_accumulated_batches_are_averaged(tmp_path):
         outcomes.append((context, torch.tensor(result.training_loss)))
     assert_close(outcomes[1], outcomes[0], rtol=1e-4, atol=1e-6)
     assert_close(outcomes[2], outcomes[0], rtol=1e-4, atol=1e-6)
+
+
+def tensors_of(model, name: str) -> dict[str, torch.Tensor]:
+    """Copies of an adapter's tensors."""
+    return {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()}
+
+
+@pytest.mark.parametrize("names", [["default"], ["mine"], ["default", "mine"]])
+def test_the_best_checkpoint_is_loaded_under_the_adapters_own_name(tmp_path, names):
+    """The Trainer itself would read `default`: another adapter's tensors, or none with a mere warning."""
+    *others, active = names
+    model = get_peft_model(base_model(), CoOpConfig(context_init_ids=WORD_A), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, CoOpConfig(context_init_ids=WORD_A))
+        model.set_adapter(name)
+    before = {name: tensors_of(model, name) for name in names}
+    arguments = {"num_train_epochs": 3, "save_strategy": "epoch", "eval_strategy": "epoch", "save_total_limit": None}
+    # the loss falls, so that the highest one is that of the first epoch
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    validation = images(per_class=1, seed=9)
+    trainer = trainer_of(
+        CoOpObjective(class_prompts()), tmp_path, model=model, arguments=arguments | best, eval_dataset=validation
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[0] > losses[1] > losses[2]
+    folder = tmp_path / "checkpoint-2" / ("" if active == "default" else active)
+    stored, final = load_file(folder / "adapter_model.safetensors"), tensors_of(model, active)
+    assert final.keys() == stored.keys()
+    assert all(torch.equal(final[key], stored[key]) for key in stored)
+    assert not any(torch.equal(final[key], before[active][key]) for key in final)
+    for name in others:
+        assert all(torch.equal(before[name][key], tensor) for key, tensor in tensors_of(model, name).items())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_loss_terms_reach_tensorboard(tmp_path):
+    """`report_to` hands every term on, as it does for W&B and trackio."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = {"report_to": "tensorboard", "logging_steps": 1}
+    trainer_of(CoOpObjective(class_prompts()), tmp_path, arguments=arguments).train()
+    files = list(tmp_path.rglob("events.out.tfevents.*"))
+    assert len(files) == 1
+    events = EventAccumulator(str(files[0])).Reload()
+    assert {"train/loss", "train/loss_cross_entropy", "train/learning_rate"} <= set(events.Tags()["scalars"])

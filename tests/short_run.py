@@ -69,7 +69,7 @@ def train(
     callbacks: tuple[TrainerCallback, ...] = (),
     settings: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
-    watch: Callable[[Any], None] | None = None,
+    change: Callable[[Any, Any, Any], None] | None = None,
     **arguments: Any,
 ) -> VLMTrainer:
     """Train two epochs; the final tensors of each process go to `final-<rank>.safetensors`."""
@@ -81,8 +81,8 @@ def train(
     args = VLMTrainingArguments(
         output_dir=str(folder), use_cpu=True, disable_tqdm=True, report_to="none", **(own | arguments)
     )
-    if watch is not None:
-        watch(model)
+    if change is not None:
+        change(model, objective, dataset)
     trainer = VLMTrainer(model, objective, args, train_dataset=dataset, callbacks=list(callbacks))
     trainer.train(resume_from_checkpoint=resume)
     tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}

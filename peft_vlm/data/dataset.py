@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from peft_vlm.data.images import read_image
 from peft_vlm.data.transforms import EvalTransform, ImageTransform
+from peft_vlm.data.unreadable import UnreadableImages
 from peft_vlm.errors import DataError
 from peft_vlm.shapes import Batch
 
@@ -68,6 +69,8 @@ class ImageClassificationDataset(Dataset):
         self.transform, self.seed = transform, seed
         self._num_views: int | None = None
         self._rows: Sequence[int] = range(len(self.labels))
+        #: What is done about images that cannot be read; subsets share it.
+        self.unreadable = UnreadableImages(len(self.labels))
         # In shared memory, because workers that live on between epochs hold a copy of the dataset.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -117,8 +120,18 @@ class ImageClassificationDataset(Dataset):
                 "The dataset has no transform and its images have no common size. Set `dataset.transform`, for "
                 "example to `EvalTransform(image_processor)`."
             )
-        pixels = self.transform(self.image(index), self._generator(index))
-        return {"pixel_values": pixels, "labels": self.labels[index], "index": index}
+        position, image = self._readable(index)
+        pixels = self.transform(image, self._generator(index))
+        return {"pixel_values": pixels, "labels": self.labels[position], "index": index}
+
+    def _readable(self, index: int) -> tuple[int, Image.Image]:
+        """The picture at a position; in place of one that cannot be read, where this is allowed, the next of its class
+        and its position.
+        """
+        label, count = self.labels[index], len(self)
+        others = ((index + step) % count for step in range(count))
+        same = (position for position in others if self.labels[position] == label)
+        return self.unreadable.first_readable(same, self._rows, self.image)
 
     def collate(self, items: Sequence[Item]) -> Batch:
         """Items of this dataset as a batch, see `collate`; other kinds of dataset make batches of other columns."""

@@ -157,14 +157,14 @@ class ImageQuestionDataset(ImageClassificationDataset):
         return None if label < 0 else self.class_names[label]
 
     def __getitem__(self, index: int) -> QuestionItem:
-        image = self.image(index)
+        position, image = self._readable(index)
         if self.augmentation is not None:
             image = self.augmentation(image, self._generator(index))
         return {
             "image": image,
-            "question": self.question(index),
-            "answer": self.answer(index),
-            "labels": self.labels[index],
+            "question": self.question(position),
+            "answer": self.answer(position),
+            "labels": self.labels[position],
             "index": index,
         }
 

@@ -8,6 +8,15 @@ from typing import no_type_check
 
 from transformers import TrainingArguments
 
+#: Settings with a choice of words.
+CHOICES = {
+    "lr_schedule": ("epoch_cosine", "transformers"),
+    "non_finite": ("error", "skip"),
+    "unreadable_images": ("error", "skip"),
+    "memory_check": ("refuse", "warn", "off"),
+    "train_sampling_strategy": ("random",),  # objectives and processes share the batches, see `batches.py`
+}
+
 
 @no_type_check  # transformers converts the types of its fields itself
 @dataclass
@@ -26,6 +35,12 @@ class VLMTrainingArguments(TrainingArguments):
             `lr_scheduler_type`.
         warmup_epochs: Epochs at the warm-up rate.
         warmup_learning_rate: Constant rate of the warm-up epochs, the same for every parameter group.
+        non_finite: A step with a loss or gradient that is not finite: `"error"` names its images and stops, `"skip"`
+            leaves the update out and counts it.
+        unreadable_images: Training images that cannot be read: `"error"` stops, `"skip"` takes the next image of the
+            class in their place and counts them.
+        memory_check: What happens before the first step when the estimated memory is more than there is: `"refuse"`,
+            `"warn"`, or `"off"`.
         hub_license: Licence of the published adapter, as the Hub spells it.
         hub_strategy: `"end"` publishes when `push_to_hub` or `save_model` is called after training; `"checkpoint"` and
             `"all_checkpoints"` upload unfinished checkpoints as well, into folders of their own.
@@ -39,6 +54,10 @@ class VLMTrainingArguments(TrainingArguments):
     hub_license: str | None = field(default=None, metadata={"help": "Licence of the published adapter."})
 
     hub_strategy: str = field(default="end", metadata={"help": "'end', 'checkpoint' or 'all_checkpoints'."})
+    non_finite: str = field(default="error", metadata={"help": "Non-finite steps: 'error' or 'skip'."})
+    unreadable_images: str = field(default="error", metadata={"help": "Damaged images: 'error' or 'skip'."})
+    memory_check: str = field(default="refuse", metadata={"help": "'refuse', 'warn' or 'off'."})
+
     optim: str = field(default="sgd", metadata={"help": "Optimizer, any that transformers knows."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Initial learning rate."})
     weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay of every trained tensor."})
@@ -54,8 +73,9 @@ class VLMTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lr_schedule not in ("epoch_cosine", "transformers"):
-            raise ValueError(f"Expected `lr_schedule` 'epoch_cosine' or 'transformers', got {self.lr_schedule!r}.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Expected `{name}` to be one of {choices!r}, got {getattr(self, name)!r}.")
         if self.fp16 and self.device.type == "cpu":
             raise ValueError(
                 "Expected fp16=True only on a GPU, got a CPU run, where it is silently ignored. Use "

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_vlm.processes import from_all
 from peft_vlm.training.module import TrainingModule
 
 
@@ -43,5 +44,8 @@ class ObjectiveCallback(TrainerCallback):
     ) -> None:
         """Log what the objective has counted in the epoch."""
         metrics = self.module.objective.epoch_end()
+        unreadable = set().union(*from_all(set(self.dataset.unreadable.rows)))
+        if unreadable:
+            metrics["unreadable_images"] = float(len(unreadable))
         if metrics:
             self.log(metrics)

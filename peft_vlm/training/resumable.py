@@ -16,6 +16,7 @@ from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.json_files import read_json
 from peft_vlm.objective import Objective
 from peft_vlm.prompting.config import installed_version
+from peft_vlm.training.advice import with_advice
 from peft_vlm.training.checkpoint import load_objective_state, load_weights, save_objective_state, save_weights
 from peft_vlm.training.checkpoint_folder import (
     MANIFEST_NAME,
@@ -25,6 +26,7 @@ from peft_vlm.training.checkpoint_folder import (
     move_files,
     written_whole,
 )
+from peft_vlm.training.interrupt import Interrupt
 
 STATE_NAME = "trainer_state.json"
 #: Settings that decide which images a step sees, and in which order.
@@ -32,9 +34,17 @@ ORDER = ("seed", "data_seed", "world_size", "per_device_train_batch_size", "grad
 
 
 class ResumableTrainer(Trainer):
-    """Checkpoints of adapter, objective, optimizer, schedule, loss scaler, random states and trainer state."""
+    """Checkpoints of adapter, objective, optimizer, schedule, loss scaler, random states and trainer state.
+
+    Args:
+        **kwargs: Of `transformers.Trainer`.
+    """
 
     objective: Objective
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.interrupt = Interrupt()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from the beginning or from a checkpoint.
@@ -54,7 +64,8 @@ class ResumableTrainer(Trainer):
             check_whole(Path(resume_from_checkpoint))
         if isinstance(resume_from_checkpoint, str):
             self._compare_order(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self.interrupt.watched(), with_advice(self.args, self.objective.config_dict()):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _order(self) -> dict[str, Any]:
         return {name: getattr(self.args, name) for name in ORDER} | {"images": len(self.train_dataset)}

@@ -21,6 +21,7 @@ from peft_vlm.training.batches import ShuffledBatches, train_loader
 from peft_vlm.training.callbacks import ObjectiveCallback
 from peft_vlm.training.checks import check_run
 from peft_vlm.training.exact_metrics import WithLoss, accuracy_metric, classes_and_losses
+from peft_vlm.training.finite import FiniteSteps
 from peft_vlm.training.module import TrainingModule
 from peft_vlm.training.publishing import PublishingTrainer
 from peft_vlm.training.resumable import ResumableTrainer
@@ -63,7 +64,8 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
             args._n_gpu = 1
         self.objective = objective
         self.steps_per_epoch = 0
-        self._means = RunningMeans()
+        self._means, self._finite = RunningMeans(), FiniteSteps(self, args.non_finite)
+        train_dataset.unreadable.skip(args.unreadable_images == "skip")
         super().__init__(
             model=TrainingModule(model, objective),
             args=args,
@@ -78,7 +80,7 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
         self.callback_handler.callbacks.insert(
             0, ObjectiveCallback(self.model, train_dataset, self.accelerator.autocast, self.log)
         )
-        for callback in (*objective.callbacks(model), ArtifactsCallback(self)):
+        for callback in (self._finite, *objective.callbacks(model), self.interrupt, ArtifactsCallback(self)):
             self.add_callback(callback)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -159,19 +161,10 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
             inputs: Columns of `Batch`.
             return_outputs: Also return the module's outputs.
             num_items_in_batch: Not used; losses are means over a batch.
-
-        Raises:
-            FloatingPointError: If the loss is not finite; the message names the images.
         """
         outputs = model(**inputs)
         loss = outputs["loss"]
-        if not torch.isfinite(loss):
-            terms = {key: float(value) for key, value in outputs.items() if key.startswith("loss")}
-            raise FloatingPointError(
-                f"Expected a finite loss, got {terms!r} at step {self.state.global_step} for the images "
-                f"with dataset index "
-                f"{inputs['index'].tolist()!r}. Lower the learning rate, or use bf16 or float32 instead of fp16."
-            )
+        self._finite.add(outputs, inputs["index"])
         self._means.add(outputs)
         return (loss, outputs) if return_outputs else loss
 

@@ -32,7 +32,7 @@ class Watch:
     def __init__(self) -> None:
         self.counts = {"images": 0, "texts": 0}
 
-    def __call__(self, model: torch.nn.Module) -> None:
+    def __call__(self, model: torch.nn.Module, objective: Any, dataset: Any) -> None:
         """Watch a model."""
         for name, module in unwrap(model).named_modules():
             if name.endswith(("vision_model.embeddings", "vision_tower.embeddings")):
@@ -59,7 +59,7 @@ def train_all(folder: str, batch_size: int) -> None:
         place, watch = Path(folder) / name, Watch()
         options = {"settings": None if method in QUESTION_RUNS else settings, "data": {"count": (17, 23)[number % 2]}}
         trainer = train(
-            place, method, save_strategy="no", per_device_train_batch_size=batch_size, watch=watch, **options
+            place, method, save_strategy="no", per_device_train_batch_size=batch_size, change=watch, **options
         )
         rank = trainer.args.process_index
         (place / f"counts-{rank}.json").write_text(json.dumps(watch.counts))

@@ -1,0 +1,227 @@
+"""What goes wrong in the middle of a run: NaN, damaged images, dying workers, too little memory, Ctrl-C."""
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from peft_vlm.errors import DataError, PeftVLMError
+from peft_vlm.training.advice import with_advice
+from peft_vlm.training.checkpoint_folder import damage
+from peft_vlm.training.finite import MAX_IN_A_ROW
+from tests import forked
+from tests.short_run import parts, train
+
+UNCACHED = {"settings": {"image_cache": "none"}, "save_strategy": "no", "warmup_epochs": 0}
+DAMAGED = 5
+
+
+def spoil(*positions: int, gradient_only: bool = False):
+    """Make loss, or the gradient alone, NaN where a batch has one of some images."""
+
+    def change(model: Any, objective: Any, dataset: Any) -> None:
+        plain = type(objective).__call__
+
+        class Spoiled(type(objective)):
+            """The objective, with NaN for some images."""
+
+            def __call__(self, model, batch):
+                """A loss."""
+                output = plain(self, model, batch)
+                if set(positions) & set(batch["index"].tolist()):
+                    for name, term in output.loss_terms.items():
+                        if gradient_only:
+                            term.register_hook(lambda gradient: gradient * float("nan"))
+                        else:
+                            output.loss_terms[name] = term * float("nan")
+                return output
+
+        objective.__class__ = Spoiled
+
+    return change
+
+
+def context_of(trainer: Any) -> torch.Tensor:
+    """The trained tensor of CoOp."""
+    (context,) = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+    return context
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_a_step_that_is_not_finite_stops_the_run_and_names_its_images(tmp_path: Path, gradient_only: bool) -> None:
+    """One such step makes every weight NaN, and the file that is written looks like any other."""
+    what = "gradient" if gradient_only else r"loss, got \{'loss': nan"
+    with pytest.raises(FloatingPointError, match=rf"finite {what}.* at step \d .*index \[.*\b5\b.*'skip'"):
+        train(tmp_path, "coop", change=spoil(DAMAGED, gradient_only=gradient_only), **UNCACHED)
+
+
+@pytest.mark.parametrize("gradient_only", [False, True])
+def test_a_step_that_is_not_finite_can_be_left_out(tmp_path: Path, gradient_only: bool) -> None:
+    """No update, no momentum, no weight decay; and the log has the number."""
+    options = UNCACHED | {"non_finite": "skip", "num_train_epochs": 3}
+    trainer = train(tmp_path, "coop", change=spoil(DAMAGED, gradient_only=gradient_only), **options)
+    assert context_of(trainer).isfinite().all()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["final"]["skipped_steps"] == 3  # one per epoch
+    everything = train(tmp_path, "coop", change=spoil(*range(24)), **(options | {"num_train_epochs": 1}))
+    fresh = parts("coop")[0]
+    assert torch.equal(context_of(everything), next(p for p in fresh.parameters() if p.requires_grad))
+
+
+def test_many_steps_left_out_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    """Weights that are broken make every step NaN: hours of nothing."""
+    with pytest.raises(FloatingPointError, match=f"at step {MAX_IN_A_ROW} "):
+        train(tmp_path, "coop", change=spoil(*range(24)), **(UNCACHED | {"non_finite": "skip"}))
+
+
+def damage_images(*positions: int):
+    """Replace images by files that are cut off."""
+
+    def change(model: Any, objective: Any, dataset: Any) -> None:
+        rows = [dict(row) for row in dataset.source]
+        for position in positions:
+            rows[position]["image"] = b"\x89PNG\r\n\x1a\n cut off"
+        dataset.source = rows
+
+    return change
+
+
+def test_a_damaged_image_stops_the_run_by_name(tmp_path: Path) -> None:
+    """The default: nothing is left out that the user does not know of."""
+    with pytest.raises(DataError, match="image 5 .*cannot be read as an image"):
+        train(tmp_path, "coop", change=damage_images(DAMAGED), **UNCACHED)
+
+
+@pytest.mark.parametrize("method", ["coop", "skip_tuning", "tvp_questions"])
+def test_a_damaged_image_can_be_left_out(tmp_path: Path, method: str) -> None:
+    """The next image of its class takes its place, in caches too, so batches keep their size and their classes."""
+    options = {"save_strategy": "no", "unreadable_images": "skip", "num_train_epochs": 1}
+    trainer = train(tmp_path, method, change=damage_images(4, DAMAGED), **options)
+    dataset = trainer.train_dataset
+    neighbour = next(p for p in (6, 7, 0, 1, 2, 3) if dataset.labels[p] == dataset.labels[DAMAGED])
+    item, other = dataset[DAMAGED], dataset[neighbour]
+    assert item["index"] == DAMAGED
+    assert item["labels"] == other["labels"] == dataset.labels[DAMAGED]
+    if method == "coop":
+        assert torch.equal(item["pixel_values"], other["pixel_values"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["final"]["unreadable_images"] == 2
+    assert dataset.unreadable.rows == [4, DAMAGED]
+
+
+def test_a_class_without_a_readable_image_is_refused(tmp_path: Path) -> None:
+    """Images of another class would be taught under its name."""
+    options = {"save_strategy": "no", "unreadable_images": "skip"}
+    with pytest.raises(DataError, match="readable image of each class"):
+        train(tmp_path, "coop", change=damage_images(4, 5, 6, 7), **options)
+
+
+class DyingTransform:
+    """A transform at which the process ends, as under the system's out-of-memory killer."""
+
+    def __init__(self, plain: Any) -> None:
+        self.plain, self.parent = plain, os.getpid()
+        self.image_size, self.image_mean, self.image_std = plain.image_size, plain.image_mean, plain.image_std
+
+    def __call__(self, image, generator):
+        """Pixels in the main process, an end elsewhere."""
+        if os.getpid() != self.parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.plain(image, generator)
+
+
+def let_workers_die(model: Any, objective: Any, dataset: Any) -> None:
+    """Every worker ends at its first image."""
+    dataset.transform = DyingTransform(dataset.transform)
+
+
+def test_a_dying_worker_is_named_with_what_to_do(tmp_path: Path) -> None:
+    """torch says `exited unexpectedly`, and not what a user can do about it."""
+    with pytest.raises(PeftVLMError, match=r"died: DataLoader worker.*`dataloader_num_workers` \(now 1\)"):
+        train(tmp_path, "coop", change=let_workers_die, dataloader_num_workers=1, **UNCACHED)
+
+
+def train_with_little_memory(folder: str) -> None:
+    """A run that asks for more memory than the system gives."""
+
+    def greedy(model: Any, objective: Any, dataset: Any) -> None:
+        objective.epoch_start = lambda *arguments: torch.empty(2**40)
+
+    resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))
+    train(folder, "coop", change=greedy, **(UNCACHED | {"settings": None}))
+
+
+def test_too_little_memory_says_what_to_lower(tmp_path: Path) -> None:
+    """The allocator's message has a number of bytes and no way out."""
+    log = tmp_path / "log.txt"
+    assert forked.wait(forked.start(log, train_with_little_memory, str(tmp_path)), log) == 1
+    text = log.read_text()
+    assert "MemoryError" in text
+    assert "`per_device_train_batch_size=2` with `gradient_accumulation_steps=2` (now 4 and 1)" in text
+    assert "`gradient_checkpointing=True`" in text
+    assert "`bf16=True`" in text
+    assert "the objective's `image_cache='ram'` holds features" in text
+
+
+def test_other_errors_keep_their_message() -> None:
+    """Advice about memory for an unrelated error sends people the wrong way."""
+    args = SimpleNamespace(per_device_train_batch_size=1)
+    with pytest.raises(RuntimeError, match="^shapes do not fit$"), with_advice(args, {}):
+        raise RuntimeError("shapes do not fit")
+    cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GB")
+    args = SimpleNamespace(
+        **{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "activation_checkpointing": True},
+        **{"bf16": True, "fp16": False, "dataloader_num_workers": 4},
+    )
+    with pytest.raises(MemoryError, match=r"^CUDA out of memory.*=4` with `gradient_accumulation_steps=4`"):
+        with with_advice(args, {}):
+            raise cuda
+    with pytest.raises(PeftVLMError, match=r"DataLoader worker \(pid 7\).*now 4"), with_advice(args, {}):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+
+class SignalAtStep(TrainerCallback):
+    """Sends a signal to its own process within a step."""
+
+    def __init__(self, number: int, step: int, *, rank: int = 0) -> None:
+        self.number, self.step, self.rank = number, step, rank
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """In the middle of an epoch."""
+        if state.global_step == self.step and args.process_index == self.rank:
+            os.kill(os.getpid(), self.number)
+
+
+def interrupted(folder: str, number: int, rank: int = 0) -> None:
+    """A run that would write no checkpoint, and gets a signal in its fourth step."""
+    train(folder, "coop", callbacks=(SignalAtStep(number, 3, rank=rank),), save_strategy="no")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_an_interrupt_finishes_the_step_and_writes_a_checkpoint(tmp_path: Path, number: int, code: int) -> None:
+    """Ctrl-C would lose what came after the last checkpoint; a batch system's notice of its end likewise."""
+    log = tmp_path / "log.txt"
+    assert forked.wait(forked.start(log, interrupted, str(tmp_path), number), log) == code
+    assert "Stopped after step 4 of 12; checkpoint-4 is in" in log.read_text()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert not damage(tmp_path / "checkpoint-4")
+    assert not (tmp_path / "adapter_model.safetensors").exists()  # no final files: the run has not ended
+    assert len(list(tmp_path.glob(".*"))) == 0
+    log.unlink()
+    forked.run(log, train, str(tmp_path), "coop", resume="auto", save_strategy="no")
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_the_callers_signal_handlers_come_back(tmp_path: Path) -> None:
+    """A notebook would never stop again by Ctrl-C."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(FloatingPointError):
+        train(tmp_path, "coop", change=spoil(DAMAGED), **UNCACHED)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

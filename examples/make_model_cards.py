@@ -27,7 +27,10 @@ from peft_vlm.hub import AdapterFolder, write_folder
 ASSETS = "examples/assets"
 TARGET = Path("model_cards")
 LICENSE = "apache-2.0"
-NOTE = "Bundled with the peft_vlm repository, with base model and data; authors and licences of the images: `NOTICE`."
+NOTE = (
+    "Bundled with the peft_vlm repository, as are base model and data: paths are those in a clone. Authors and "
+    "licences of the images are in its `NOTICE`."
+)
 
 
 @dataclass(frozen=True)

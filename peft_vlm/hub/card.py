@@ -117,7 +117,7 @@ def tags_of(folder: AdapterFolder, base: str) -> list[str]:
     """
     tags = {"peft", "peft_vlm", "vision-language", folder.method.replace("_", "-")}
     tags.add((folder.config.base_architecture or {}).get("model_type") or "vision")
-    tags |= {"prompt-tuning", f"arxiv:{ABOUT[folder.method].paper.arxiv_id}"}
+    tags |= {"parameter-efficient-fine-tuning", f"arxiv:{ABOUT[folder.method].paper.arxiv_id}"}
     return sorted(tags | ({f"base_model:adapter:{base}"} if HUB_ID.fullmatch(base) else set()))
 
 

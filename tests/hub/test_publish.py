@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, pipeline
 
 import peft_vlm
 from peft_vlm import PromptedClassifier, publish
@@ -220,6 +221,21 @@ def test_models_are_published_with_the_reports_of_their_run(adapter, hub):
 def test_other_adapters_keep_the_upload_of_peft(hub):
     get_peft_model(base_model(), LoraConfig(target_modules=["q_proj"], r=2)).push_to_hub("me/lora")
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(hub.model("me/lora").files)
+
+
+def test_auto_classes_pipeline_and_transformers_load_by_id(adapter, hub):
+    """Tokenizer and image processor are the base model's: beside an adapter they would break `AutoPeftModel`."""
+    publish(adapter, NAME, license="mit")
+    expected = logits_of(SKIP_TUNING, PeftModel.from_pretrained(base_model(), adapter))
+    assert torch.equal(logits_of(SKIP_TUNING, AutoPeftModel.from_pretrained(NAME)), expected)
+    plain = CLIPModel.from_pretrained(BASE)
+    plain.load_adapter(NAME, adapter_name="published")
+    assert torch.equal(logits_of(SKIP_TUNING, plain), expected)
+    classify = pipeline("zero-shot-image-classification", model=NAME, tokenizer=BASE, image_processor=BASE)
+    picture, names = noise_image(20, 20), ["red", "green"]
+    scores = {row["label"]: row["score"] for row in classify(picture, names, hypothesis_template="a {}.")}
+    predicted = PromptedClassifier.from_pretrained(NAME).predict(picture, class_names=names)
+    assert scores == pytest.approx({p.label: p.probability for p in predicted}, rel=1e-4)
 
 
 def change_weights(folder: Path, change) -> None:

@@ -27,14 +27,14 @@ def random_prompts(num_classes: int, *, full_length: bool) -> Any:
     return ClassPrompts(tuple(f"class {index}" for index in range(num_classes)), ("{}",), ids)
 
 
-def random_clip(*, large: bool = False) -> Any:
-    """CLIP ViT-B/16, or ViT-L/14, with random weights."""
+def random_clip(*, large: bool = False, patch_size: int = 16) -> Any:
+    """CLIP ViT-B with patches of a size, or ViT-L/14, with random weights."""
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
     text: dict[str, Any] = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-    vision["patch_size"], dim = 16, 512
+    vision["patch_size"], dim = patch_size, 512
     if large:
         text |= {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
         vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}

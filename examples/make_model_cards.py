@@ -6,7 +6,6 @@ about 15 minutes for all.
     python examples/make_model_cards.py skip-tuning-emoji      # one
     python examples/make_model_cards.py my-adapter --adapter outputs/my_run --dataset examples/assets/emoji \
         --protocol few-shot --shots 16 --seed 1  # a finished run; --dataset if it has no report
-
 Every folder is what `peft_vlm.publish` would upload; `tests/test_model_cards.py` measures each again.
 """
 
@@ -42,7 +41,7 @@ class Recipe:
         run: Folder of the adapter below the example's output.
         dataset: Bundled test set.
         protocol: How it is evaluated.
-        dtype: Data type of the published weights; those that are evaluated.
+        dtype: Data type of the published weights, which are those evaluated.
     """
 
     script: tuple[str, ...]
@@ -97,19 +96,21 @@ def train(name: str, recipe: Recipe) -> Path:
     return output / recipe.run / f"seed{SEED}"
 
 
-def collect(source: Path, target: Path, dtype: str | None) -> None:
-    """Copy an adapter and the reports of its run, the weights in another data type where asked for."""
+def collect(source: Path, target: Path, *, dtype: str | None, base_model: str | None) -> None:
+    """Copy an adapter and the reports of its run, with another data type and base model where asked for."""
     target.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG_NAME, WEIGHTS_NAME, SUMMARY_NAME, METRICS_NAME, CURVE_NAME, TRANSFER_NAME):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    config = AdapterFolder.read(target).config
+    if base_model is not None:
+        config.base_model_name_or_path = base_model
     if dtype is not None:
         tensors = load_file(target / WEIGHTS_NAME)
         halved = {key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}
         save_file(halved, target / WEIGHTS_NAME, metadata={"format": "pt"})
-        config = AdapterFolder.read(target).config
         config.adapter_dtype = dtype
-        config.save_pretrained(str(target))
+    config.save_pretrained(str(target))
 
 
 def evaluate(target: Path, dataset: str, protocol: str, *, shots: int | None, seed: int | None) -> None:
@@ -124,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"folders of model_cards; by default {', '.join(RECIPES)}")
     parser.add_argument("--adapter", type=Path, help="folder of a finished run; one name then says where it goes")
+    parser.add_argument("--base_model", help="with --adapter: base model as a clone has it: examples/assets/...")
     parser.add_argument("--dataset", help="with --adapter: test set; none if the run has its transfer.json")
     parser.add_argument("--protocol", default="few-shot", help="with --dataset")
     parser.add_argument("--shots", type=int, help="with --adapter: labelled images per class, for the card")
@@ -133,7 +135,8 @@ def main() -> None:
     for name in args.names or RECIPES:
         target = TARGET / name
         recipe = None if args.adapter else RECIPES[name]
-        collect(args.adapter or train(name, recipe), target, recipe and recipe.dtype)
+        source, dtype = args.adapter or train(name, recipe), recipe and recipe.dtype
+        collect(source, target, dtype=dtype, base_model=args.base_model)
         if recipe is not None:
             evaluate(target, recipe.dataset, recipe.protocol, shots=SHOTS, seed=SEED)
         elif args.dataset is not None:

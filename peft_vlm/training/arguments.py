@@ -1,7 +1,4 @@
-"""
-
-ettings needed to run a training: Hugging Face's `TrainingArguments` with the defaults and additions of this field.
-"""
+"""What a training run needs: Hugging Face's `TrainingArguments` with the defaults and additions of this field."""
 
 from dataclasses import dataclass, field
 from typing import no_type_check
@@ -24,7 +21,8 @@ class VLMTrainingArguments(TrainingArguments):
     """`TrainingArguments` whose defaults follow prompt-tuning practice; every other field works as in transformers.
 
     Changed defaults: SGD, weight decay 5e-4 on every trained tensor, no gradient clipping, learning rate 2e-3, batch
-    4, a checkpoint per epoch of which two are kept, and non-finite losses are errors instead of being averaged away.
+    4, a checkpoint per epoch of which two are kept, about fifty lines of log over the run whatever its length, and
+    non-finite losses are errors instead of being averaged away.
 
     Args:
         vision_learning_rate: Learning rate of the objective's `vision` parameter group; None uses `learning_rate`.
@@ -66,6 +64,8 @@ class VLMTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per process in evaluation."})
     save_strategy: str = field(default="epoch", metadata={"help": "When checkpoints are written."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    logging_steps: float = field(default=0.02, metadata={"help": "Steps per line of log; below 1: share of the run."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Objectives choose their columns."})
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Label column."})

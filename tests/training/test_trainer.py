@@ -78,6 +78,14 @@ def test_an_objective_may_bring_its_own_optimizer(tmp_path):
     assert trainer.optimizer.param_groups[0]["momentum"] == 0.9
 
 
+def test_a_short_run_has_a_training_curve(tmp_path):
+    """With a line of log per 500 steps, the curve of most runs on few labelled images would be an empty picture."""
+    trainer = trainer_of(CoOpObjective(class_prompts()), tmp_path, arguments={"num_train_epochs": 3})
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == trainer.state.max_steps >= 3
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

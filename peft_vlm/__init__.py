@@ -5,6 +5,7 @@ from peft_vlm.hub import publish
 from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
 from peft_vlm.methods.promptkd import PromptKDConfig, PromptKDModel, PromptKDObjective
 from peft_vlm.methods.promptsrc import PromptSRCConfig, PromptSRCModel, PromptSRCObjective
+from peft_vlm.methods.rpp import RPPConfig, RPPModel, RPPObjective
 from peft_vlm.methods.skip_tuning import (
     SkipTuningAnswerObjective,
     SkipTuningConfig,
@@ -25,6 +26,9 @@ __all__ = [
     "PromptSRCModel",
     "PromptSRCObjective",
     "PromptedClassifier",
+    "RPPConfig",
+    "RPPModel",
+    "RPPObjective",
     "SkipTuningAnswerObjective",
     "SkipTuningConfig",
     "SkipTuningModel",

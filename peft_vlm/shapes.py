@@ -8,6 +8,7 @@
 | sampled  | an image's own class and the classes that a step has drawn |
 | prompts  | tokenised texts (templates x classes)                        |
 | tokens   | positions of one sequence, text or patches                   |
+| slots    | positions of a sequence that a prompt takes                  |
 | vocabulary | token ids of a language model                              |
 | width    | hidden size of one tower                                     |
 | dim      | size of the space that image and text features share         |

@@ -17,6 +17,8 @@ from peft_vlm import (
     PromptKDObjective,
     PromptSRCConfig,
     PromptSRCObjective,
+    RPPConfig,
+    RPPObjective,
     SkipTuningConfig,
     SkipTuningObjective,
     TVPConfig,
@@ -85,6 +87,17 @@ def promptsrc_config(**settings: Any) -> PromptSRCConfig:
     """Three text layers and two vision layers of three, two tokens each."""
     own = {"num_text_tokens": 2, "text_depth": 3, "num_vision_tokens": 2, "vision_depth": 2, "context_init": None}
     return PromptSRCConfig(**(own | settings))
+
+
+def rpp_config(**settings: Any) -> RPPConfig:
+    """Two layers of three in both towers, two slots each, so that every query prompt can act."""
+    own = {"num_text_tokens": 2, "text_depth": 2, "num_vision_tokens": 2, "vision_depth": 2, "context_init": None}
+    return RPPConfig(**(own | settings))
+
+
+def rpp_objective(prompts: ClassPrompts, **settings: Any) -> RPPObjective:
+    """Three classes per step, and soft labels of a random teacher."""
+    return RPPObjective(prompts, **({"teacher": tiny_clip(seed=5, dim=24), "num_sampled_classes": 3} | settings))
 
 
 TEACHER_DIM = 24
@@ -167,6 +180,30 @@ CASES = [
             ({"num_text_tokens": 0, "vision_depth": 0}, "at least one tower"),
             ({"context_init_ids": WORD_A, "num_text_tokens": 2}, "`num_text_tokens` of at most 1"),
             ({"context_init": "a photo of a"}, "has no tokenizer to read them"),
+            ({"target_modules": "q_proj"}, "chooses its modules"),
+            ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
+        ),
+    ),
+    Case(
+        method="rpp",
+        config=rpp_config,
+        objective=rpp_objective,
+        other_shape={"num_text_tokens": 3, "text_depth": 3, "vision_depth": 1, "share_qkv": "all"},
+        starts_as_base=False,
+        saved_module="visual_projection",
+        batch_dependent="the drawn classes depend on the batch",
+        bad_settings=(
+            ({"text_depth": 3}, "text layers [0, 1, 2]: no unprompted layer follows"),
+            ({"slot_residual": "replaced"}, "vision layers [0]: the next layer overwrites"),
+            ({"vision_depth": 4}, "`vision_depth` from 0 to 3"),
+            ({"num_vision_tokens": 1.5}, "integer, got 1.5"),
+            ({"text_depth": -1}, "0 or more, got -1"),
+            ({"text_depth": 0, "vision_depth": 0}, "at least one tower"),
+            ({"share_qkv": "key"}, "('none', 'all'), got 'key'"),
+            ({"slot_residual": "sum"}, "('stream', 'replaced'), got 'sum'"),
+            ({"dead_prompts": "keep"}, "('refuse', 'omit'), got 'keep'"),
+            ({"context_init": "a photo of a"}, "has no tokenizer to read them"),
+            ({"context_init_ids": WORD_A}, "`num_text_tokens` of at most 1"),
             ({"target_modules": "q_proj"}, "chooses its modules"),
             ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
         ),

@@ -141,13 +141,15 @@ def trained_towers(model: nn.Module) -> tuple[bool, bool]:
     return bool(parts - vision - {"logit_scale"}), bool(parts & vision)
 
 
-def learned_token_pattern(model: nn.Module, *, text_depth: int, vision_depth: int) -> str:
+def learned_token_pattern(model: nn.Module, *, text_depth: int, vision_depth: int, first_layer: int = 1) -> str:
     """Names of the modules that carry learned tokens.
 
     Args:
         model: The base model.
         text_depth: Layers of the text tower whose input has learned tokens; 0 for none.
         vision_depth: The same for the vision tower.
+        first_layer: Layer that is the first to be wrapped itself; the tokens at the input of layer 0 enter with the
+            embeddings.
 
     Returns:
         Regular expression over full module names.
@@ -175,8 +177,8 @@ def learned_token_pattern(model: nn.Module, *, text_depth: int, vision_depth: in
             )
         if depth:
             parts.append(re.escape(entrance))
-        if depth > 1:
-            parts.append(rf"{re.escape(path)}\.({'|'.join(str(layer) for layer in range(1, depth))})")
+        if depth > first_layer:
+            parts.append(rf"{re.escape(path)}\.({'|'.join(str(layer) for layer in range(first_layer, depth))})")
     return "|".join(f"({part})" for part in parts)
 
 

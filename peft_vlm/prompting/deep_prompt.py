@@ -76,24 +76,41 @@ class TextContext(LearnedTokens):
 
         Args:
             input_ids: Token ids with reserved slots.
-
-        Raises:
-            AdapterError: If a prompt does not have exactly the slots of the active adapter.
         """
         embedded = self.base_layer(input_ids)
         context, slots = self.active_prompt(embedded), self.slots
         if context is None or slots is None:
             return embedded
-        mask = slot_mask(input_ids, slots.placeholder_id)
-        counts = mask.sum(dim=-1)
-        if bool((counts != slots.num_tokens).any()):
-            raise AdapterError(
-                f"Expected {slots.num_tokens} reserved context slots in every prompt, got "
-                f"{sorted(set(counts.tolist()))!r}. Tokenise with `reserve_slots(model, tokenize_for_model(...))` of "
-                "`peft_vlm.text`; in texts of your own write the tokenizer's start token "
-                f"{slots.num_tokens} times in front, as in '{'<|startoftext|>' * min(slots.num_tokens, 2)} ... a cat.'"
-            )
-        return embedded.masked_scatter(mask[..., None], context.repeat(len(input_ids), 1))
+        return fill_slots(embedded, input_ids, context, slots)
+
+
+def fill_slots(
+    embedded: Float[Tensor, "prompts tokens width"],
+    input_ids: Int[Tensor, "prompts tokens"],
+    vectors: Float[Tensor, "slots width"],
+    slots: Slots,
+) -> Float[Tensor, "prompts tokens width"]:
+    """Put the same vectors into the reserved places of every prompt.
+
+    Args:
+        embedded: Embeddings of the prompts.
+        input_ids: Their token ids, which say where the places are.
+        vectors: One per place.
+        slots: Places that the active adapter needs.
+
+    Raises:
+        AdapterError: If a prompt does not have exactly these places.
+    """
+    mask = slot_mask(input_ids, slots.placeholder_id)
+    counts = mask.sum(dim=-1)
+    if bool((counts != slots.num_tokens).any()):
+        raise AdapterError(
+            f"Expected {slots.num_tokens} reserved context slots in every prompt, got "
+            f"{sorted(set(counts.tolist()))!r}. Tokenise with `reserve_slots(model, tokenize_for_model(...))` of "
+            "`peft_vlm.text`; in texts of your own write the tokenizer's start token "
+            f"{slots.num_tokens} times in front, as in '{'<|startoftext|>' * min(slots.num_tokens, 2)} ... a cat.'"
+        )
+    return embedded.masked_scatter(mask[..., None], vectors.repeat(len(input_ids), 1))
 
 
 class VisionTokens(LearnedTokens):

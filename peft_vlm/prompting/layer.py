@@ -40,6 +40,9 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         """
         raise NotImplementedError(f"`{type(self).__name__}` does not define `add_adapter`.")
 
+    def release(self) -> None:
+        """Undo what the layer has changed inside its base layer; called when it is taken out of the model."""
+
     @property
     def current_adapter(self) -> str | None:
         """Name of the adapter this layer applies now; None when it must act as the base layer.

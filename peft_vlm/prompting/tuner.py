@@ -98,6 +98,8 @@ class VLMTuner(BaseTuner):
         """Put a module in place. PEFT's version copies `.weight`, which composite layers do not have."""
         if isinstance(new_module, PromptLayer):
             new_module.train(child.training)
+        elif isinstance(child, PromptLayer):
+            child.release()
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

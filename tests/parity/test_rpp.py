@@ -10,8 +10,9 @@ from peft import get_peft_model
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from peft_vlm import CoOpConfig
+from peft_vlm import CoOpConfig, RPPObjective
 from peft_vlm.losses.class_sampling import false_negatives, local_correction, sample_negatives, sampled_logits
+from peft_vlm.text import ClassPrompts
 from peft_vlm.towers import towers_of
 from tests.parity.recorded import assert_close_to_max, facts, recorded_clip, tensors
 
@@ -27,7 +28,15 @@ def prompted_clip():
         towers_of(model).token_embedding.prompts["default"].copy_(RECORD["ctx_init"])
     ids = RECORD["prompt_token_ids"].clone()
     ids[:, 1:5] = model.active_peft_config.placeholder_id
-    return model, ids
+    names = tuple(f"class {number}" for number in range(NUM_CLASSES))
+    return model, ClassPrompts(names, ("{}.",), ids, slots=model.active_peft_config.slots)
+
+
+class RecordedDraw(RPPObjective):
+    """The objective with the recorded negatives: the official draw comes from the global generator."""
+
+    def _draw(self, index: torch.Tensor) -> torch.Tensor:
+        return RECORD["negatives"]
 
 
 def test_the_negatives_are_those_of_the_official_draw():
@@ -38,9 +47,9 @@ def test_the_negatives_are_those_of_the_official_draw():
 @pytest.mark.parametrize("form", FORMS)
 def test_logits_loss_and_gradient_of_the_context(form: str):
     """The base-10 form is what the official repository computes since April 2023; ln is what its paper derives."""
-    model, ids = prompted_clip()
+    model, prompts = prompted_clip()
     towers, labels, negatives = towers_of(model), RECORD["labels"], RECORD["negatives"]
-    text = towers.finish_text(towers.embed_text(ids), ids, 0)
+    text = towers.finish_text(towers.embed_text(prompts.input_ids), prompts.input_ids, 0)
     assert_close(F.normalize(text.detach(), dim=-1), RECORD["text_features_all"], rtol=0, atol=1e-5)
     logits = towers.similarity_logits(RECORD["image_features"], text)
     rejected = false_negatives(labels, negatives)
@@ -50,18 +59,33 @@ def test_logits_loss_and_gradient_of_the_context(form: str):
     expected = RECORD[f"{FORMS[form]}.logits"]
     valid = F.pad(~rejected, (1, 0), value=True)
     assert_close(sampled.detach()[valid], expected[valid], rtol=0, atol=5e-5)
-    loss = F.cross_entropy(sampled, torch.zeros(len(labels), dtype=torch.long))
-    assert float(loss.detach()) == pytest.approx(facts("P1_pomp")["results"][FORMS[form]]["loss"], rel=2e-6)
-    loss.backward()
-    assert_close_to_max(towers.token_embedding.prompts["default"].grad, RECORD[f"{FORMS[form]}.grad_ctx"], 5e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chunk_size", [4, 256])
+def test_loss_and_gradient_of_the_objective_on_a_coop_adapter(form: str, chunk_size: int):
+    """From pixels, in one chunk of prompts and in several, with the recorded draw."""
+    model, prompts = prompted_clip()
+    objective = RecordedDraw(
+        prompts, soft_weight=0, num_sampled_classes=10, correction=form, text_chunk_size=chunk_size
+    )
+    objective.prepare(model, None)
+    index = torch.arange(len(RECORD["labels"]))
+    batch = {"pixel_values": RECORD["pixel_values"], "labels": RECORD["labels"], "index": index}
+    output = objective(model, batch)
+    expected = facts("P1_pomp")["results"][FORMS[form]]["loss"]
+    assert float(output.loss.detach()) == pytest.approx(expected, rel=2e-6)
+    output.loss.backward()
+    gradient = towers_of(model).token_embedding.prompts["default"].grad
+    assert_close_to_max(gradient, RECORD[f"{FORMS[form]}.grad_ctx"], 5e-6)
 
 
 def test_only_the_natural_logarithm_comes_near_the_full_softmax():
     """Mean of 400 draws, standard error about 0.05; the record has 5.478 (ln) and 3.920 (none), full 5.638."""
-    model, ids = prompted_clip()
+    model, prompts = prompted_clip()
     towers, labels = towers_of(model), RECORD["labels"]
     with torch.no_grad():
-        text = towers.finish_text(towers.embed_text(ids), ids, 0)
+        text = towers.finish_text(towers.embed_text(prompts.input_ids), prompts.input_ids, 0)
         logits = towers.similarity_logits(RECORD["image_features"], text)
     generator, means = torch.Generator().manual_seed(0), {}
     for form in ("ln", "none"):

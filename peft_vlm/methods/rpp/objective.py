@@ -1,0 +1,258 @@
+"""RPP's objective: cross-entropy over sampled classes plus soft labels of a frozen teacher over the same classes.
+
+Revisiting Prompt Pretraining of Vision-Language Models, 2024, arXiv 2409.06166; class sampling of POMP, 2023, arXiv
+2304.04704.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from peft_vlm.data.balanced import BalancedBatches
+from peft_vlm.data.row_store import RowStore
+from peft_vlm.losses.class_sampling import (
+    CORRECTIONS,
+    false_negatives,
+    local_correction,
+    sample_negatives,
+    sampled_logits,
+)
+from peft_vlm.losses.soft_labels import FORMS, soft_label_loss
+from peft_vlm.methods.rpp.paper import PAPER
+from peft_vlm.methods.rpp.teacher import ZeroShotTeacher, check_same_classes, stream_class_features
+from peft_vlm.objective import EpochBatchSampler, ObjectiveOutput
+from peft_vlm.prompting.context import trained_towers
+from peft_vlm.shapes import Batch
+from peft_vlm.text.compact import CompactPrompts
+from peft_vlm.text.prompt_objective import PromptObjective
+from peft_vlm.text.prompts import ClassPrompts
+from peft_vlm.text.reserve import reserve_slots
+from peft_vlm.towers import Towers, towers_of
+
+SAMPLINGS = ("natural", "balanced")
+
+
+class RPPObjective(PromptObjective):
+    """Hard and soft labels on a few classes per step, so that cost does not grow with the number of classes.
+
+    Formula: L = (1 - a) * mean_i CE(z_i, y_i) + a * T^2 * mean_i KL(softmax(t_i / T) || softmax(s_i / T)), over the
+        image's own class and K - 1 classes drawn for the whole batch, of which its own is masked; z has POMP's local
+        correction, s and t are the plain logits of student and teacher. The paper leaves a, T, K, the form of the soft
+        term and what the teacher's softmax runs over unsaid: all defaults here are ours or POMP's.
+
+    Args:
+        prompts: Plain class prompts with one template.
+        teacher: Frozen CLIP that gives the soft labels; None needs `soft_weight` 0.
+        teacher_prompts: Class prompts by its tokenizer, with any number of templates; None: `prompts`.
+        soft_weight: a, from 0 (hard labels alone) to 1 (soft labels alone). Ours: 0.5.
+        soft_form: `"kl"` or `"cross_entropy"`. Ours: "kl".
+        temperature: T. Ours: 1.
+        correct_soft_labels: Add the local correction to the logits of the soft term too. Ours: no.
+        num_sampled_classes: K. POMP's script: 1000. As many as there are classes, or more: the plain softmax.
+        correction: `"ln"`; `"log10"` as in POMP's later code; `"none"`.
+        image_sampling: `"natural"`: every image once per epoch; `"balanced"`: every class equally often.
+        text_chunk_size: Prompts per pass of the text tower; more than one chunk is recomputed in the backward pass.
+        storage: Where class features that do not change are kept: `"disk"` (memory-mapped) or `"ram"`.
+        seed: Seed of the drawn classes, which depend on it, the epoch and the images of the batch alone.
+
+    Requirements:
+        Batches with `pixel_values`, `labels` and `index`; an active adapter with text or vision prompts of any method.
+
+    Relations:
+        `soft_weight=0` with one shared text prompt (or a CoOp adapter): POMP. With all classes sampled: cross-entropy.
+
+    Raises:
+        ValueError: If a setting is out of range or the prompts do not fit.
+    """
+
+    paper = PAPER
+
+    def __init__(
+        self,
+        prompts: ClassPrompts,
+        *,
+        teacher: nn.Module | None = None,
+        teacher_prompts: ClassPrompts | None = None,
+        soft_weight: float | int = 0.5,
+        soft_form: str = "kl",
+        temperature: float | int = 1.0,
+        correct_soft_labels: bool = False,
+        num_sampled_classes: int = 1000,
+        correction: str = "ln",
+        image_sampling: str = "natural",
+        text_chunk_size: int = 256,
+        storage: str = "disk",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(prompts)
+        self.settings = {
+            "soft_weight": soft_weight,
+            "soft_form": soft_form,
+            "temperature": temperature,
+            "correct_soft_labels": correct_soft_labels,
+            "num_sampled_classes": num_sampled_classes,
+            "correction": correction,
+            "image_sampling": image_sampling,
+        }
+        self.text_chunk_size, self.storage, self.seed = text_chunk_size, storage, seed
+        _check(self.settings, prompts, teacher, text_chunk_size)
+        self.teacher: ZeroShotTeacher | None = None
+        if teacher is not None and soft_weight:
+            check_same_classes(prompts, teacher_prompts or prompts)
+            self.teacher = ZeroShotTeacher(
+                teacher, teacher_prompts or prompts, storage=storage, chunk_size=text_chunk_size
+            )
+        self._tokens: CompactPrompts | None = None
+        self._fixed_text: RowStore | None = None
+        self._epoch = 0
+
+    def config_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return dict(self.settings)
+
+    def param_groups(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
+        """Text and vision prompts apart, for a learning rate each.
+
+        Args:
+            named_parameters: Trained tensors.
+        """
+        groups: dict[str, list[nn.Parameter]] = {"text": [], "vision": []}
+        for name, parameter in named_parameters:
+            groups["vision" if "vision_model" in name or "visual_projection" in name else "text"].append(parameter)
+        return groups
+
+    def batch_sampler(self, labels: Sequence[int], *, batch_size: int, seed: int) -> EpochBatchSampler | None:
+        """Batches in which every class comes equally often, where `image_sampling` says so.
+
+        Args:
+            labels: Labels of the training images.
+            batch_size: Images per batch.
+            seed: Seed of the run.
+        """
+        if self.settings["image_sampling"] == "natural":
+            return None
+        return BalancedBatches(labels, batch_size=batch_size, seed=seed)
+
+    def prepare(self, model: nn.Module, dataset: Any) -> None:
+        """Make the token ids compact; compute class features that do not change.
+
+        Args:
+            model: `PeftModel` with the active adapter.
+            dataset: Not used; the classes come from the prompts.
+        """
+        towers, prompts = towers_of(model), reserve_slots(model, self.prompts)
+        self._tokens = CompactPrompts(prompts, towers.pooled_positions(prompts.input_ids) + 1)
+        self._fixed_text = None
+        if not trained_towers(model)[0]:
+            options = {"storage": self.storage, "chunk_size": self.text_chunk_size}
+            self._fixed_text = stream_class_features(model, prompts, **options)
+        if self.teacher is not None:
+            self.teacher.prepare(model)
+
+    def epoch_start(self, model: nn.Module, dataset: Any, epoch: int) -> None:
+        """Draw other classes for the same batch in another epoch.
+
+        Args:
+            model: Not used.
+            dataset: Not used.
+            epoch: Number of the epoch, from 0.
+        """
+        self._epoch = epoch
+
+    def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
+        """Loss over the image's own class and the sampled ones.
+
+        Args:
+            model: Model with the active adapter.
+            batch: `pixel_values`, `labels`, `index`.
+
+        Returns:
+            `hard_label` and `soft_label`, those whose weight is not 0, already weighted; plain logits with the
+            image's own class in column 0.
+
+        Raises:
+            RuntimeError: If `prepare` was not called.
+        """
+        if self._tokens is None:
+            raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
+        labels, towers = batch["labels"], towers_of(model)
+        negatives = self._draw(batch["index"]).to(labels.device)
+        rejected = false_negatives(labels, negatives)
+        count, form = len(self.prompts.class_names), str(self.settings["correction"])
+        correction = local_correction(rejected, num_classes=count, form=form)
+        classes, rows = torch.cat([labels, negatives]).unique(return_inverse=True)
+
+        def arranged(logits: Tensor, added: Tensor) -> Tensor:
+            positive = logits.gather(1, rows[: len(labels), None])[:, 0]
+            return sampled_logits(positive, logits[:, rows[len(labels) :]], rejected, added)
+
+        pixels, plain = batch["pixel_values"], torch.zeros_like(correction)
+        image = towers.finish_image(towers.embed_image(pixels), 0)
+        logits = towers.similarity_logits(image, self._text_features(towers, classes))
+        target, weight, terms = torch.zeros_like(labels), self.settings["soft_weight"], {}
+        if weight < 1:
+            hard = nn.functional.cross_entropy(arranged(logits, correction), target)
+            terms["hard_label"] = (1 - weight) * hard
+        if self.teacher is not None:
+            added = correction if self.settings["correct_soft_labels"] else plain
+            taught = self.teacher.logits(self.teacher.image_features(pixels), classes)
+            options = {"form": self.settings["soft_form"], "temperature": self.settings["temperature"]}
+            terms["soft_label"] = weight * soft_label_loss(arranged(logits, added), arranged(taught, added), **options)
+        return ObjectiveOutput(terms, arranged(logits, plain), target)
+
+    def _draw(self, index: Int[Tensor, " batch"]) -> Int[Tensor, " kept"]:
+        """Sampled classes of a batch: the same whenever the run is resumed, and however many processes share it."""
+        text = f"{self.seed},{self._epoch},{index.tolist()}"
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        generator = torch.Generator().manual_seed(seed)
+        count = int(self.settings["num_sampled_classes"]) - 1
+        return sample_negatives(len(self.prompts.class_names), count, generator=generator)
+
+    def _text_features(self, towers: Towers, classes: Int[Tensor, " kept"]) -> Float[Tensor, "kept dim"]:
+        """Features of some classes; several chunks keep one chunk's activations at a time."""
+        if self._fixed_text is not None:
+            return self._fixed_text.read(classes, classes.device)
+        assert self._tokens is not None
+        order = self._tokens.lengths[classes.cpu()].argsort(stable=True)
+        chunks = classes.cpu()[order].split(self.text_chunk_size)
+
+        def encode(ids: Tensor) -> Tensor:
+            return towers.finish_text(towers.embed_text(ids), ids, 0)
+
+        parts = []
+        for chunk in chunks:
+            ids = self._tokens.rows(chunk).to(classes.device)
+            parts.append(encode(ids) if len(chunks) == 1 else checkpoint(encode, ids, use_reentrant=False))
+        return torch.cat(parts)[order.argsort().to(classes.device)]
+
+
+def _check(settings: dict[str, Any], prompts: ClassPrompts, teacher: nn.Module | None, chunk_size: int) -> None:
+    """Refuse settings that cannot work."""
+    known = {"soft_form": FORMS, "correction": CORRECTIONS, "image_sampling": SAMPLINGS}
+    for name, values in known.items():
+        if settings[name] not in values:
+            raise ValueError(f"Expected `{name}` to be one of {values!r}, got {settings[name]!r}.")
+    if not 0 <= settings["soft_weight"] <= 1:
+        raise ValueError(f"Expected `soft_weight` from 0 to 1, got {settings['soft_weight']!r}.")
+    if settings["soft_weight"] and teacher is None:
+        raise ValueError(
+            f"Expected a teacher for `soft_weight`={settings['soft_weight']!r}, got None. Pass a frozen CLIP, or "
+            "`soft_weight=0` for hard labels alone."
+        )
+    if settings["temperature"] <= 0:
+        raise ValueError(f"Expected `temperature` above 0, got {settings['temperature']!r}.")
+    for name, value in (("num_sampled_classes", settings["num_sampled_classes"]), ("text_chunk_size", chunk_size)):
+        if value < (2 if name == "num_sampled_classes" else 1):
+            raise ValueError(
+                f"Expected `{name}` of at least {2 if name == 'num_sampled_classes' else 1}, got {value}."
+            )
+    if len(prompts.templates) != 1:
+        raise ValueError(
+            f"Expected class prompts with one template, got {len(prompts.templates)}: {prompts.templates!r}. An "
+            "ensemble goes into `teacher_prompts`."
+        )

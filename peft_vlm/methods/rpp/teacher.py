@@ -1,0 +1,125 @@
+"""The frozen zero-shot teacher of RPP's soft labels, and class features of long class lists."""
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from peft_vlm.data.row_store import RowStore
+from peft_vlm.errors import ClassNameError, DataError
+from peft_vlm.text.class_features import encode_classes
+from peft_vlm.text.prompts import ClassPrompts
+from peft_vlm.towers import towers_of
+
+
+def stream_class_features(model: nn.Module, prompts: ClassPrompts, *, storage: str, chunk_size: int) -> RowStore:
+    """Class features of a model as it is now, one pass in chunks; only a chunk is in memory with storage `"disk"`.
+
+    Args:
+        model: CLIP-like model, with or without adapters.
+        prompts: Its class prompts.
+        storage: `"ram"` or `"disk"`.
+        chunk_size: Classes per forward pass.
+    """
+    store = RowStore(storage, name="class features")
+    count = len(prompts.class_names)
+    for rows in torch.arange(count).split(chunk_size):
+        features = encode_classes(model, some_classes(prompts, rows))
+        store.allocate((count, features.shape[-1]), torch.float32)
+        store.write(rows, features)
+    return store
+
+
+def some_classes(prompts: ClassPrompts, rows: Tensor) -> ClassPrompts:
+    """The prompts of some classes, in all templates.
+
+    Args:
+        prompts: Prompts of all classes.
+        rows: Positions of the classes.
+    """
+    count = len(prompts.class_names)
+    templates = torch.arange(len(prompts.templates))[:, None] * count
+    lengths = prompts.name_lengths
+    return dataclasses.replace(
+        prompts,
+        class_names=tuple(prompts.class_names[row] for row in rows.tolist()),
+        input_ids=prompts.input_ids[(templates + rows).flatten()],
+        name_lengths=None if lengths is None else tuple(lengths[row] for row in rows.tolist()),
+    )
+
+
+class ZeroShotTeacher:
+    """A CLIP whose class probabilities are the soft labels.
+
+    Args:
+        model: CLIP-like model with its weights loaded, with or without an adapter; not trained and not saved.
+        prompts: Class prompts by its own tokenizer.
+        storage: Where its class features are kept, `"ram"` or `"disk"`.
+        chunk_size: Classes per forward pass.
+    """
+
+    def __init__(self, model: nn.Module, prompts: ClassPrompts, *, storage: str, chunk_size: int) -> None:
+        self.model, self.prompts, self.storage, self.chunk_size = model, prompts, storage, chunk_size
+        self.classes: RowStore | None = None
+
+    def prepare(self, student: nn.Module) -> None:
+        """Move to the student's device and compute the class features, once.
+
+        Args:
+            student: Model that learns.
+
+        Raises:
+            DataError: If the two take images of different sizes.
+        """
+        sizes = [towers_of(model).model.config.vision_config.image_size for model in (student, self.model)]
+        if sizes[0] != sizes[1]:
+            raise DataError(
+                f"Expected a teacher for images of {sizes[0]} pixels, as the student's, got one for {sizes[1]}. Both "
+                "see the same pixel values; choose a teacher of the student's image size."
+            )
+        self.model.to(next(student.parameters()).device).eval()
+        if self.classes is None:
+            self.classes = stream_class_features(
+                self.model, self.prompts, storage=self.storage, chunk_size=self.chunk_size
+            )
+
+    @torch.no_grad()
+    def image_features(self, pixel_values: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch dim"]:
+        """Image features in float32, in the type of its weights whatever the run's mixed precision.
+
+        Args:
+            pixel_values: Pixels as the student gets them.
+        """
+        towers = towers_of(self.model)
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            return towers.finish_image(towers.embed_image(pixel_values), 0).float()
+
+    @torch.no_grad()
+    def logits(self, images: Float[Tensor, "batch dim"], classes: Tensor) -> Float[Tensor, "batch kept"]:
+        """Scaled logits over some classes.
+
+        Args:
+            images: What `image_features` gave.
+            classes: Positions of the classes.
+        """
+        assert self.classes is not None, "`prepare` comes first"
+        return towers_of(self.model).similarity_logits(images, self.classes.read(classes, images.device))
+
+
+def check_same_classes(prompts: ClassPrompts, teacher_prompts: ClassPrompts) -> None:
+    """Refuse a teacher whose rows are other classes.
+
+    Args:
+        prompts: Class prompts of the student.
+        teacher_prompts: Class prompts of the teacher.
+
+    Raises:
+        ClassNameError: If names or their order differ.
+    """
+    if teacher_prompts.class_names != prompts.class_names:
+        raise ClassNameError(
+            f"Expected `teacher_prompts` of the {len(prompts.class_names)} classes of `prompts`, in their order, got "
+            f"{len(teacher_prompts.class_names)}, beginning {list(teacher_prompts.class_names[:3])!r}. Tokenise the "
+            "same names."
+        )

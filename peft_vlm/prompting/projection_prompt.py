@@ -1,0 +1,305 @@
+"""Separate prompts for query, key and value of an attention block, at fixed slots of its input.
+
+With Rep(X, P) = X with its slots overwritten by P, layer l computes its queries from LN(Rep(X, P_Q)), its keys from
+LN(Rep(X, P_K)) and its values from LN(Rep(X, P_V)), through its own norm and its own frozen projections. Only rows of
+slots differ from the layer's usual queries, keys and values, so a prompt is projected once per forward pass, whatever
+the batch, and the result is a constant once training is over (`fold`).
+
+What the slots carry past the attention is the residual rule: "stream": the layer's own input X, untouched by the
+prompts; "replaced": Rep(X, P_Q). The rule decides which query prompts can act at all, see `dead_queries`.
+
+References:
+    Revisiting Prompt Pretraining of Vision-Language Models (RPP), 2024, arXiv 2409.06166 (the three equations; the
+    residual is not published).
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from peft_vlm.prompting.deep_prompt import INIT_STD, fill_slots
+from peft_vlm.prompting.layer import StandInLayer
+from peft_vlm.slots import Slots
+
+PARTS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+SHARING = ("none", "all")
+RESIDUALS = ("stream", "replaced")
+
+
+def dead_queries(depth: int, num_layers: int, *, slot_residual: str) -> dict[int, str]:
+    """Layers whose query prompt cannot change any output, each with the reason.
+
+    The attention output of a slot depends on that slot's query alone, and keys and values of every prompted layer are
+    overwritten at the slots. A query prompt therefore acts only through what a later, unprompted layer reads there.
+
+    Args:
+        depth: Prompted layers, from the first on.
+        num_layers: Layers of the tower.
+        slot_residual: One of `RESIDUALS`.
+    """
+    if depth == num_layers:
+        reason = "no unprompted layer follows that could read what a slot's query brings about"
+        return dict.fromkeys(range(depth), reason)
+    if slot_residual == "replaced":
+        return dict.fromkeys(range(depth - 1), "the next layer overwrites what the slots carry")
+    return {}
+
+
+class TextSlots(StandInLayer):
+    """CLIP's token embedding whose reserved slots hold fixed vectors: the embeddings of the initial words, or zeros.
+
+    Args:
+        base_layer: `nn.Embedding` of the text tower.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.context_slots: dict[str, Slots] = {}
+        self.other_param_names = ("context_slots",)  # PEFT forgets an entry together with its adapter
+
+    @property
+    def slots(self) -> Slots | None:
+        """Slots of the active adapter; None when the layer must act as the base layer."""
+        name = self.current_adapter
+        return None if name is None else self.context_slots[name]
+
+    def add_adapter(self, adapter_name: str, config: Any) -> None:
+        """Note an adapter's slots.
+
+        Args:
+            adapter_name: Name of the adapter.
+            config: A `TextContextConfig`, completed by `complete_context`.
+        """
+        self.context_slots[adapter_name] = config.slots
+
+    def forward(self, input_ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts tokens width"]:
+        """Embeddings with the fixed vectors in the slots.
+
+        Args:
+            input_ids: Token ids with reserved slots.
+        """
+        embedded, slots = self.base_layer(input_ids), self.slots
+        if slots is None:
+            return embedded
+        if slots.initial_ids is None:
+            words = embedded.new_zeros(slots.num_tokens, embedded.shape[-1])
+        else:
+            words = self.base_layer(torch.tensor(slots.initial_ids, device=input_ids.device))
+        return fill_slots(embedded, input_ids, words, slots)
+
+
+class VisionSlots(StandInLayer):
+    """CLIP's vision embeddings with zero tokens behind the patches, which the first norm turns into its bias.
+
+    Args:
+        base_layer: `CLIPVisionEmbeddings`.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.num_slots: dict[str, int] = {}
+        self.other_param_names = ("num_slots",)
+
+    def add_adapter(self, adapter_name: str, config: Any) -> None:
+        """Note an adapter's number of slots.
+
+        Args:
+            adapter_name: Name of the adapter.
+            config: Configuration with `num_vision_tokens`.
+        """
+        self.num_slots[adapter_name] = config.num_vision_tokens
+
+    def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, "batch tokens width"]:
+        """Patch and class embeddings, then the slots."""
+        embedded, name = self.base_layer(*args, **kwargs), self.current_adapter
+        return embedded if name is None else nn.functional.pad(embedded, (0, 0, 0, self.num_slots[name]))
+
+
+class SlotProjection(nn.Module):
+    """A query, key or value projection whose output at the slots comes from a prompt of the layer around it.
+
+    Args:
+        projection: The frozen projection.
+        owner: The layer with the prompts.
+        part: Key of `PARTS`.
+    """
+
+    def __init__(self, projection: nn.Module, *, owner: "ProjectionPrompts", part: str) -> None:
+        super().__init__()
+        self.projection, self.part = projection, part
+        self._owner = (owner,)  # in a tuple: as a submodule it would contain itself
+
+    def forward(self, normed: Float[Tensor, "rows tokens width"]) -> Float[Tensor, "rows tokens width"]:
+        """Projections of all tokens; those of the slots are the same in every row.
+
+        Args:
+            normed: The layer's input behind its norm.
+        """
+        (owner,) = self._owner
+        prompt = owner.projected(self.part, normed)
+        if prompt is None:
+            return self.projection(normed)
+        before, after = owner.around_slots(normed, len(prompt))
+        rows = prompt.expand(len(normed), -1, -1)
+        if not before.shape[1]:
+            return torch.cat([self.projection(after), rows], dim=1)
+        rest = self.projection(torch.cat([before, after], dim=1))
+        return torch.cat([rest[:, : before.shape[1]], rows, rest[:, before.shape[1] :]], dim=1)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "projection" or name.startswith("__"):
+                raise
+            return getattr(super().__getattr__("projection"), name)
+
+
+class ProjectionPrompts(StandInLayer):
+    """A transformer layer with prompts for its queries, keys and values.
+
+    Args:
+        base_layer: `CLIPEncoderLayer`.
+        prefix: The method's parameter prefix.
+        tower: `"text"`: slots at positions 1 to n, behind the start token; `"vision"`: the last n.
+        number: Position of the layer in its tower, from 0.
+    """
+
+    def __init__(self, base_layer: nn.Module, *, prefix: str, tower: str, number: int) -> None:
+        super().__init__(base_layer)
+        self.tower, self.number = tower, number
+        self.adapter_layer_names = tuple(f"{prefix}{part}" for part in (*PARTS, "shared"))
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.residuals: dict[str, str] = {}
+        self.other_param_names = ("residuals",)
+        self._constants: dict[tuple[str, str], Tensor] = {}
+        attention = base_layer.self_attn
+        for part, leaf in PARTS.items():
+            setattr(attention, leaf, SlotProjection(getattr(attention, leaf), owner=self, part=part))
+
+    def release(self) -> None:
+        """Give the attention block its own projections back."""
+        attention = self.base_layer.self_attn
+        for leaf in PARTS.values():
+            setattr(attention, leaf, getattr(attention, leaf).projection)
+
+    def add_adapter(self, adapter_name: str, config: Any) -> None:
+        """Random prompts, N(0, 0.02): one per part, or one for all; a dead query prompt is left out.
+
+        Args:
+            adapter_name: Key of the new tensors.
+            config: Configuration with tokens, `share_qkv`, `slot_residual` and `dead_layers(tower)`.
+        """
+        tokens = config.num_text_tokens if self.tower == "text" else config.num_vision_tokens
+        weight = self.base_layer.layer_norm1.weight
+        self.residuals[adapter_name] = config.slot_residual
+        for part in self.parts_of(config):
+            prompt = INIT_STD * torch.randn(tokens, weight.shape[-1])
+            self.container(part)[adapter_name] = nn.Parameter(prompt.to(weight))
+
+    def parts_of(self, config: Any) -> tuple[str, ...]:
+        """Names of the prompts that an adapter has in this layer.
+
+        Args:
+            config: The adapter's configuration.
+        """
+        if config.share_qkv == "all":
+            return ("shared",)
+        return tuple(part for part in PARTS if part != "query" or self.number not in config.dead_layers(self.tower))
+
+    def container(self, part: str) -> nn.ParameterDict:
+        """Prompts of one part by adapter name.
+
+        Args:
+            part: Key of `PARTS`, or `"shared"`.
+        """
+        return getattr(self, self.adapter_layer_names[(*PARTS, "shared").index(part)])
+
+    def prompt(self, part: str) -> Float[Tensor, "slots width"] | None:
+        """Prompt of the active adapter for one part; None where it has none.
+
+        Args:
+            part: Key of `PARTS`.
+        """
+        name = self.current_adapter
+        if name is None:
+            return None
+        shared = self.container("shared")
+        own = shared if name in shared else self.container(part)
+        return own[name] if name in own else None
+
+    def projected(self, part: str, normed: Float[Tensor, "rows tokens width"]) -> Float[Tensor, "slots width"] | None:
+        """What a prompt puts in place of the slots' projections; None where the layer's own are right.
+
+        Args:
+            part: Key of `PARTS`.
+            normed: The layer's input behind its norm, for device and dtype.
+        """
+        name, prompt = self.current_adapter, self.prompt(part)
+        if name is None or prompt is None:
+            return None
+        if self.residuals[name] == "replaced" and (part == "query" or name in self.container("shared")):
+            return None  # the input already has the prompt in its slots
+        constant = self._constants.get((name, part))
+        if constant is not None and (constant.device, constant.dtype) == (normed.device, normed.dtype):
+            return constant
+        return self._project(part, prompt.to(normed.dtype))
+
+    def _project(self, part: str, prompt: Float[Tensor, "slots width"]) -> Float[Tensor, "slots width"]:
+        leaf = getattr(self.base_layer.self_attn, PARTS[part])
+        return leaf.projection(self.base_layer.layer_norm1(prompt))
+
+    def around_slots(self, hidden: Float[Tensor, "rows tokens width"], count: int) -> tuple[Tensor, Tensor]:
+        """Tokens before and behind the slots; in the vision tower all of them count as behind none.
+
+        Args:
+            hidden: All tokens.
+            count: Number of slots.
+        """
+        if self.tower == "text":
+            return hidden[:, :1], hidden[:, 1 + count :]
+        return hidden[:, :0], hidden[:, :-count]
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Compute the projected prompts of all adapters once, for inference; `unfold` or `train()` forgets them."""
+        weight = self.base_layer.layer_norm1.weight
+        for part in PARTS:
+            for container in (self.container(part), self.container("shared")):
+                for name, prompt in container.items():
+                    self._constants[name, part] = self._project(part, prompt.to(weight.dtype))
+
+    def unfold(self) -> None:
+        """Project prompts in every forward pass again."""
+        self._constants.clear()
+
+    def train(self, mode: bool = True) -> "ProjectionPrompts":
+        """Switch the mode; training forgets folded constants, which would hide what is learned.
+
+        Args:
+            mode: True for training.
+        """
+        if mode:
+            self.unfold()
+        return super().train(mode)
+
+    def forward(self, hidden: Float[Tensor, "rows tokens width"], *args: Any, **kwargs: Any) -> Any:
+        """The layer; its projections ask for the prompts themselves.
+
+        Args:
+            hidden: Output of the layer below.
+            *args: Passed on.
+            **kwargs: Passed on.
+        """
+        name = self.current_adapter
+        if name is not None and self.residuals[name] == "replaced":
+            prompt = self.prompt("query")
+            if prompt is not None:
+                rows = prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
+                before, after = self.around_slots(hidden, len(prompt))
+                order = [before, rows, after] if self.tower == "text" else [after, rows]
+                hidden = torch.cat(order, dim=1)
+        return self.base_layer(hidden, *args, **kwargs)

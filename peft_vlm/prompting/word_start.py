@@ -1,0 +1,78 @@
+"""Text prompts that start where the frozen model carries the words of a template.
+
+Under the causal mask the states of the words behind the start token do not depend on the class name that follows, so
+one short forward pass gives them for all classes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from peft_vlm.prompting.context import TextContextConfig
+from peft_vlm.prompting.deep_prompt import INIT_STD
+from peft_vlm.prompting.layer import PromptLayer
+from peft_vlm.prompting.projection_prompt import PARTS, ProjectionPrompts
+from peft_vlm.towers import towers_of
+
+
+@torch.no_grad()
+def start_from_words(model: nn.Module, adapter_name: str, config: TextContextConfig) -> None:
+    """Set an adapter's text prompts to the states of its initial words; nothing to do without words.
+
+    Args:
+        model: CLIP with the adapter.
+        adapter_name: Name of the adapter.
+        config: Its configuration, completed by `complete_context`.
+    """
+    slots = config.slots
+    if slots is None or slots.initial_ids is None:
+        return
+    layers = [layer for layer in towers_of(model).text_layers if isinstance(layer, ProjectionPrompts)]
+    states = word_states(model, slots.initial_ids, depth=len(layers))
+    for layer, state in zip(layers, states, strict=True):
+        for part in (*PARTS, "shared"):
+            prompts = layer.container(part)
+            if adapter_name in prompts:
+                noise = 0 if config.init_weights else INIT_STD * torch.randn(state.shape)
+                prompts[adapter_name].copy_(state.cpu() + noise)
+
+
+@torch.no_grad()
+def word_states(model: nn.Module, word_ids: tuple[int, ...], *, depth: int) -> list[Float[Tensor, "tokens width"]]:
+    """What the base model carries at the places of some words, at the input of its lower text layers.
+
+    Args:
+        model: CLIP, with or without adapters.
+        word_ids: Token ids of the words that follow the start token.
+        depth: Number of layers, from the first on.
+    """
+    towers, text = towers_of(model), towers_of(model).model.config.text_config
+    start = text.vocab_size - 2 if text.eos_token_id == 2 else text.bos_token_id
+    states = []
+    with base_behaviour(model):
+        hidden = towers.embed_text(torch.tensor([[start, *word_ids]], device=model.logit_scale.device))
+        for number in range(depth):
+            states.append(hidden[0, 1:])
+            hidden = towers.run_text(hidden, number, number + 1)
+    return states
+
+
+@contextmanager
+def base_behaviour(model: nn.Module) -> Iterator[None]:
+    """Inside, every layer of this package acts as the layer that it wraps.
+
+    Args:
+        model: Model with adapters.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PromptLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled

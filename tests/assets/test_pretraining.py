@@ -24,6 +24,7 @@ def tiny_run(output: Path, *, pairs: int, workers: int = 2) -> Pretraining:
     arguments = Namespace(
         smoke=True,
         corpus=None,
+        half=False,
         output=output,
         architecture="tiny",
         grow_from=None,

@@ -1,5 +1,6 @@
 """Images and table of a pretraining run: the drawn corpus, or for smoke runs the committed evaluation images."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +35,24 @@ class PretrainingImages:
         return torch.from_numpy(self.images[indices]), self._monochrome[indices]
 
 
-def load_corpus(folder: Path) -> PretrainingImages:
-    """The pretraining side of the corpus that `build_corpus.py` wrote."""
+def in_first_half(name: str) -> bool:
+    """Whether a name falls into the half of the names that a `--half` run is trained on; by a hash of the name."""
+    return hashlib.sha256(name.encode()).digest()[0] < 128
+
+
+def load_corpus(folder: Path, *, half: bool = False) -> PretrainingImages:
+    """The pretraining side of the corpus that `build_corpus.py` wrote.
+
+    Args:
+        folder: Output of that script.
+        half: Only the images of half of the names; the other names are taken out of all captions.
+    """
     table = pd.read_parquet(folder / "images.parquet")
-    rows = np.flatnonzero(table["side"] == "pretraining")
+    used = table["side"] == "pretraining"
+    if half:
+        used &= table["name"].map(in_first_half)
+        table["other_names"] = table["other_names"].map(lambda words: [word for word in words if in_first_half(word)])
+    rows = np.flatnonzero(used)
     images = np.load(folder / "images.npy", mmap_mode="r")[rows]
     return PretrainingImages(np.ascontiguousarray(images), table.iloc[rows].reset_index(drop=True))
 

@@ -212,7 +212,7 @@ def prepare(args: argparse.Namespace) -> Pretraining:
     """Data, tokenizer and model of a run from the command line."""
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
-    data = load_smoke() if args.smoke else load_corpus(args.corpus)
+    data = load_smoke() if args.smoke else load_corpus(args.corpus, half=args.half)
     if args.grow_from is not None:
         tokenizer = CLIPTokenizer.from_pretrained(args.grow_from)
         source = CLIPModel.from_pretrained(args.grow_from, dtype=torch.float32)
@@ -231,6 +231,7 @@ def parse_arguments() -> argparse.Namespace:
     """Command line of the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, help="output folder of build_corpus.py")
+    parser.add_argument("--half", action="store_true", help="train on half of the names only")
     parser.add_argument("--output", type=Path, required=True, help="folder of checkpoint, log and exported model")
     parser.add_argument("--architecture", choices=sorted(clip_model.ARCHITECTURES), default="student")
     parser.add_argument("--grow-from", type=Path, help="model folder whose weights the deeper model starts from")

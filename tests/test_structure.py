@@ -54,6 +54,7 @@ LAYERS = {
     "learners": 4,
     "experiment": 4,
     "transfer_experiment": 4,
+    "pretraining_experiment": 4,
     "experiment_report": 4,
     "export": 4,
     "training_run": 4,

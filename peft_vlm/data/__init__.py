@@ -1,7 +1,9 @@
 """Datasets, few-shot and base/new splits, transforms."""
 
+from peft_vlm.data.class_lists import read_class_list
 from peft_vlm.data.dataset import ImageClassificationDataset, LabelDataset, collate
 from peft_vlm.data.images import read_image
+from peft_vlm.data.load_stream import load_image_stream
 from peft_vlm.data.question_batches import QuestionCollator
 from peft_vlm.data.question_inputs import check_image_tokens, model_inputs, question_inputs
 from peft_vlm.data.questions import ImageAugmentation, ImageQuestionDataset, RandomCrop
@@ -15,6 +17,7 @@ from peft_vlm.data.splits import (
     few_shot_indices,
     read_zhou_split,
 )
+from peft_vlm.data.streams import ImageStream, balanced_shares, open_stream
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 from peft_vlm.data.unlabelled import load_unlabelled_images
 
@@ -27,11 +30,13 @@ __all__ = [
     "ImageAugmentation",
     "ImageClassificationDataset",
     "ImageQuestionDataset",
+    "ImageStream",
     "ImageTransform",
     "LabelDataset",
     "QuestionCollator",
     "RandomCrop",
     "TrainTransform",
+    "balanced_shares",
     "base_and_new_classes",
     "base_to_new_split",
     "check_image_tokens",
@@ -39,9 +44,12 @@ __all__ = [
     "few_shot",
     "few_shot_indices",
     "load_image_dataset",
+    "load_image_stream",
     "load_unlabelled_images",
     "model_inputs",
+    "open_stream",
     "question_inputs",
+    "read_class_list",
     "read_class_names",
     "read_image",
     "read_zhou_split",

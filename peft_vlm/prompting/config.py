@@ -11,11 +11,16 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils import cached_file
 
+from peft_vlm.adapter_files import CLASSES_NAME
 from peft_vlm.errors import AdapterError
 
 FORMAT_VERSION = 1
 """Layout of adapter folders that this release writes. Raised when an older release could misread a newer folder."""
+
+MAX_LISTED_CLASSES = 2000
+"""Longest class list inside `adapter_config.json`; longer ones stand in `class_names.txt` beside it."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -61,6 +66,7 @@ class VLMConfig(PeftConfig):
         exclude_modules: Not used by the methods of this package; PEFT expects the field.
         modules_to_save: Further modules to train and store whole, by PEFT's own mechanism.
         class_names: Names of the classes the adapter was trained on, in label order. Written by the trainer.
+        class_names_file: File beside the configuration with the names, one a line, when there are more than 2,000.
         template: Text around a class name, with one `{}`; a list is an ensemble. Written by the trainer.
         image_mean: Channel means of the image processor used in training, in [0, 1] pixel units.
         image_std: Channel standard deviations of that processor.
@@ -77,6 +83,7 @@ class VLMConfig(PeftConfig):
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
     class_names: list[str] | None = field(default=None)
+    class_names_file: str | None = field(default=None)
     template: str | list[str] | None = field(default=None)
     image_mean: list[float] | None = field(default=None)
     image_std: list[float] | None = field(default=None)
@@ -112,7 +119,35 @@ class VLMConfig(PeftConfig):
             **kwargs: Passed to PEFT.
         """
         check_adapter_file(Path(pretrained_model_name_or_path) / (subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if config.class_names_file is not None:
+            options = {
+                key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs
+            }
+            options["subfolder"] = subfolder or ""
+            names = cached_file(pretrained_model_name_or_path, config.class_names_file, **options)
+            config.class_names = Path(names).read_text(encoding="utf-8").splitlines()
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration, and a long class list into a file of its own.
+
+        Args:
+            save_directory: Folder.
+            **kwargs: Passed to PEFT.
+        """
+        names = self.class_names
+        self.class_names_file = CLASSES_NAME if len(names or ()) > MAX_LISTED_CLASSES else None
+        if self.class_names_file is None:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        self.class_names = None
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.class_names = names
+        text = "".join(f"{name}\n" for name in names or ())
+        (Path(save_directory) / CLASSES_NAME).write_text(text, encoding="utf-8")
 
     def picture(self, tensors: dict[str, Tensor]) -> Image.Image | None:
         """What the adapter looks like, for methods whose adapter is something to look at; None for the others.

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peft_vlm.adapter_files import CURVE_NAME, METRICS_NAME, SUMMARY_NAME
 from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.streams import ImageStream
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.figures import has_matplotlib
 from peft_vlm.hub.publish import saved_adapter
@@ -109,7 +110,9 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def describe_adapter(model: nn.Module, objective: Objective, dataset: ImageClassificationDataset) -> None:
+def describe_adapter(
+    model: nn.Module, objective: Objective, dataset: ImageClassificationDataset | ImageStream
+) -> None:
     """Write classes, template and preprocessing into the adapter's configuration, so that its folder is enough to
     predict.
 

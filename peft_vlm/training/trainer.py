@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.streams import ImageStream
 from peft_vlm.objective import Objective
 from peft_vlm.processes import num_processes
 from peft_vlm.training.arguments import VLMTrainingArguments
@@ -27,6 +28,7 @@ from peft_vlm.training.publishing import PublishingTrainer
 from peft_vlm.training.resumable import ResumableTrainer
 from peft_vlm.training.running_means import RunningMeans
 from peft_vlm.training.schedule import epoch_cosine_scheduler
+from peft_vlm.training.streaming import stream_loader
 
 
 class VLMTrainer(PublishingTrainer, ResumableTrainer):
@@ -39,7 +41,7 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
         model: `PeftModel` with the adapter to train active, or a plain model.
         objective: What is minimised.
         args: Settings of the run.
-        train_dataset: Training images.
+        train_dataset: Training images, a dataset or a stream.
         eval_dataset: Validation images with the same classes; never the test split, since the best checkpoint may be
             chosen on it.
         compute_metrics: Metrics from predicted class ids and labels; accuracy in percent by default.
@@ -53,7 +55,7 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
         objective: Objective,
         args: VLMTrainingArguments,
         *,
-        train_dataset: ImageClassificationDataset,
+        train_dataset: ImageClassificationDataset | ImageStream,
         eval_dataset: ImageClassificationDataset | None = None,
         compute_metrics: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -85,6 +87,8 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches as the objective composes them, else shuffled; without pixels when the objective caches features."""
+        if isinstance(self.train_dataset, ImageStream):
+            return stream_loader(self.train_dataset, self.args, batch_size=self._train_batch_size)
         dataset = self.train_dataset if self.objective.needs_pixels else self.train_dataset.without_pixels()
         size, args = self._train_batch_size * num_processes(), self.args
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -93,6 +97,13 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
             batches = ShuffledBatches(len(dataset), batch_size=size, seed=seed, drop_last=args.dataloader_drop_last)
         workers = args.dataloader_num_workers if self.objective.needs_pixels else 0
         return train_loader(dataset, batches, args, num_workers=workers)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """One epoch; a resumed stream is told what will be thrown away, so that it does not decode it."""
+        if isinstance(self.train_dataset, ImageStream):
+            resumed = kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]
+            self.train_dataset.skip_batches(kwargs["steps_trained_in_current_epoch"] if resumed else 0)
+        super()._run_epoch(**kwargs)
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
         """The base class's loader with the dataset's own collator; training and validation may differ in theirs."""

@@ -69,7 +69,8 @@ def build(corpus: Path, output: Path, *, committed: bool, shards: int) -> None:
     for shard, part in enumerate(np.array_split(np.arange(len(rows)), shards)):
         parts[f"train-{shard:05d}-of-{shards:05d}"] = rows.iloc[part]
     for name, part in parts.items():
-        files = [webp_bytes(images[i], grey=bool(grey)) for i, grey in zip(part.index, part["monochrome"], strict=True)]
+        grey = part["monochrome"].astype(bool)
+        files = [webp_bytes(images[row], grey=grey[row]) for row in part.index]
         write_split(output / f"{name}.parquet", files, {"label": (list(part["name"]), names)}, part[COLUMNS])
         print(f"{name}: {len(part)} images, {part['name'].nunique()} classes")
     (output / "class_names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")

@@ -1,0 +1,94 @@
+"""One call that opens a stream of labelled images with its class names."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset as HFDataset
+from datasets import IterableDataset
+
+from peft_vlm.data.class_lists import read_class_list
+from peft_vlm.data.streams import ImageStream, balanced_shares, class_labels, open_stream, undecoded
+from peft_vlm.data.transforms import ImageTransform
+from peft_vlm.errors import DataError
+
+
+def load_image_stream(
+    source: str | Path | HFDataset | IterableDataset,
+    *,
+    num_images: int | None = None,
+    class_names: Sequence[str] | Mapping[str, str] | str | Path | None = None,
+    images_per_class: int | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str = "label",
+    transform: ImageTransform | None = None,
+    shuffle_buffer: int = 1000,
+    seed: int = 0,
+) -> ImageStream:
+    """A stream of labelled images from shards, a dataset in memory, or the Hub.
+
+    Args:
+        source: What `open_stream` opens.
+        num_images: Images per epoch; None: counted from `images_per_class`.
+        class_names: A list in label order, a mapping from raw labels (such as WordNet ids) to names, or a file with
+            either (`read_class_list`). None: those of the source.
+        images_per_class: Balanced sampling: no class shows more images per epoch, in expectation. Counts the labels
+            in one pass first. None: natural sampling.
+        split: Part to read.
+        image_column: Column of the image.
+        label_column: Column of the label.
+        transform: Makes the pixels.
+        shuffle_buffer: Rows among which the order is random.
+        seed: Seed of order and augmentation.
+
+    Raises:
+        DataError: If there are no class names, or neither number is given.
+    """
+    rows = open_stream(source, split=split)
+    names = read_class_list(class_names) if isinstance(class_names, str | Path) else class_names
+    names = class_labels(rows, label_column) if names is None else names
+    if names is None:
+        raise DataError(f"The labels in column {label_column!r} have no names. Pass `class_names`.")
+    rows, label_ids = undecoded(rows, image_column), None
+    if isinstance(names, Mapping):
+        label_ids, names = {raw: number for number, raw in enumerate(names)}, list(names.values())
+    elif isinstance(next(iter(rows))[label_column], str):
+        label_ids = {name: number for number, name in enumerate(names)}
+    keep = None
+    if images_per_class is not None:
+        counts = count_labels(rows, label_column, names, label_ids)
+        keep, counted = balanced_shares(counts, images_per_class=images_per_class)
+        num_images = counted if num_images is None else num_images
+    if num_images is None:
+        raise DataError("Expected `num_images`, for a stream does not know its length, or `images_per_class`.")
+    return ImageStream(
+        rows,
+        names,
+        num_images=num_images,
+        label_ids=label_ids,
+        keep=keep,
+        transform=transform,
+        image_column=image_column,
+        label_column=label_column,
+        shuffle_buffer=shuffle_buffer,
+        seed=seed,
+    )
+
+
+def count_labels(
+    rows: IterableDataset, label_column: str, names: Sequence[str], label_ids: Mapping[str, int] | None
+) -> list[int]:
+    """Images of each class in a stream; reads all of it once, its label column alone.
+
+    Args:
+        rows: The stream.
+        label_column: Column of the label.
+        names: Class names.
+        label_ids: Label of each raw label where the column holds names.
+    """
+    counts = np.zeros(len(names), dtype=np.int64)
+    for row in rows.select_columns([label_column]):
+        raw = row[label_column]
+        counts[raw if label_ids is None else label_ids[raw]] += 1
+    return counts.tolist()

@@ -1,0 +1,238 @@
+"""Labelled images that are read in order and never all at once: Hub streams, parquet and webdataset shards."""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, IterableDataset, load_dataset
+from datasets import Dataset as HFDataset
+from datasets import Image as ImageFeature
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import IterableDataset as TorchIterableDataset
+from torch.utils.data import get_worker_info
+
+from peft_vlm.data.dataset import Item, collate
+from peft_vlm.data.images import read_image
+from peft_vlm.data.transforms import ImageTransform
+from peft_vlm.errors import DataError
+from peft_vlm.shapes import Batch
+
+SHARDS = {"parquet": "*.parquet", "webdataset": "*.tar"}
+
+
+class ImageStream(TorchIterableDataset):
+    """A stream of labelled images for training, divided among processes and their workers.
+
+    An epoch is the same number of whole batches on every process; a stream that ends earlier starts over with another
+    order. Which images come, their order and their augmentation depend on (`seed`, `epoch`, number of processes and
+    workers) alone, so a resumed run sees what the run it continues would have seen; what it has to skip is read but
+    not decoded.
+
+    Args:
+        source: Rows with an image and a label column.
+        class_names: Name of label 0, 1, ...
+        num_images: Images per epoch over all processes.
+        label_ids: Label of each raw label where the column holds names; None: it holds integers.
+        keep: Share of each class's images that an epoch shows, in label order; None: all. See `balanced_shares`.
+        transform: Makes the pixels.
+        image_column: Column of the image.
+        label_column: Column of the label.
+        shuffle_buffer: Rows among which the order is random, beside the order of the shards; 0: the order of the
+            source.
+        seed: Seed of order and augmentation.
+    """
+
+    has_fixed_pixels = False
+
+    def __init__(
+        self,
+        source: IterableDataset,
+        class_names: Sequence[str],
+        *,
+        num_images: int,
+        label_ids: Mapping[str, int] | None = None,
+        keep: Sequence[float] | None = None,
+        transform: ImageTransform | None = None,
+        image_column: str = "image",
+        label_column: str = "label",
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        self.source, self.class_names, self.num_images = source, tuple(class_names), num_images
+        self.label_ids, self.keep, self.transform = label_ids, keep, transform
+        self.image_column, self.label_column = image_column, label_column
+        self.shuffle_buffer, self.seed, self.epoch = shuffle_buffer, seed, 0
+        self.batch_size, self.rank, self.world_size = 1, 0, 1
+        self._skipped_batches = 0
+        if len(self) < 1:
+            raise DataError(f"Expected `num_images` of at least 1, got {num_images!r}.")
+
+    def divide(self, *, batch_size: int, rank: int, world_size: int) -> None:
+        """Say how the stream is read; the trainer does.
+
+        Args:
+            batch_size: Images per batch of a process.
+            rank: Number of this process.
+            world_size: Number of processes.
+
+        Raises:
+            DataError: If an epoch would have no whole batch.
+        """
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        if not self.num_batches:
+            raise DataError(
+                f"Expected at least {batch_size * world_size} images, a batch for each of {world_size} processes, got "
+                f"`num_images`={self.num_images!r}."
+            )
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of an epoch on each process."""
+        return self.num_images // (self.batch_size * self.world_size)
+
+    def __len__(self) -> int:
+        return self.num_batches * self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and augmentation of the next iteration."""
+        self.epoch = epoch
+
+    def repeat_views(self, num_views: int | None) -> None:
+        """Nothing to do: a stream repeats no views; the trainer calls this with None.
+
+        Args:
+            num_views: Only None.
+
+        Raises:
+            DataError: For a number of views.
+        """
+        if num_views is not None:
+            raise DataError("Expected a dataset with positions for repeated views, got a stream.")
+
+    def skip_batches(self, count: int) -> None:
+        """Give placeholders for the first batches of the next iteration, which a resumed run throws away.
+
+        Args:
+            count: Batches of this process.
+        """
+        self._skipped_batches = count
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        """Items of the stream as a batch."""
+        return collate(items)
+
+    def __iter__(self) -> Iterator[Item]:
+        if self.transform is None:
+            raise DataError("The stream has no transform. Set `stream.transform`, for example to `TrainTransform`.")
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        mine, skipped = (
+            self.batch_size * len(range(number, batches, workers))
+            for batches in (self.num_batches, self._skipped_batches)
+        )
+        for position, (row, label) in zip(range(mine), self._rows(number), strict=False):
+            index = (position * workers + number) * self.world_size + self.rank
+            if position < skipped:
+                yield {"pixel_values": torch.zeros(1, 1, 1), "labels": label, "index": index}
+                continue
+            image = read_image(row[self.image_column], where=f"image {index} of the stream")
+            pixels = self.transform(image, torch.Generator().manual_seed(self._seed_of("pixels", index)))
+            yield {"pixel_values": pixels, "labels": label, "index": index}
+
+    def _rows(self, worker: int) -> Iterator[tuple[dict[str, Any], int]]:
+        """Rows of this process and worker with their labels, without end, not decoded."""
+        random = np.random.default_rng(self._seed_of("keep", self.rank, worker))
+        for number in itertools.count():
+            rows = self.source
+            if self.shuffle_buffer:
+                rows = rows.shuffle(seed=self._seed_of("order", number) % 2**32, buffer_size=self.shuffle_buffer)
+            seen = 0
+            for row in split_dataset_by_node(rows, self.rank, self.world_size):
+                seen, label = seen + 1, self._label(row[self.label_column])
+                if self.keep is None or random.random() < self.keep[label]:
+                    yield row, label
+            if not seen:
+                raise DataError(
+                    f"Worker {worker} of process {self.rank} got no rows: the stream has {self.source.num_shards} "
+                    "shards. Use fewer `dataloader_num_workers`, or more shards."
+                )
+
+    def _label(self, raw: Any) -> int:
+        label = raw if self.label_ids is None else self.label_ids.get(raw)
+        if not isinstance(label, int | np.integer) or not 0 <= label < len(self.class_names):
+            raise DataError(
+                f"Expected labels of {len(self.class_names)} classes, got {raw!r} in column {self.label_column!r}. "
+                "Pass `class_names` that cover the stream: a list in label order, or a mapping from labels to names."
+            )
+        return int(label)
+
+    def _seed_of(self, *parts: object) -> int:
+        text = ",".join(map(str, (self.seed, self.epoch, *parts)))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def balanced_shares(counts: Sequence[int], *, images_per_class: int) -> tuple[list[float], int]:
+    """Share of each class's images to keep so that no class shows more than a number per epoch, in expectation.
+
+    Args:
+        counts: Images of each class in the whole stream.
+        images_per_class: Largest number of a class; 16 in POMP.
+
+    Returns:
+        Shares for `ImageStream(keep=...)`, and the images per epoch that they leave.
+    """
+    shares = [min(1.0, images_per_class / max(count, 1)) for count in counts]
+    return shares, sum(min(count, images_per_class) for count in counts)
+
+
+def open_stream(source: str | Path | HFDataset | IterableDataset, *, split: str = "train") -> IterableDataset:
+    """Rows of a dataset that is read as a stream.
+
+    Args:
+        source: A stream; a dataset in memory; a folder with parquet files or webdataset tars whose names begin with
+            the split; or the id of a dataset on the Hub, which is the only case that uses the network.
+        split: Part to read.
+
+    Raises:
+        DataError: If a folder has no such files.
+    """
+    if isinstance(source, IterableDataset):
+        return source
+    if isinstance(source, HFDataset):
+        return source.to_iterable_dataset(num_shards=min(64, len(source)))
+    folder = Path(source)
+    if not folder.exists():
+        return load_dataset(str(source), split=split, streaming=True)
+    for builder, pattern in SHARDS.items():
+        files = sorted(str(file) for file in folder.glob(f"{split}{pattern}"))
+        if files:
+            return load_dataset(builder, data_files={split: files}, split=split, streaming=True)
+    raise DataError(f"Expected '{split}*.parquet' or '{split}*.tar' in {str(folder)!r}, got neither.")
+
+
+def class_labels(source: IterableDataset, label_column: str) -> list[str] | None:
+    """Class names that the stream itself knows; None where its labels are bare numbers or texts.
+
+    Args:
+        source: The stream.
+        label_column: Column of the label.
+    """
+    feature = None if source.features is None else source.features.get(label_column)
+    return list(feature.names) if isinstance(feature, ClassLabel) else None
+
+
+def undecoded(source: IterableDataset, image_column: str) -> IterableDataset:
+    """The stream with image files as bytes, so that skipping a row decodes nothing.
+
+    Args:
+        source: The stream.
+        image_column: Column of the image.
+    """
+    features = source.features
+    if features is not None and isinstance(features.get(image_column), ImageFeature):
+        return source.cast_column(image_column, ImageFeature(decode=False))
+    return source.decode(False)

@@ -1,0 +1,191 @@
+"""Streams: every image once, divided among processes and workers, resumed without decoding, balanced; class lists."""
+
+import io
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from torch.utils.data import DataLoader
+
+from peft_vlm.data import ImageStream, load_image_stream, open_stream, read_class_list
+from peft_vlm.data.transforms import EvalTransform
+from peft_vlm.errors import DataError
+from tests.tiny import COLOURS, clip_processor, colour_rows
+
+NAMES = list(COLOURS)
+
+
+def table(per_class: int = 4) -> Dataset:
+    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+    rows = colour_rows(per_class)
+    return Dataset.from_list(rows, features=features)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images in four parquet files."""
+    folder = tmp_path_factory.mktemp("shards")
+    for number in range(4):
+        table().shard(4, number).to_parquet(folder / f"train-{number:05d}-of-00004.parquet")
+    return folder
+
+
+def stream(source, **settings) -> ImageStream:
+    own = {"num_images": 24, "transform": EvalTransform(clip_processor()), "shuffle_buffer": 8, "seed": 3}
+    return load_image_stream(source, **(own | settings))
+
+
+def labels(items) -> list[int]:
+    return [int(item["labels"]) for item in items]
+
+
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(shards: Path):
+    images = stream(shards)
+    assert images.class_names == tuple(NAMES)
+    epochs = []
+    for epoch in (0, 1, 0):
+        images.set_epoch(epoch)
+        items = list(images)
+        assert len(items) == len(images) == 24
+        assert sorted(item["index"] for item in items) == list(range(24))
+        epochs.append(labels(items))
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert Counter(epochs[0]) == Counter(epochs[1]) == dict.fromkeys(range(6), 4)
+
+
+def test_processes_and_workers_divide_the_stream(shards: Path):
+    """Equally many whole batches each, and together every image once."""
+    found, counts = Counter(), []
+    for rank in range(2):
+        images = stream(shards)
+        images.divide(batch_size=3, rank=rank, world_size=2)
+        loader = DataLoader(images, batch_size=3, num_workers=2 if rank else 0, collate_fn=images.collate)
+        batches = list(loader)
+        counts.append([len(batch["labels"]) for batch in batches])
+        found.update(int(label) for batch in batches for label in batch["labels"])
+    assert counts == [[3] * 4, [3] * 4]
+    assert found == dict.fromkeys(range(6), 4)
+
+
+def test_a_resumed_epoch_goes_on_with_the_same_images_and_decodes_none_of_the_skipped(shards: Path):
+    images = stream(shards)
+    images.divide(batch_size=4, rank=0, world_size=1)
+    straight = list(images)
+    images.skip_batches(3)
+    resumed = list(images)
+    assert all(item["pixel_values"].numel() == 1 for item in resumed[:12])
+    for a, b in zip(straight[12:], resumed[12:], strict=True):
+        assert (a["labels"], a["index"]) == (b["labels"], b["index"])
+        assert torch.equal(a["pixel_values"], b["pixel_values"])
+
+
+def test_a_training_on_a_stream_resumes_in_mid_epoch(shards: Path, tmp_path: Path):
+    """Through the trainer, which throws the skipped batches away."""
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    from peft_vlm import RPPObjective, VLMTrainer, VLMTrainingArguments
+    from tests.cases import base_model, class_prompts, rpp_config
+
+    finals = []
+    for folder, resume in (("a", None), ("b", str(tmp_path / "a" / "checkpoint-5"))):
+        torch.manual_seed(1)
+        model = get_peft_model(base_model(), rpp_config(vision_depth=0))
+        args = VLMTrainingArguments(
+            output_dir=str(tmp_path / folder),
+            num_train_epochs=2,
+            save_strategy="steps",
+            save_steps=5,
+            use_cpu=True,
+            per_device_train_batch_size=6,
+            save_total_limit=None,
+            disable_tqdm=True,
+            report_to="none",
+            learning_rate=0.1,
+        )
+        objective = RPPObjective(class_prompts(), soft_weight=0, num_sampled_classes=3)
+        trainer = VLMTrainer(model, objective, args, train_dataset=stream(shards))
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.global_step == 8
+        finals.append(get_peft_model_state_dict(model))
+    assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
+
+
+def test_tables_in_memory_and_hugging_face_streams_are_streams_too():
+    for source in (table(), table().to_iterable_dataset(num_shards=3)):
+        assert Counter(labels(stream(source))) == dict.fromkeys(range(6), 4)
+
+
+def test_webdataset_shards_with_wordnet_ids(tmp_path: Path):
+    rows = colour_rows(2)
+    with tarfile.open(tmp_path / "train-000.tar", "w") as tar:
+        for number, row in enumerate(rows):
+            picture = io.BytesIO()
+            row["image"].save(picture, "PNG")
+            for extension, data in (("png", picture.getvalue()), ("cls.txt", f"n0000000{row['label']}".encode())):
+                info = tarfile.TarInfo(f"{number:04d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    names = {f"n0000000{number}": name for number, name in enumerate(NAMES)}
+    images = stream(tmp_path, class_names=names, num_images=12, image_column="png", label_column="cls.txt")
+    items = list(images)
+    assert Counter(labels(items)) == dict.fromkeys(range(6), 2)
+    assert items[0]["pixel_values"].shape == (3, 16, 16)
+
+
+def test_balanced_sampling_shows_no_class_more_often_than_asked():
+    rows = [row for row in colour_rows(40) if row["label"] < 1] + [row for row in colour_rows(4) if row["label"] > 0]
+    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+    images = stream(Dataset.from_list(rows, features=features), images_per_class=4, num_images=None)
+    assert len(images) == 24
+    seen = Counter()
+    for epoch in range(10):
+        images.set_epoch(epoch)
+        seen.update(labels(images))
+    assert sum(seen.values()) == 240
+    assert seen[0] < 70  # 40 in expectation; 160 of 240 with natural sampling
+    assert min(seen.values()) > 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_images": None}, "does not know its length"),
+        ({"num_images": 0}, "at least 1, got 0"),
+        ({"class_names": ["red"]}, "labels of 1 classes"),
+    ],
+)
+def test_streams_that_cannot_work_are_refused(settings: dict, message: str):
+    with pytest.raises(DataError, match=message):
+        list(stream(table(), **settings))
+
+
+def test_a_folder_without_shards_and_too_few_images_are_refused(tmp_path: Path, shards: Path):
+    with pytest.raises(DataError, match=r"Expected 'train\*.parquet' or 'train\*.tar'"):
+        open_stream(tmp_path)
+    with pytest.raises(DataError, match="a batch for each of 4 processes"):
+        stream(shards).divide(batch_size=7, rank=0, world_size=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tench\ngold fish\n", ["tench", "gold fish"]),
+        (
+            "n01440764\ttench, Tinca tinca\nn02012849\tcrane\nn03126707\tcrane, hoist\n",
+            {"n01440764": "tench", "n02012849": "crane (n02012849)", "n03126707": "crane (hoist)"},
+        ),
+        ("n01440764 tench\nn01443537 gold_fish\n", {"n01440764": "tench", "n01443537": "gold fish"}),
+        (
+            "  1 This software and database is licensed\n00001740 03 n 01 entity 0 003 ~ 00001930 n 0000 | that\n"
+            "01440764 05 n 02 tench 0 Tinca_tinca 0 001 @ 01440000 n 0000 | freshwater fish\n",
+            {"n00001740": "entity", "n01440764": "tench"},
+        ),
+    ],
+)
+def test_class_lists_of_text_files_and_wordnet(tmp_path: Path, text: str, expected):
+    path = tmp_path / "names.txt"
+    path.write_text(text)
+    assert read_class_list(path) == expected

@@ -1,11 +1,9 @@
 """One row per method: how to build it on a tiny model. The contract tests run every promise on every row."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import CLIPProcessor
@@ -29,43 +27,11 @@ from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.objective import Objective
 from peft_vlm.text.prompts import ClassPrompts, tokenize_classes
 from peft_vlm.text.reserve import reserve_slots
+from tests.case import Case
 from tests.tiny import CONTEXT_LENGTH, clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 
 NUM_CLASSES = 6
 WORD_A = tiny_tokenizer()("a", add_special_tokens=False)["input_ids"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A method as the contract tests see it.
-
-    Args:
-        method: Registered name.
-        config: Builds its configuration for the tiny model.
-        objective: Builds its objective for class prompts; keyword arguments override settings.
-        other_shape: Settings of a second adapter with another shape, None if every adapter looks the same.
-        starts_as_base: Whether an untrained adapter leaves the base model's output as it is.
-        text_free: Whether the model with its adapter takes `pixel_values` alone.
-        saved_module: A module outside the method's own targets, for PEFT's `modules_to_save`.
-        can_merge: Whether merging into the base weights is exact.
-        fits_any_base: Whether an adapter is meant for base models of other sizes too.
-        zero_gradients: Endings of trainable tensors whose gradient is analytically zero, with the reason.
-        batch_dependent: Why the loss of a batch is not the mean of the losses of its halves; empty if it is.
-        bad_settings: Impossible configurations: (settings, text that the message must hold).
-    """
-
-    method: str
-    config: Callable[..., PeftConfig]
-    objective: Callable[..., Objective]
-    other_shape: dict[str, Any] | None = None
-    starts_as_base: bool = True
-    text_free: bool = False
-    saved_module: str = "token_embedding"
-    can_merge: bool = False
-    fits_any_base: bool = False
-    zero_gradients: dict[str, str] = field(default_factory=dict)
-    batch_dependent: str = ""
-    bad_settings: Sequence[tuple[dict[str, Any], str]] = ()
 
 
 def skip_tuning_config(**settings: Any) -> SkipTuningConfig:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset as HFDataset
@@ -50,11 +51,7 @@ def load_image_stream(
     names = class_labels(rows, label_column) if names is None else names
     if names is None:
         raise DataError(f"The labels in column {label_column!r} have no names. Pass `class_names`.")
-    rows, label_ids = undecoded(rows, image_column), None
-    if isinstance(names, Mapping):
-        label_ids, names = {raw: number for number, raw in enumerate(names)}, list(names.values())
-    elif isinstance(next(iter(rows))[label_column], str):
-        label_ids = {name: number for number, name in enumerate(names)}
+    rows, (names, label_ids) = undecoded(rows, image_column), _numbered(rows, names, label_column)
     keep = None
     if images_per_class is not None:
         counts = count_labels(rows, label_column, names, label_ids)
@@ -62,18 +59,20 @@ def load_image_stream(
         num_images = counted if num_images is None else num_images
     if num_images is None:
         raise DataError("Expected `num_images`, for a stream does not know its length, or `images_per_class`.")
-    return ImageStream(
-        rows,
-        names,
-        num_images=num_images,
-        label_ids=label_ids,
-        keep=keep,
-        transform=transform,
-        image_column=image_column,
-        label_column=label_column,
-        shuffle_buffer=shuffle_buffer,
-        seed=seed,
-    )
+    columns = {"image_column": image_column, "label_column": label_column}
+    order: dict[str, Any] = {"shuffle_buffer": shuffle_buffer, "seed": seed, "num_images": num_images, "keep": keep}
+    return ImageStream(rows, names, label_ids=label_ids, transform=transform, **columns, **order)
+
+
+def _numbered(
+    rows: IterableDataset, names: Sequence[str] | Mapping[str, str], label_column: str
+) -> tuple[list[str], dict[str, int] | None]:
+    """Class names in label order, and the label of each raw label where the column holds texts."""
+    if isinstance(names, Mapping):
+        return list(names.values()), {raw: number for number, raw in enumerate(names)}
+    if isinstance(next(iter(rows))[label_column], str):
+        return list(names), {name: number for number, name in enumerate(names)}
+    return list(names), None
 
 
 def count_labels(

@@ -3,9 +3,25 @@
 from peft_vlm.methods.rpp.config import RPPConfig
 from peft_vlm.methods.rpp.model import RPPModel
 from peft_vlm.methods.rpp.objective import RPPObjective
+from peft_vlm.methods.rpp.paper import PAPER
 from peft_vlm.methods.rpp.presets import PRESETS
+from peft_vlm.objective import About
 from peft_vlm.registry import register_method
 
-register_method("rpp", config_cls=RPPConfig, model_cls=RPPModel)
+register_method(
+    "rpp",
+    config_cls=RPPConfig,
+    model_cls=RPPModel,
+    about=About(
+        title="RPP",
+        trained="prompts for the queries, keys and values of the lower layers of both towers",
+        paper=PAPER,
+        limits=(
+            "The prompts take places in the class prompt: give class names, not whole sentences.",
+            "The paper's code and settings are not published: residual, depth, soft-label weight and rate are choices "
+            "of this package.",
+        ),
+    ),
+)
 
 __all__ = ["PRESETS", "RPPConfig", "RPPModel", "RPPObjective"]

@@ -8,12 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
-
 from peft_vlm.adapter_files import BASELINE_NAME, REPORT_NAME, SUMMARY_NAME, WEIGHTS_NAME
 from peft_vlm.cli.command import add_command, print_json
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.prompting.config import VLMConfig
+from peft_vlm.prompting.config import VLMConfig, read_config
 from peft_vlm.registry import ABOUT, METHODS, RECIPES
 from peft_vlm.serving.plain import load_exported
 from peft_vlm.training.artifacts import environment
@@ -96,7 +94,7 @@ def _defaults(target: Callable[..., Any]) -> dict[str, Any]:
 def _adapter(adapter: str) -> dict[str, Any]:
     """What an adapter's configuration says, and what lies beside it in a local folder."""
     try:
-        config = PeftConfig.from_pretrained(adapter)
+        config = read_config(adapter)
     except (OSError, ValueError) as error:
         raise PeftVLMError(f"{adapter!r} is no method and no adapter that can be read: {error}") from error
     method = config.peft_type.value.lower()

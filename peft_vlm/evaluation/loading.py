@@ -19,7 +19,7 @@ from transformers import (
 from peft_vlm.data.transforms import image_size_of, mean_and_std_of
 from peft_vlm.errors import AdapterError
 from peft_vlm.hub_errors import explain, explained
-from peft_vlm.prompting.config import VLMConfig
+from peft_vlm.prompting.config import VLMConfig, read_config
 from peft_vlm.towers import towers_of
 
 
@@ -100,7 +100,7 @@ def load_model(
 def _read_config(adapter: str, **source: str | None) -> PeftConfig:
     _check_path(adapter, what="adapter", advice="Pass the folder that holds `adapter_config.json`, or a Hub id.")
     try:
-        return PeftConfig.from_pretrained(adapter, **source)
+        return read_config(adapter, **source)
     except AdapterError:
         raise
     except (OSError, ValueError) as error:

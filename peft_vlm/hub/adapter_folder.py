@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,7 +20,7 @@ from peft_vlm.adapter_files import (
 )
 from peft_vlm.errors import AdapterError
 from peft_vlm.hub.scores import Evaluation, read_evaluation
-from peft_vlm.prompting.config import VLMConfig, check_adapter_file
+from peft_vlm.prompting.config import VLMConfig, check_adapter_file, read_config
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -66,7 +65,7 @@ class AdapterFolder:
                     "trainer wrote; an adapter that is not called `default` is in a subfolder of its name."
                 )
         check_adapter_file(path)
-        config = PeftConfig.from_pretrained(str(path))
+        config = read_config(path)
         if not isinstance(config, VLMConfig):
             raise AdapterError(
                 f"Expected an adapter of peft_vlm in {str(folder)!r}, got one of PEFT's {config.peft_type.value!r}. "

@@ -158,6 +158,19 @@ class VLMConfig(PeftConfig):
         return None
 
 
+def read_config(adapter: str | Path, **kwargs: Any) -> PeftConfig:
+    """The configuration of an adapter of any method, with a class list that stands in a file of its own.
+
+    Args:
+        adapter: Local folder or Hub id.
+        **kwargs: Passed to PEFT.
+    """
+    config = PeftConfig.from_pretrained(str(adapter), **kwargs)
+    if isinstance(config, VLMConfig) and config.class_names_file is not None:
+        return type(config).from_pretrained(str(adapter), **kwargs)
+    return config
+
+
 def check_dtype_name(name: str | None, *, field_name: str) -> None:
     """Refuse a dtype name that is not one of `DTYPES`.
 

@@ -1,6 +1,7 @@
 """RPP (2024): prompts for queries, keys and values, pretrained once on thousands of classes with soft labels."""
 
 from peft_vlm.methods.rpp.config import RPPConfig
+from peft_vlm.methods.rpp.initialise import start_shared_prompts
 from peft_vlm.methods.rpp.model import RPPModel
 from peft_vlm.methods.rpp.objective import RPPObjective
 from peft_vlm.methods.rpp.paper import PAPER
@@ -24,4 +25,4 @@ register_method(
     ),
 )
 
-__all__ = ["PRESETS", "RPPConfig", "RPPModel", "RPPObjective"]
+__all__ = ["PRESETS", "RPPConfig", "RPPModel", "RPPObjective", "start_shared_prompts"]

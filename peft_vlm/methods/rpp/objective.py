@@ -26,6 +26,7 @@ from peft_vlm.losses.soft_labels import FORMS, soft_label_loss
 from peft_vlm.methods.rpp.paper import PAPER
 from peft_vlm.methods.rpp.teacher import ZeroShotTeacher, check_same_classes, stream_class_features
 from peft_vlm.objective import EpochBatchSampler, ObjectiveOutput
+from peft_vlm.processes import gather_rows
 from peft_vlm.prompting.context import trained_towers
 from peft_vlm.shapes import Batch
 from peft_vlm.text.compact import CompactPrompts
@@ -58,7 +59,7 @@ class RPPObjective(PromptObjective):
         image_sampling: `"natural"`: every image once per epoch; `"balanced"`: every class equally often.
         text_chunk_size: Prompts per pass of the text tower; more than one chunk is recomputed in the backward pass.
         storage: Where class features that do not change are kept: `"disk"` (memory-mapped) or `"ram"`.
-        seed: Seed of the drawn classes, which depend on it, the epoch and the images of the batch alone.
+        seed: Seed of the drawn classes, which depend on it, the epoch and the images of the whole batch alone.
 
     Requirements:
         Batches with `pixel_values`, `labels` and `index`; an active adapter with text or vision prompts of any method.
@@ -207,7 +208,7 @@ class RPPObjective(PromptObjective):
 
     def _draw(self, index: Int[Tensor, " batch"]) -> Int[Tensor, " kept"]:
         """Sampled classes of a batch: the same whenever the run is resumed, and however many processes share it."""
-        text = f"{self.seed},{self._epoch},{index.tolist()}"
+        text = f"{self.seed},{self._epoch},{gather_rows(index).tolist()}"
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
         generator = torch.Generator().manual_seed(seed)
         count = int(self.settings["num_sampled_classes"]) - 1

@@ -1,11 +1,11 @@
 """CPU time and memory of a pretraining step as the number of classes grows, at a fixed number of sampled classes.
 
-    python benchmarks/rpp_many_classes.py [--json] [--output FOLDER] [--models student vit_b16] [--rounds 1] [--steps 2]
+    python benchmarks/rpp_many_classes.py [--json] [--output FOLDER] [--models student vit_b16] [--steps 2]
 
-Names have the same distribution of lengths whatever their number. Beside POMP's sampling: the plain objective over all
-classes, measured at 100 and 1,000 classes, and beyond that counted. Each number comes from a process of its own; memory
-is the peak of the process less what it held before the steps. The bundled student samples 1,000 classes, the ViT-B/16
-256.
+Names have the same distribution of lengths whatever their number. Beside POMP's sampling: the plain objective over
+all classes, measured at 100 and 1,000 classes; its text part grows with their number. Each figure comes from a process
+of its own; memory is the peak of the process less what it held before the steps. The bundled student samples 1,000
+classes, the ViT-B/16 256.
 """
 
 import argparse
@@ -105,7 +105,8 @@ def plot(results: dict[str, dict[str, float]], models: list[str], path: Path) ->
 
     figure = new_figure(9.0, 3.6)
     axes = figure.subplots(1, 2)
-    for axis, key, label in zip(axes, ("cpu_seconds", "peak_mb"), ("CPU seconds per step", "peak MB of the steps")):
+    shown = {"cpu_seconds": "CPU seconds per step", "peak_mb": "peak MB of the steps"}
+    for axis, (key, label) in zip(axes, shown.items(), strict=True):
         for name in models:
             for kind, counts, style in (("sampled", CLASSES, "o-"), ("plain", PLAIN, "s--")):
                 values = [results[f"{name}:{kind}:{count}"][key] for count in counts]

@@ -133,7 +133,7 @@ def test_wrong_files_are_named(tmp_path, capsys) -> None:
 def test_presets_are_the_methods_own() -> None:
     """Each method's official configuration by its name; the command line passes the number of shots."""
     names = {"coop": "random", "promptkd": "base_to_new", "promptsrc": "base_to_new", "skip_tuning": "few_shot"}
-    names["tvp"] = "cifar10"
+    names |= {"tvp": "cifar10", "rpp": "imagenet21k"}
     for method in METHODS:
         if RECIPES[method].preset_for is not None:
             preset = preset_of(RunSettings(method=method, model="m", dataset="d", shots=1, preset=names[method]))

@@ -5,9 +5,9 @@ from peft_vlm.methods.rpp.initialise import start_shared_prompts
 from peft_vlm.methods.rpp.model import RPPModel
 from peft_vlm.methods.rpp.objective import RPPObjective
 from peft_vlm.methods.rpp.paper import PAPER
-from peft_vlm.methods.rpp.presets import PRESETS
+from peft_vlm.methods.rpp.presets import PRESETS, preset_for
 from peft_vlm.objective import About
-from peft_vlm.registry import register_method
+from peft_vlm.registry import Recipe, register_method
 
 register_method(
     "rpp",
@@ -23,6 +23,7 @@ register_method(
             "of this package.",
         ),
     ),
+    recipe=Recipe(objective=RPPObjective, preset_for=preset_for),
 )
 
-__all__ = ["PRESETS", "RPPConfig", "RPPModel", "RPPObjective", "start_shared_prompts"]
+__all__ = ["PRESETS", "RPPConfig", "RPPModel", "RPPObjective", "preset_for", "start_shared_prompts"]

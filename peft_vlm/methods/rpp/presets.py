@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from peft_vlm.presets import Preset
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # ours, for the bundled 48 px CLIPs: 4 text layers, 6 or 8 vision layers, so that J < L in both towers
     "demo": {
@@ -44,3 +46,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Keyword arguments by preset: `config`, `objective`, `training`, `augmentation`, and `few_shot` training."""
+
+
+def preset_for(name: str) -> Preset:
+    """A preset as the parts that every method has.
+
+    Args:
+        name: Key of `PRESETS`.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"Expected a preset out of {sorted(PRESETS)}, got {name!r}.")
+    return Preset(**{part: dict(PRESETS[name][part]) for part in ("config", "objective", "training")})

@@ -1,0 +1,44 @@
+"""The RPP example as a user runs it, in a few steps: pretraining, transfer, few-shot starts; and what it leaves."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peft_vlm import PromptedClassifier
+from peft_vlm.data.sources import load_image_dataset
+from peft_vlm.pretraining_experiment import load_pretraining_images
+from tests.scripts import run_script
+from tests.source_tree import ROOT
+
+ASSETS = ROOT / "examples" / "assets"
+
+
+def test_the_committed_corpus_has_thousands_of_classes_and_a_list_of_them():
+    """Two training images of each class, and a validation image of 1,500 of them."""
+    folder = ASSETS / "pretraining"
+    train, validation = (load_image_dataset(folder, split=split) for split in ("train", "validation"))
+    assert len(train.class_names) > 3000
+    assert len(train) == 2 * len(train.class_names)
+    assert len(validation) == 1500
+    assert list(train.class_names) == (folder / "class_names.txt").read_text().splitlines()
+    stream = load_pretraining_images(str(folder), lambda *call: None, num_images=100)
+    assert stream.class_names == train.class_names
+
+
+@pytest.mark.slow
+def test_rpp_from_start_to_finish(tmp_path: Path):
+    """Started again, the finished pretraining is not repeated."""
+    arguments = ("--use_cpu", "--max_steps", "3", "--num_sampled_classes", "16", "--shots", "1", "--seeds", "1")
+    result = run_script("examples/train_rpp.py", *arguments, "--output_dir", str(tmp_path))
+    assert result.code == 0, result.printed
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(report["transfer"]) == {"zero_shot", "rpp"}
+    assert set(report["transfer"]["rpp"]) == {"icons", "emoji", "fashion", "mean"}
+    assert set(report["few_shot"]["1"]) == {"zero_shot", "rpp", "words", "random"}
+    names = (tmp_path / "pretrained" / "class_names.txt").read_text().splitlines()
+    assert len(names) > 3000
+    classifier = PromptedClassifier.from_pretrained(tmp_path / "pretrained")
+    assert classifier.class_names == tuple(names)
+    image = load_image_dataset(ASSETS / "icons", split="test").image(0)
+    assert classifier.predict(image, class_names=["airplane", "anchor"])[0].probability > 0.5

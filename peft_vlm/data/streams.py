@@ -44,6 +44,9 @@ class ImageStream(TorchIterableDataset):
         shuffle_buffer: Rows among which the order is random, beside the order of the shards; 0: the order of the
             source.
         seed: Seed of order and augmentation.
+
+    Raises:
+        DataError: If there are no images.
     """
 
     has_fixed_pixels = False

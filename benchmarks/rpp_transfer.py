@@ -2,9 +2,9 @@
 
     python benchmarks/rpp_transfer.py [--json] [--variants rpp shared hard ...] [--seeds 1 2 3] [--shots 1 4 16]
 
-Every variant pretrains from the same settings but for what its name says, transfers to the three bundled test sets, and
-starts few-shot training on emoji and icons. `half` is the same as `rpp` on a CLIP that was trained on half of the names
-(`--half_model`, made by `train_clip.py --half`). A run that was interrupted goes on. Hours on two CPU cores; take
+Every variant pretrains from the same settings but for what its name says, transfers to the three bundled test sets,
+and starts few-shot training on emoji and icons. `half` is the same as `rpp` on a CLIP that was trained on half of the
+names (`--half_model`, made by `train_clip.py --half`). A run that was interrupted goes on. Hours on two CPU cores; take
 variants one by one.
 """
 

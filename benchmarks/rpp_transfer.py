@@ -4,8 +4,8 @@
 
 Every variant pretrains from the same settings but for what its name says, transfers to the three bundled test sets,
 and starts few-shot training on emoji and icons. `half` is the same as `rpp` on a CLIP that was trained on half of the
-names (`--half_model`, made by `train_clip.py --half`). A run that was interrupted goes on. Hours on two CPU cores; take
-variants one by one.
+names (`--half_model`, made by `train_clip.py --half`). A run that was interrupted goes on. Hours on two CPU cores.
+Take variants one by one.
 """
 
 import argparse

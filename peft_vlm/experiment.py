@@ -24,6 +24,7 @@ from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransfo
 from peft_vlm.evaluation.metrics import harmonic_mean
 from peft_vlm.json_files import write_json
 from peft_vlm.learners import Learner, Split
+from peft_vlm.processes import is_main_process, local_index
 from peft_vlm.text.prompts import ClassPrompts, check_same_vocabulary, tokenize_classes
 from peft_vlm.training.memory import PeakMemory
 
@@ -177,7 +178,8 @@ class Experiment:
                 report |= {"task": task.name, "methods": methods}
             else:
                 report["tasks"][task.name] = {"methods": methods}
-            write_json(self.output_dir / "metrics.json", report)
+            if is_main_process():
+                write_json(self.output_dir / "metrics.json", report)
         progress.close()
         return report
 
@@ -195,7 +197,7 @@ class Experiment:
         """
         set_seed(seed)
         model = (learner.load_model or self.load_model)()
-        model = model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model.to(self.device or (f"cuda:{local_index()}" if torch.cuda.is_available() else "cpu"))
 
         def prompts(class_names: Sequence[str], template: str | None = None) -> ClassPrompts:
             return self.prompts(class_names, template or task.template)

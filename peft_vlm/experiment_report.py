@@ -7,6 +7,7 @@ from typing import Any
 
 from peft_vlm.evaluation.report import paired_difference
 from peft_vlm.figures import new_figure
+from peft_vlm.processes import is_main_process
 
 SCORES = {"base": "base %", "new": "new %", "h": "H %", "accuracy": "accuracy %"}
 COSTS = {"seconds": "seconds", "peak_memory_mb": "peak MB"}
@@ -56,7 +57,7 @@ def markdown_table(report: Mapping[str, Any]) -> str:
 
 
 def write_results(report: Mapping[str, Any], folder: Path) -> str:
-    """Write `table.md` and `results.png` beside `metrics.json`.
+    """Write `table.md` and `results.png` beside `metrics.json`, from the main process.
 
     Args:
         report: What `Experiment.run` returned.
@@ -66,6 +67,8 @@ def write_results(report: Mapping[str, Any], folder: Path) -> str:
         The table.
     """
     table = markdown_table(report)
+    if not is_main_process():
+        return table
     (folder / "table.md").write_text(table, encoding="utf-8")
     results_png(report, folder / "results.png")
     return table

@@ -32,6 +32,11 @@ def local_place() -> tuple[int, int]:
     return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", distributed.get_world_size()))
 
 
+def local_index() -> int:
+    """Number of this process on its machine, which is that of its GPU; the launcher's word."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def is_main_process() -> bool:
     """Whether this process writes; before the processes are connected the launcher's word counts."""
     return process_index() == 0 if _started() else int(os.environ.get("RANK", 0)) == 0

@@ -25,6 +25,7 @@ from peft_vlm.evaluation.transfer import (
 )
 from peft_vlm.json_files import write_json
 from peft_vlm.objective import Objective
+from peft_vlm.processes import is_main_process
 from peft_vlm.prompting.prompt_picture import remove_prompts
 from peft_vlm.text.candidates import Candidates, tokenize_candidates
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
@@ -222,7 +223,7 @@ class TransferExperiment:
 
 
 def write_transfer_results(variants: Mapping[str, Sequence[TransferReport]], folder: Path) -> str:
-    """Write `metrics.json`, `table.md` and `results.png` of an experiment.
+    """Write `metrics.json`, `table.md` and `results.png` of an experiment, from the main process.
 
     Args:
         variants: What `TransferExperiment.run` gave.
@@ -238,10 +239,12 @@ def write_transfer_results(variants: Mapping[str, Sequence[TransferReport]], fol
         "versions": first[0].versions,
         "variants": {name: _columns(reports) for name, reports in variants.items()},
     }
-    write_json(folder / "metrics.json", metrics)
     parts = [f"### {name}\n\n{transfer_table(reports)}" for name, reports in variants.items()]
     if len(variants) > 1 and all(report.unseen for reports in variants.values() for report in reports):
         parts.append(f"### comparison\n\n{comparison_table(variants)}")
+    if not is_main_process():
+        return "\n\n".join(parts)
+    write_json(folder / "metrics.json", metrics)
     (folder / "table.md").write_text("\n\n".join(parts) + "\n", "utf-8")
     for name, reports in variants.items():
         transfer_png(reports, folder / f"results_{name}.png", title=f"{first[0].task}: {name}")

@@ -150,15 +150,20 @@ def check_room(size: int, storage: str, *, name: str, folder: str | Path | None 
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
-    elif _MEMORY.is_file():
-        line = next((line for line in _MEMORY.read_text().splitlines() if line.startswith("MemAvailable:")), None)
-        free = size if line is None else 1024 * int(line.split()[1])
     else:
-        return
-    if size > free:
+        free = free_ram()
+    if free is not None and size > free:
         where = "RAM" if storage == "ram" else str(folder)
         raise DataError(
             f"Expected room for {size / 2**30:.1f} GB of {name}, got {free / 2**30:.1f} GB free in {where}. Train on "
             "fewer images, store them elsewhere ('ram' or 'disk', where there is a choice), or switch the cache off "
             "('none')."
         )
+
+
+def free_ram() -> int | None:
+    """Bytes of memory that the system can still give; None where it does not say (beside Linux)."""
+    if not _MEMORY.is_file():
+        return None
+    line = next((line for line in _MEMORY.read_text().splitlines() if line.startswith("MemAvailable:")), None)
+    return None if line is None else 1024 * int(line.split()[1])

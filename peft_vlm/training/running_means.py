@@ -12,6 +12,17 @@ class RunningMeans:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
+        self._epoch: list[Tensor] = []
+
+    def start_epoch(self) -> None:
+        """Forget the losses of the epoch before."""
+        self._epoch = []
+
+    def epoch_loss(self) -> float | None:
+        """Mean loss of the batches since `start_epoch`, over all processes; None without any."""
+        if not self._epoch:
+            return None
+        return float(sum_over_processes(torch.stack(self._epoch).mean())) / num_processes()
 
     def add(self, outputs: dict[str, Tensor]) -> None:
         """Count a batch.
@@ -24,6 +35,7 @@ class RunningMeans:
                 value = value.detach().float()
                 self._sums[key] = self._sums[key] + value if key in self._sums else value
         self._batches += 1
+        self._epoch.append(outputs["loss"].detach().float())
 
     def take(self) -> dict[str, float]:
         """The mean of every term, `accuracy` where images had labels; and begin anew. All processes call it together.

@@ -24,6 +24,7 @@ from peft_vlm.training.checks import check_run
 from peft_vlm.training.exact_metrics import WithLoss, accuracy_metric, classes_and_losses
 from peft_vlm.training.finite import FiniteSteps
 from peft_vlm.training.module import TrainingModule
+from peft_vlm.training.progress import RunReport
 from peft_vlm.training.publishing import PublishingTrainer
 from peft_vlm.training.resumable import ResumableTrainer
 from peft_vlm.training.running_means import RunningMeans
@@ -66,7 +67,7 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
             args._n_gpu = 1
         self.objective = objective
         self.steps_per_epoch = 0
-        self._means, self._finite = RunningMeans(), FiniteSteps(self, args.non_finite)
+        self.running_means, self._finite = RunningMeans(), FiniteSteps(self, args.non_finite)
         train_dataset.unreadable.skip(args.unreadable_images == "skip")
         super().__init__(
             model=TrainingModule(model, objective),
@@ -79,9 +80,8 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
             callbacks=callbacks,
             **kwargs,
         )
-        self.callback_handler.callbacks.insert(
-            0, ObjectiveCallback(self.model, train_dataset, self.accelerator.autocast, self.log)
-        )
+        first = ObjectiveCallback(self.model, train_dataset, self.accelerator.autocast, self.log)
+        self.callback_handler.callbacks[:0] = [RunReport(self), first]
         for callback in (self._finite, *objective.callbacks(model), self.interrupt, ArtifactsCallback(self)):
             self.add_callback(callback)
 
@@ -176,13 +176,13 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
         outputs = model(**inputs)
         loss = outputs["loss"]
         self._finite.add(outputs, inputs["index"])
-        self._means.add(outputs)
+        self.running_means.add(outputs)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the mean loss terms and training accuracy of all processes since the last log."""
         if "loss" in logs:
-            logs |= self._means.take()
+            logs |= self.running_means.take()
         super().log(logs, start_time)
 
     def prediction_step(

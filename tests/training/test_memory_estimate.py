@@ -1,0 +1,124 @@
+"""The estimate of memory before the first step against what autograd really keeps."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import CLIPConfig, CLIPModel
+
+from peft_vlm import (
+    CoOpConfig,
+    CoOpObjective,
+    PromptSRCConfig,
+    PromptSRCObjective,
+    SkipTuningConfig,
+    SkipTuningObjective,
+    TVPConfig,
+    TVPObjective,
+)
+from peft_vlm.data.transforms import EvalTransform
+from peft_vlm.errors import PeftVLMError, PeftVLMWarning
+from peft_vlm.training import memory_estimate
+from peft_vlm.training.memory_estimate import estimate_memory
+from tests.cases import class_prompts, images
+from tests.short_run import train
+from tests.tiny import CONTEXT_LENGTH, clip_processor
+
+BATCH = 6
+
+
+def wide_clip() -> CLIPModel:
+    """Towers that are wide enough for small tensors not to count: 128, 6 layers, 64 px, 65 tokens."""
+    torch.manual_seed(0)
+    tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 2}
+    text = {"vocab_size": 514, "max_position_embeddings": CONTEXT_LENGTH, "bos_token_id": 512}
+    text |= {"eos_token_id": 513, "pad_token_id": 513}
+    vision = {"image_size": 64, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=64))
+
+
+CASES = {
+    "coop": (lambda: CoOpConfig(num_text_tokens=2), CoOpObjective),
+    "promptsrc": (
+        lambda: PromptSRCConfig(
+            num_text_tokens=2, text_depth=3, vision_depth=3, num_vision_tokens=2, context_init=None
+        ),
+        PromptSRCObjective,
+    ),
+    "skip_tuning": (
+        lambda: SkipTuningConfig(start_layer=3),
+        lambda prompts: SkipTuningObjective(prompts, batch_composition="random", image_cache="none"),
+    ),
+    "tvp": (
+        lambda: TVPConfig.for_processor(clip_processor(64), canvas_size=64, border=6),
+        lambda prompts: TVPObjective(prompts, tse_weight=0.0),
+    ),
+}
+
+
+def kept_bytes(model, objective, batch) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass, parameters apart; shared storage counts once."""
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = objective(model, batch)
+    assert output.loss.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_the_estimate_of_activations_is_what_autograd_keeps(method: str) -> None:
+    """An estimate far above refuses runs that fit; one far below lets them die."""
+    config, make = CASES[method]
+    model, objective = get_peft_model(wide_clip(), config()).train(), make(class_prompts())
+    dataset = images().with_transform(EvalTransform(clip_processor(64)))
+    objective.prepare(model, dataset)
+    objective.epoch_start(model, dataset, 0)
+    batch = dataset.collate([dataset[position] for position in range(0, 24, 4)])
+    args = SimpleNamespace(
+        **{"per_device_train_batch_size": BATCH, "optim": "sgd", "bf16": False, "fp16": False},
+        activation_checkpointing=False,
+    )
+    estimate = estimate_memory(model, objective, dataset, args)
+    assert len(batch["index"]) == BATCH
+    actual = kept_bytes(model, objective, batch)
+    # the last layer computes one token only, and small tensors are left out
+    assert 0.8 <= estimate.activations / actual <= 1.4, (estimate.activations, actual)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert estimate.training == trained * (4 if method == "tvp" else 8)
+    args.bf16, args.optim = True, "adamw_torch"
+    half = estimate_memory(model, objective, dataset, args)
+    assert half.activations * 2 == estimate.activations
+    assert half.training == trained * (4 if method == "tvp" else 12)
+    args.activation_checkpointing = True
+    assert estimate_memory(model, objective, dataset, args).activations < 0.6 * half.activations
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch) -> None:
+    """Hours of caching would end in a killed process."""
+    monkeypatch.setattr(memory_estimate, "free_ram", lambda: 1000)
+    with pytest.raises(PeftVLMError, match="Expected 0.0 MB of free memory to suffice.*batch_size=2"):
+        train(tmp_path, "promptsrc", save_strategy="no")
+    with pytest.warns(PeftVLMWarning, match="free memory to suffice"):
+        train(tmp_path, "promptsrc", save_strategy="no", max_steps=1, memory_check="warn")
+    train(tmp_path, "promptsrc", save_strategy="no", max_steps=1, memory_check="off")
+
+
+def test_a_run_says_how_it_goes(tmp_path, capsys) -> None:
+    """A launcher that starts one process instead of two shows here, and nowhere else."""
+    train(tmp_path, "coop", save_strategy="no", disable_tqdm=False, max_steps=7, learning_rate=0.02)
+    printed = capsys.readouterr().err
+    assert "Training in 1 process on cpu: 4 images per step (4 per process, 1 accumulated), 7 steps to go." in printed
+    assert "Epoch 1 of 2: loss " in printed
+    assert " images/s, " in printed
+    assert " left, peak memory " in printed

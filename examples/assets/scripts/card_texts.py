@@ -207,6 +207,7 @@ Real, small, and made by scripts in this repository: nothing here needs a model 
 - `mllm_llava`, `mllm_idefics3`, `mllm_paligemma`: multimodal language models of three families; they name drawings
   and colours
 - `icons`, `emoji`, `fashion`: image classification sets that no bundled model was trained on
+- `pretraining`: a part of the training images with their names as labels, for prompt pretraining (RPP)
 - `pretraining_images.parquet`: every training image by collection and name, with a hash of its pixels
 - `collections.json`: every collection with author, licence and use; the NOTICE file is made from it
 
@@ -227,6 +228,7 @@ cd examples/assets/scripts
 pip install -r requirements.txt
 python build_corpus.py --cache DOWNLOADS --output CORPUS        # 2 minutes; fetches with npm and apt-get
 python build_datasets.py --cache DOWNLOADS --corpus CORPUS      # 2 minutes; icons, emoji, fashion
+python build_pretraining_set.py --corpus CORPUS --committed     # the labelled part of the corpus
 python write_notice.py --cache DOWNLOADS                        # collections.json and NOTICE
 python train_clip.py --corpus CORPUS --architecture student --pairs 760000 --output RUN
 python train_clip.py --corpus CORPUS --architecture teacher --grow-from RUN/model --pairs 640000 --minutes 50 \\

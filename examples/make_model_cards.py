@@ -51,6 +51,7 @@ class Recipe:
     dtype: str | None = None
 
 
+ICONS = f"{ASSETS}/icons"
 STUDENT = ("--model", f"{ASSETS}/clip_student")
 RECIPES = {
     "skip-tuning-emoji": Recipe(
@@ -62,27 +63,25 @@ RECIPES = {
         dtype="float16",
     ),
     "skip-tuning-icons": Recipe(
-        ("train_skip_tuning.py", *STUDENT, "--dataset", f"{ASSETS}/icons", "--methods", "skip_tuning"),
-        "icons/skip_tuning",
-        f"{ASSETS}/icons",
-        "base-to-new",
+        ("train_skip_tuning.py", *STUDENT, "--dataset", ICONS, "--methods", "skip_tuning"),
+        *("icons/skip_tuning", ICONS, "base-to-new"),
         dtype="float16",
     ),
     "promptsrc-icons": Recipe(
-        ("train_promptsrc.py", *STUDENT, "--dataset", f"{ASSETS}/icons", "--methods", "promptsrc"),
-        "icons/promptsrc",
-        f"{ASSETS}/icons",
-        "base-to-new",
+        ("train_promptsrc.py", *STUDENT, "--dataset", ICONS, "--methods", "promptsrc"),
+        *("icons/promptsrc", ICONS, "base-to-new"),
     ),
     "promptkd-icons": Recipe(
-        ("train_promptkd.py", *STUDENT, "--teacher", f"{ASSETS}/clip_teacher", "--dataset", f"{ASSETS}/icons"),
-        "icons/student_promptkd",
-        f"{ASSETS}/icons",
-        "base-to-new",
+        ("train_promptkd.py", *STUDENT, "--teacher", f"{ASSETS}/clip_teacher", "--dataset", ICONS),
+        *("icons/student_promptkd", ICONS, "base-to-new"),
     ),
     "coop-emoji": Recipe(
         ("train_coop.py", *STUDENT, "--dataset", f"{ASSETS}/emoji"), "emoji/coop", f"{ASSETS}/emoji", "few-shot"
     ),
+}
+RECIPES |= {
+    f"rpp-{clip}": Recipe(("train_rpp.py", "--model", f"{ASSETS}/clip_{clip}"), "pretrained", ICONS, "zero-shot")
+    for clip in ("student", "teacher")
 }
 SHOTS, SEED = 16, 1
 
@@ -93,7 +92,7 @@ def train(name: str, recipe: Recipe) -> Path:
     script, *arguments = recipe.script
     flags = ["--shots", str(SHOTS), "--seeds", str(SEED), "--use_cpu", "--output_dir", str(output)]
     subprocess.run([sys.executable, f"examples/{script}", *arguments, *flags], check=True)
-    return output / recipe.run / f"seed{SEED}"
+    return output / recipe.run / ("" if recipe.protocol == "zero-shot" else f"seed{SEED}")
 
 
 def collect(source: Path, target: Path, *, dtype: str | None, base_model: str | None) -> None:
@@ -138,7 +137,8 @@ def main() -> None:
         source, dtype = args.adapter or train(name, recipe), recipe and recipe.dtype
         collect(source, target, dtype=dtype, base_model=args.base_model)
         if recipe is not None:
-            evaluate(target, recipe.dataset, recipe.protocol, shots=SHOTS, seed=SEED)
+            shots, seed = (None, None) if recipe.protocol == "zero-shot" else (SHOTS, SEED)
+            evaluate(target, recipe.dataset, recipe.protocol, shots=shots, seed=seed)
         elif args.dataset is not None:
             evaluate(target, args.dataset, args.protocol, shots=args.shots, seed=args.seed)
         note = f"{NOTE} {args.note}".strip()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peft_vlm.data.row_store import RowStore
 from peft_vlm.errors import ClassNameError, DataError
+from peft_vlm.processes import local_place, part_of
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.towers import towers_of
@@ -15,6 +16,8 @@ from peft_vlm.towers import towers_of
 
 def stream_class_features(model: nn.Module, prompts: ClassPrompts, *, storage: str, chunk_size: int) -> RowStore:
     """Class features of a model as it is now, one pass in chunks; only a chunk is in memory with storage `"disk"`.
+
+    The processes of a machine divide the pass and share the features.
 
     Args:
         model: CLIP-like model, with or without adapters.
@@ -24,10 +27,13 @@ def stream_class_features(model: nn.Module, prompts: ClassPrompts, *, storage: s
     """
     store = RowStore(storage, name="class features")
     count = len(prompts.class_names)
-    for rows in torch.arange(count).split(chunk_size):
+    index, parts = local_place()
+    part = part_of(count, index=index, parts=parts) or range(1)  # every process takes part in `allocate`
+    for rows in torch.tensor(part).split(chunk_size):
         features = encode_classes(model, some_classes(prompts, rows))
         store.allocate((count, features.shape[-1]), torch.float32)
         store.write(rows, features)
+    store.complete()
     return store
 
 

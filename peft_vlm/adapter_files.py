@@ -14,6 +14,8 @@ BASELINE_NAME = "zero_shot.json"
 #: Evaluation of a pixel prompt on several multimodal models, which holds its own baselines, and the prompt's picture.
 TRANSFER_NAME = "transfer.json"
 PICTURE_NAME = "prompt.png"
+#: What became of each tensor of an official checkpoint that the adapter was converted from.
+CONVERSION_NAME = "conversion.json"
 CLASSES_NAME = "class_names.txt"
 CARD_NAME = "README.md"
 

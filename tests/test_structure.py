@@ -34,6 +34,7 @@ LAYERS = {
     "serving": 0,
     "slots": 0,
     "version": 0,
+    "vocabulary": 0,
     "objective": 1,
     "registry": 1,
     "language_layers": 1,

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_vlm.adapter_files import CONVERSION_NAME
 from peft_vlm.cli.command import add_command, print_json
-from peft_vlm.conversion.base_model import REPORT_NAME
 from peft_vlm.conversion.clip_folder import convert_clip
 from peft_vlm.conversion.clip_names import is_clip
 from peft_vlm.conversion.formats import FORMATS, convert, export, recognise
@@ -190,7 +190,7 @@ def _print_report(report: dict[str, Any]) -> None:
             print(f"  {part}: {len(names)}, {fate} ({_some(names)})")
     for note in report["notes"]:
         print(f"  {note}")
-    print(f"  Every tensor by name: {Path(report['written']) / REPORT_NAME}")
+    print(f"  Every tensor by name: {Path(report['written']) / CONVERSION_NAME}")
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:

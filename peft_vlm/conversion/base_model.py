@@ -2,21 +2,21 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import AutoModel, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from peft_vlm.adapter_files import CONVERSION_NAME
 from peft_vlm.conversion.clip_names import to_openai_names
 from peft_vlm.conversion.new_folder import new_folder
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 from peft_vlm.json_files import write_json
-
-REPORT_NAME = "conversion.json"
-"""What became of each tensor of the official file, beside the adapter."""
 
 ADAPTER_PREFIX = "base_model.model."
 """What PEFT puts in front of every name in an adapter's weights file."""
@@ -47,18 +47,18 @@ def load_base(base_model: str | Path) -> CLIPModel:
     return model.eval()
 
 
-def base_tokenizer(model: CLIPModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a base model; None when its folder has none.
+def official_pixels(model: CLIPModel) -> dict[str, Any]:
+    """How the official codes prepare images, as fields of a configuration: the same for every CLIP.
 
     Args:
-        model: What `load_base` gave.
+        model: The base model.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-    except (OSError, ValueError, TypeError):
-        return None
-    # transformers 5 builds a CLIPTokenizer that knows only its special tokens when the folder has no vocabulary
-    return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None
+    size = model.config.vision_config.image_size
+    return {
+        "image_mean": list(OPENAI_CLIP_MEAN),
+        "image_std": list(OPENAI_CLIP_STD),
+        "image_size": [size, size],
+    }
 
 
 def official_weights(model: CLIPModel) -> dict[str, Tensor]:
@@ -117,5 +117,5 @@ def write_adapter(
     report = file.report(kind, model.active_peft_config)
     with new_folder(folder) as part:
         model.save_pretrained(part)
-        write_json(part / REPORT_NAME, report.to_dict())
+        write_json(part / CONVERSION_NAME, report.to_dict())
     return report

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, no_type_check
 
 from torch import nn
-from transformers import AutoTokenizer
 
 from peft_vlm.errors import UnsupportedModelError
 from peft_vlm.prompting.config import VLMConfig
 from peft_vlm.prompting.deep_prompt import DeepTokens, LearnedTokens, TextContext, VisionTokens
 from peft_vlm.slots import POSITIONS, Slots
 from peft_vlm.towers import Towers, towers_of
+from peft_vlm.vocabulary import tokenizer_of
 
 
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too
@@ -117,16 +117,14 @@ def read_context_words(config: TextContextConfig, model: Any) -> None:
     """
     if config.context_init_ids is not None or config.context_init is None:
         return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-        ids = tokenizer(config.context_init, add_special_tokens=False)["input_ids"]
-    except (OSError, ValueError, TypeError) as error:
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
         raise ValueError(
             f"The context starts from the words {config.context_init!r}, and the base model's folder "
             f"{model.name_or_path!r} has no tokenizer to read them. Pass their token ids as `context_init_ids`, "
             "or `context_init=None` for a random start."
-        ) from error
-    config.context_init_ids = list(ids)
+        )
+    config.context_init_ids = list(tokenizer(config.context_init, add_special_tokens=False)["input_ids"])
 
 
 def trained_towers(model: nn.Module) -> tuple[bool, bool]:

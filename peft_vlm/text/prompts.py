@@ -12,6 +12,7 @@ from peft_vlm.errors import ClassNameError
 from peft_vlm.slots import Slots
 from peft_vlm.text.templates import check_template, fill, readable
 from peft_vlm.towers import towers_of
+from peft_vlm.vocabulary import has_vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,9 +160,7 @@ def check_same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedToke
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    # transformers 5 builds a CLIPTokenizer that knows only its special tokens when the folder has no vocabulary.
-    known = len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
-    if known == 0:
+    if not has_vocabulary(tokenizer):
         raise ClassNameError(
             f"The tokenizer of {tokenizer.name_or_path!r} knows only its special tokens: its vocabulary files were "
             "not found. Load it from the folder of the model with `AutoTokenizer.from_pretrained`."

@@ -43,6 +43,7 @@ def test_half_precision_and_whole_official_files(variant, atol, words, student_f
     settings = {"base_model": student_folder, "class_position": "end", "context_init": words}
     report = convert_checkpoint(official(f"{name}.{variant}"), tmp_path / "a", class_names=NAMES, **settings)
     assert report.config.class_names == NAMES
+    assert report.config.image_size == [32, 32]
     assert report.config.template == ("{}." if words is None else "a photo of a {}.")
     recorded, atol = tensors(name), atol or facts(name)["tolerance"]["logits_atol"]
     assert_close(

@@ -11,13 +11,14 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from peft_vlm.conversion.base_model import base_tokenizer, load_base, write_adapter
+from peft_vlm.conversion.base_model import load_base, official_pixels, write_adapter
 from peft_vlm.conversion.class_texts import training_class_names, word_ids
 from peft_vlm.conversion.export import adapter_tensors, base_tensors, prompt_buffers, save_official
 from peft_vlm.conversion.formats import OfficialFormat, register_export, register_format
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.coop.config import CoOpConfig
+from peft_vlm.vocabulary import tokenizer_of
 
 CONTEXT = "text_model.embeddings.token_embedding.coop_prompt"
 COOP_TENSORS = {"ctx", "token_prefix", "token_suffix"}
@@ -49,7 +50,7 @@ def convert_checkpoint(
     file = OfficialFile.open(source)
     kind, prefix = _kind(file.tensors), "prompt_learner." if "prompt_learner.ctx" in file.tensors else ""
     base = load_base(base_model)
-    tokenizer = base_tokenizer(base)
+    tokenizer = tokenizer_of(base)
     context = _context(file, f"{prefix}ctx")
     ids = word_ids(context_init, tokenizer)
     if ids is not None and len(ids) != len(context):
@@ -68,6 +69,7 @@ def convert_checkpoint(
         class_position=class_position,
         class_names=names,
         template=f"{words}{{}}.",
+        **official_pixels(base),
     )
     return write_adapter(get_peft_model(base, config), {CONTEXT: context}, folder, file=file, kind=kind)
 

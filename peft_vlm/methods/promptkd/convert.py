@@ -13,6 +13,7 @@ from peft_vlm.conversion.base_model import (
     ADAPTER_PREFIX,
     load_base,
     official_names,
+    official_pixels,
     official_weights,
     write_adapter,
 )
@@ -72,6 +73,7 @@ def convert_checkpoint(
         num_vision_tokens=num_vision or 4,
         vision_depth=depth,
         template=template,
+        **official_pixels(base),
     )
     model = get_peft_model(base, config)
     model.set_class_vectors(

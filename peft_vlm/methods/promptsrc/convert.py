@@ -8,7 +8,13 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from peft_vlm.conversion.base_model import base_tokenizer, load_base, official_names, official_weights, write_adapter
+from peft_vlm.conversion.base_model import (
+    load_base,
+    official_names,
+    official_pixels,
+    official_weights,
+    write_adapter,
+)
 from peft_vlm.conversion.class_texts import training_class_names, word_ids
 from peft_vlm.conversion.export import (
     adapter_tensors,
@@ -23,6 +29,7 @@ from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.promptsrc.config import PromptSRCConfig
 from peft_vlm.methods.promptsrc.model import PromptSRCModel
+from peft_vlm.vocabulary import tokenizer_of
 
 KIND = "PromptSRC or IVLP"
 BUFFERS = "prompt_learner.token"
@@ -59,7 +66,7 @@ def convert_checkpoint(
     """
     file = OfficialFile.open(source)
     base = load_base(base_model)
-    tokenizer = base_tokenizer(base)
+    tokenizer = tokenizer_of(base)
     text, num_text, text_depth = take_learned_tokens(file, TEXT, prefix=PromptSRCModel.prefix)
     vision, num_vision, vision_depth = take_learned_tokens(file, VISION, prefix=PromptSRCModel.prefix)
     if bool(text) == (template is not None):
@@ -84,6 +91,7 @@ def convert_checkpoint(
         context_init_ids=words,
         class_names=names,
         template=template or (f"{context_init} {{}}." if context_init else "{}."),
+        **official_pixels(base),
     )
     return write_adapter(get_peft_model(base, config), text | vision, folder, file=file, kind=KIND)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from peft_vlm.conversion.base_model import (
     load_base,
     official_names,
+    official_pixels,
     official_weights,
     openai_name,
     write_adapter,
@@ -61,7 +62,7 @@ def convert_checkpoint(
     if class_names is None:
         file.note("No class names: the file has none. Name them when predicting, or convert again with class names.")
     names = None if class_names is None else list(class_names)
-    config = SkipTuningConfig(start_layer=start, class_names=names, template=template)
+    config = SkipTuningConfig(start_layer=start, class_names=names, template=template, **official_pixels(base))
     copies = {re.sub(r"\.(weight|bias)$", rf".{SkipTuningModel.prefix}\1", name): t for name, t in tensors.items()}
     return write_adapter(get_peft_model(base, config), copies, folder, file=file, kind=KIND)
 

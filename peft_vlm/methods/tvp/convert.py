@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from peft_vlm.conversion.base_model import REPORT_NAME
+from peft_vlm.adapter_files import CONVERSION_NAME
 from peft_vlm.conversion.export import save_whole
 from peft_vlm.conversion.formats import OfficialFormat, register_export, register_format
 from peft_vlm.conversion.new_folder import new_folder
@@ -74,7 +74,7 @@ def convert_checkpoint(
     with new_folder(folder) as part:
         config.save_pretrained(part)
         save_file({"base_model.model.tvp_prompt": prompt}, part / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        write_json(part / REPORT_NAME, report.to_dict())
+        write_json(part / CONVERSION_NAME, report.to_dict())
     return report
 
 

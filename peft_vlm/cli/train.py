@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from peft_vlm.cli.command import add_command, print_json, read_settings
+from peft_vlm.errors import PeftVLMError
 from peft_vlm.training.arguments import VLMTrainingArguments
 from peft_vlm.training_run import RunSettings, preset_of, run_training
 
@@ -36,6 +37,9 @@ A dataset is a folder with train/<class>/*.png and test/<class>/*.png, a CSV fil
 Settings have three homes: --config is what rebuilds the adapter, --objective what the loss needs (both: see the page
 of the method), and every field of transformers' TrainingArguments is a flag of its own."""
 
+#: What `TrainingArguments` puts in the place of no folder.
+NO_FOLDER = "trainer_output"
+
 
 def register(commands: Any) -> None:
     """Add the command to the program.
@@ -62,6 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     Args:
         arguments: Parsed words.
+
+    Raises:
+        PeftVLMError: If no folder is given.
     """
     settings, args = read_settings(arguments, RunSettings, VLMTrainingArguments)
     preset = preset_of(settings)
@@ -69,6 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
         settings, args = read_settings(arguments, RunSettings, VLMTrainingArguments, defaults=preset.training)
     if arguments.json:  # standard output is for the result
         args.disable_tqdm = True
+    if args.output_dir == NO_FOLDER:
+        raise PeftVLMError("Expected `--output_dir`, the folder of the adapter, got none.")
     scores = run_training(settings, args)
     if arguments.json:
         print_json({"adapter": args.output_dir, "scores": scores})

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from peft_vlm.conversion.clip_names import HEAD_WIDTH, NOT_WEIGHTS, clip_config, to_hf_names
 from peft_vlm.conversion.new_folder import new_folder
@@ -63,7 +63,7 @@ def convert_clip(
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise AdapterError(f"The tensors of {str(file.path)!r} do not make a whole CLIP: {error}") from error
-    processor = CLIPImageProcessor(
+    processor = CLIPImageProcessorPil(
         size={"shortest_edge": config.vision_config.image_size},
         crop_size={"height": config.vision_config.image_size, "width": config.vision_config.image_size},
         **recorded.get("processor", {}),

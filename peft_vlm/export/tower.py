@@ -15,6 +15,8 @@ from peft_vlm.errors import UnsupportedModelError
 from peft_vlm.prompting.deep_prompt import DeepTokens, VisionTokens
 from peft_vlm.prompting.layer import PromptLayer
 from peft_vlm.prompting.pixel_prompt import PixelPrompt, resized_prompt, window_of
+from peft_vlm.prompting.projection_prompt import ProjectionPrompts, SlotProjection
+from peft_vlm.prompting.slot_tokens import VisionSlots
 from peft_vlm.serving import tower as plain_towers
 from peft_vlm.towers import towers_of
 
@@ -41,17 +43,19 @@ def copy_tower(model: nn.Module) -> tuple[dict[str, Any], plain_towers.ImageTowe
             f"Expected an activation of {sorted(plain_towers.ACTIVATIONS)!r} in the vision tower, got "
             f"{config.hidden_act!r}."
         )
-    if isinstance(embeddings, VisionTokens):
-        tokens["0"], embeddings = embeddings.active_prompt(embeddings.position_embedding.weight), embeddings.base_layer
+    if isinstance(embeddings, VisionTokens | VisionSlots):
+        tokens["input"], embeddings = _tokens_behind_patches(embeddings), embeddings.base_layer
     size = (config.image_size, config.image_size)
     pixel_shape, state = _copy_pixel_prompt(embeddings.patch_embedding, size)
-    state |= _layers(towers_of(model).vision_layers, tokens)
+    layers, slots = _layers(towers_of(model).vision_layers, tokens)
+    state |= layers
     state |= {f"tokens.{index}": prompt for index, prompt in tokens.items() if prompt is not None}
     shape, ends = _ends(base, embeddings)
     state |= ends
     shape |= {"pixel_prompt": pixel_shape, "image_size": list(size), "layers": config.num_hidden_layers}
     shape |= {"width": config.hidden_size, "heads": config.num_attention_heads, "mlp": config.intermediate_size}
     shape |= {"activation": config.hidden_act, "eps": config.layer_norm_eps}
+    shape["slots"] = slots
     shape["tokens"] = {index: len(prompt) for index, prompt in tokens.items() if prompt is not None}
     with torch.device("meta"):
         tower = plain_towers.ImageTower(shape)
@@ -60,16 +64,36 @@ def copy_tower(model: nn.Module) -> tuple[dict[str, Any], plain_towers.ImageTowe
     return shape, tower.requires_grad_(False).eval()
 
 
-def _layers(layers: nn.ModuleList, tokens: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """Tensors of the transformer layers; learned tokens at their inputs are added to `tokens`."""
+def _tokens_behind_patches(embeddings: VisionTokens | VisionSlots) -> Tensor | None:
+    """Learned tokens, or the zeros of slots; None without an active adapter."""
+    weight = embeddings.position_embedding.weight
+    if isinstance(embeddings, VisionTokens):
+        return embeddings.active_prompt(weight)
+    name = embeddings.current_adapter
+    return None if name is None else weight.new_zeros(embeddings.num_slots[name], weight.shape[-1])
+
+
+def _layers(
+    layers: nn.ModuleList, tokens: dict[str, Tensor | None]
+) -> tuple[dict[str, Tensor], dict[str, dict[str, int]]]:
+    """Tensors of the transformer layers, and their numbers of slots with fixed queries, keys and values.
+
+    Learned tokens at the layers' inputs are added to `tokens`.
+    """
     state: dict[str, Tensor] = {}
+    slots: dict[str, dict[str, int]] = {}
     for index, layer in enumerate(layers):
         inner: Any = layer
         if isinstance(inner, DeepTokens):
             tokens[str(index)], inner = inner.active_prompt(inner.layer_norm1.weight), inner.base_layer
+        elif isinstance(inner, ProjectionPrompts):
+            tokens[str(index)], rows = inner.input_prompt, inner.fixed_rows()
+            state |= {f"layers.{index}.attention.slots.{name}": tensor for name, tensor in rows.items()}
+            slots[str(index)] = {name: len(tensor) for name, tensor in rows.items()}
+            inner = inner.base_layer
         for ours, theirs in LAYER_PARTS.items():
             state |= _named(f"layers.{index}.{ours}", _plain(inner.get_submodule(theirs)))
-    return state
+    return state, slots
 
 
 def _ends(base: Any, embeddings: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -144,6 +168,8 @@ def _shrinking(size: int, target: int) -> Tensor:
 
 def _plain(module: nn.Module) -> nn.Module:
     """A layer of the tower as a module of torch."""
+    if isinstance(module, SlotProjection):
+        module = module.projection
     layer = module.plain() if isinstance(module, PromptLayer) else module
     if not isinstance(layer, nn.Sequential) and type(layer) not in HEAD_TYPES:
         raise UnsupportedModelError(

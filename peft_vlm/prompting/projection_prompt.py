@@ -177,6 +177,19 @@ class ProjectionPrompts(StandInLayer):
             return constant
         return self._project(part, prompt.to(normed.dtype))
 
+    @property
+    def input_prompt(self) -> Float[Tensor, "slots width"] | None:
+        """What the active adapter writes into the slots of the layer's input, by the rule "replaced"; else None."""
+        name = self.current_adapter
+        return self.prompt("query") if name is not None and self.residuals[name] == "replaced" else None
+
+    @torch.no_grad()
+    def fixed_rows(self) -> dict[str, Float[Tensor, "slots width"]]:
+        """What the active adapter puts in place of the slots' projections, by the name of the projection."""
+        like = self.base_layer.layer_norm1.weight
+        rows = {leaf: self.projected(part, like[None, None]) for part, leaf in PARTS.items()}
+        return {leaf: tensor for leaf, tensor in rows.items() if tensor is not None}
+
     def _project(self, part: str, prompt: Float[Tensor, "slots width"]) -> Float[Tensor, "slots width"]:
         leaf = getattr(self.base_layer.self_attn, PARTS[part])
         return leaf.projection(self.base_layer.layer_norm1(prompt))
@@ -223,12 +236,10 @@ class ProjectionPrompts(StandInLayer):
             *args: Passed on.
             **kwargs: Passed on.
         """
-        name = self.current_adapter
-        if name is not None and self.residuals[name] == "replaced":
-            prompt = self.prompt("query")
-            if prompt is not None:
-                rows = prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
-                before, after = self.around_slots(hidden, len(prompt))
-                order = [before, rows, after] if self.tower == "text" else [after, rows]
-                hidden = torch.cat(order, dim=1)
+        prompt = self.input_prompt
+        if prompt is not None:
+            rows = prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
+            before, after = self.around_slots(hidden, len(prompt))
+            order = [before, rows, after] if self.tower == "text" else [after, rows]
+            hidden = torch.cat(order, dim=1)
         return self.base_layer(hidden, *args, **kwargs)

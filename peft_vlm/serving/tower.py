@@ -1,6 +1,6 @@
 """The image tower of a CLIP or SigLIP with whatever an adapter has put into it, in plain torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,12 +25,14 @@ class Attention(nn.Module):
     Args:
         width: Width of the tokens.
         heads: Number of heads.
+        slots: How many tokens at the end have fixed queries, keys or values, by the name of the projection.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, slots: Mapping[str, int] | None = None) -> None:
         super().__init__()
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.slots = nn.ParameterDict({k: nn.Parameter(torch.empty(n, width)) for k, n in (slots or {}).items()})
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
         """Outputs (batch, queries, width).
@@ -39,11 +41,16 @@ class Attention(nn.Module):
             queries: (batch, queries, width).
             tokens: What they attend to, (batch, tokens, width).
         """
-        q, k, v = (
-            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projection, x in ((self.q_proj, queries), (self.k_proj, tokens), (self.v_proj, tokens))
-        )
+        parts = (("q_proj", queries), ("k_proj", tokens), ("v_proj", tokens))
+        q, k, v = (self._project(*part).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         return self.out_proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def _project(self, name: str, tokens: Tensor) -> Tensor:
+        projected = self.get_submodule(name)(tokens)
+        if name not in self.slots or tokens.shape[1] == 1:  # one query: the class token, which is no slot
+            return projected
+        fixed = self.slots[name]
+        return torch.cat([projected[:, : -len(fixed)], fixed.expand(tokens.shape[0], -1, -1)], dim=1)
 
 
 class MLP(nn.Module):
@@ -73,11 +80,12 @@ class Layer(nn.Module):
 
     Args:
         shape: `width`, `heads`, `mlp`, `activation` and `eps` of the tower.
+        slots: See `Attention`.
     """
 
-    def __init__(self, shape: dict[str, Any]) -> None:
+    def __init__(self, shape: dict[str, Any], slots: Mapping[str, int] | None = None) -> None:
         super().__init__()
-        self.attention = Attention(shape["width"], shape["heads"])
+        self.attention = Attention(shape["width"], shape["heads"], slots)
         self.norm1, self.norm2 = (nn.LayerNorm(shape["width"], eps=shape["eps"]) for _ in range(2))
         self.mlp = MLP(shape["width"], shape["mlp"], shape["activation"])
 
@@ -166,10 +174,10 @@ class ImageTower(nn.Module):
         self.patches = nn.Conv2d(3, width, patch, stride=patch, bias=shape["patch_bias"])
         self.class_token = nn.Parameter(torch.empty(width)) if shape["class_token"] else None
         self.positions = nn.Parameter(torch.empty(shape["positions"], width))
-        # By the layer whose input they stand at, always last; those of layer 0 are added, later ones replace.
+        # Always last: "input" stands behind the patches, a number replaces them where they enter that layer.
         self.tokens = nn.ParameterDict({i: nn.Parameter(torch.empty(n, width)) for i, n in shape["tokens"].items()})
         self.pre_norm = nn.LayerNorm(width, eps=shape["eps"]) if shape["pre_norm"] else nn.Identity()
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape["layers"]))
+        self.layers = nn.ModuleList(Layer(shape, shape["slots"].get(str(i))) for i in range(shape["layers"]))
         self.post_norm = nn.LayerNorm(width, eps=shape["eps"])
         self.pool = AttentionPool(shape) if shape["attention_pool"] else None
         self.head = nn.Sequential(*(HEAD_LAYERS[name](*sizes) for name, *sizes in shape["head"]))
@@ -185,11 +193,11 @@ class ImageTower(nn.Module):
         if self.class_token is not None:
             hidden = torch.cat([self.class_token.expand(batch, 1, -1), hidden], dim=1)
         hidden = hidden + self.positions
-        if "0" in self.tokens:
-            hidden = torch.cat([hidden, self.tokens["0"].expand(batch, -1, -1)], dim=1)
+        if "input" in self.tokens:
+            hidden = torch.cat([hidden, self.tokens["input"].expand(batch, -1, -1)], dim=1)
         hidden = self.pre_norm(hidden)
         for index, layer in enumerate(self.layers):
-            if index and str(index) in self.tokens:
+            if str(index) in self.tokens:
                 prompt = self.tokens[str(index)]
                 hidden = torch.cat([hidden[:, : -len(prompt)], prompt.expand(batch, -1, -1)], dim=1)
             hidden = layer(hidden, first_only=self.pool is None and index == len(self.layers) - 1)

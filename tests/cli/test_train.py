@@ -128,6 +128,9 @@ def test_wrong_files_are_named(tmp_path, capsys) -> None:
     (tmp_path / "odd.yaml").write_text("method: coop\nmodel: m\ndataset: d\noutput_dir: o\nno_such_setting: 1\n")
     assert main(["train", str(tmp_path / "odd.yaml")]) == 2
     assert "no_such_setting" in capsys.readouterr().err
+    (tmp_path / "odd.yaml").write_text("method: coop\nmodel: m\ndataset: d\n")
+    assert main(["train", str(tmp_path / "odd.yaml")]) == 2
+    assert "Expected `--output_dir`" in capsys.readouterr().err
 
 
 def test_presets_are_the_methods_own() -> None:

@@ -94,6 +94,23 @@ def test_pixel_prompts_of_every_kind_are_exported(settings) -> None:
     torch.testing.assert_close(exported(model)(pixels()), logits_of(case, model), atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Left out query prompts:peft_vlm.errors.PeftVLMWarning")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"share_qkv": "all", "vision_depth": 1},
+        {"slot_residual": "replaced", "dead_prompts": "omit"},
+        {"slot_residual": "replaced", "share_qkv": "all"},
+        {"vision_depth": 3, "dead_prompts": "omit"},
+    ],
+)
+def test_prompts_of_the_attention_become_constants(settings) -> None:
+    """Queries, keys and values of the slots, and what the slots carry past the attention."""
+    case = next(case for case in CASES if case.method == "rpp")
+    model = adapted(case.config(**settings))
+    torch.testing.assert_close(exported(model)(pixels()), logits_of(case, model), atol=TOLERANCE, rtol=0)
+
+
 def test_the_active_adapter_is_exported() -> None:
     """With two adapters on one model, and with none switched on."""
     case = next(case for case in CASES if case.method == "promptsrc")

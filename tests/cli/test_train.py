@@ -21,6 +21,15 @@ WORDS = {
     "coop": ["--config", "context_init=a"],
     "promptkd": ["--config", "vision_depth=2", "projector_depth=1", "--teacher", "TEACHER", "--transductive"],
     "promptsrc": ["--config", "text_depth=2", "vision_depth=2", "num_text_tokens=2", "context_init=null"],
+    "rpp": [
+        "--config",
+        "text_depth=2",
+        "vision_depth=2",
+        "num_text_tokens=2",
+        "context_init=null",
+        "--teacher",
+        "TEACHER",
+    ],
     "skip_tuning": ["--config", "start_layer=1", "--objective", "batch_composition=random"],
     "tvp": ["--config", "canvas_size=16", "border=3", "--objective", "tse_weight=0"],
 }

@@ -22,7 +22,16 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
 
     Args:
         model: Model with the adapter.
+
+    Raises:
+        AdapterError: If it trains further modules of the model whole, for which official files have no place.
     """
+    modules = model.active_peft_config.modules_to_save
+    if modules:
+        raise AdapterError(
+            f"Expected an adapter without `modules_to_save`, got {modules!r}: the official codes train no further "
+            "modules, so a file without them would give other outputs."
+        )
     state = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
     return {name.removeprefix(ADAPTER_PREFIX): tensor.detach().cpu() for name, tensor in state.items()}
 

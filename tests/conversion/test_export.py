@@ -92,4 +92,10 @@ def test_what_the_official_codes_cannot_say_is_refused(tmp_path):
     perturb(student)
     with pytest.raises(AdapterError, match="2 layers with BatchNorm.*`projector_norm`='layernorm'"):
         export(student, tmp_path / "x.pth")
+    with_head = CoOpConfig(num_text_tokens=2, template="{}.", modules_to_save=["visual_projection"])
+    with pytest.raises(AdapterError, match=r"without `modules_to_save`, got \['visual_projection'\]"):
+        export(get_peft_model(base_model(), with_head), tmp_path / "x.pth")
+    clamped = TVPConfig(canvas_size=32, border=5, image_mean=[0.5] * 3, image_std=[0.5] * 3, clamp=True)
+    with pytest.raises(AdapterError, match="`clamp`=False"):
+        export(get_peft_model(base_model(), clamped), tmp_path / "x.pth")
     assert not (tmp_path / "x.pth").exists()

@@ -61,6 +61,17 @@ def test_code_is_refused_wherever_it_hides(hidden_in, tmp_path, student_folder):
     assert not (tmp_path / "out").exists()
 
 
+def test_files_from_before_zip_archives_are_read(tmp_path):
+    """torch up to 1.5 wrote plain pickles."""
+    torch.save({"state_dict": {"ctx": torch.ones(4, 2)}}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_checkpoint(tmp_path / "old.pth")["ctx"], torch.ones(4, 2))
+    content = {"ctx": Payload(tmp_path / "ran")}
+    torch.save(content, tmp_path / "bad.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(AdapterError, match="could run code"):
+        read_checkpoint(tmp_path / "bad.pth")
+    assert not (tmp_path / "ran").exists()
+
+
 class Tower(nn.Module):
     """Something with nested parts, as a scripted CLIP has."""
 

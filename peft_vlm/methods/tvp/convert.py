@@ -91,8 +91,13 @@ def export_checkpoint(
 
     Returns:
         Official settings that belong to the file.
+
+    Raises:
+        AdapterError: If the adapter cuts prompted pixels to [0, 1], which the official code does not.
     """
     settings = model.active_peft_config.pixel_settings
+    if settings.clamp:
+        raise AdapterError("Expected an adapter with `clamp`=False, as in the official code, got True.")
     save_whole({OFFICIAL_KEY: prompt_of(model).float()}, path)
     return {"canvas": settings.canvas_size, "border": settings.border}
 

@@ -71,7 +71,7 @@ def test_info(adapter, capsys):
     assert main(["info", "--json"]) == 0
     assert "skip_tuning" in json.loads(capsys.readouterr().out)["methods"]
     assert main(["info", str(adapter)]) == 0
-    assert "SKIP_TUNING" in capsys.readouterr().out
+    assert "skip_tuning" in capsys.readouterr().out
 
 
 def test_wrong_input_exits_with_two_and_one_line(adapter, tmp_path, capsys):

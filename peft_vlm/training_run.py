@@ -136,8 +136,7 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
     preset = preset_of(settings)
     config = preset.config | named_values(settings.config, "config")
     options = preset.objective | named_values(settings.objective, "objective")
-    families = tuple(family.config_class for family in FAMILIES)
-    build = _classifier if isinstance(AutoConfig.from_pretrained(settings.model), families) else _answerer
+    build = _classifier if _is_clip_like(settings.model) else _answerer
     if settings.evaluate:
         _images(settings, settings.test_split)  # a missing split is better found before the training
     parts = build(settings, args, config, options)
@@ -145,6 +144,15 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return parts.evaluate() if settings.evaluate and args.process_index == 0 else {}
+
+
+def _is_clip_like(model: str) -> bool:
+    """Whether a folder or id holds a model with two towers."""
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise PeftVLMError(f"The base model {model!r} could not be loaded: {error}") from error
+    return isinstance(config, tuple(family.config_class for family in FAMILIES))
 
 
 def _classifier(

@@ -116,6 +116,7 @@ def test_models_that_write_text_are_asked_a_question(words, tmp_path, capsys) ->
         (["--method", "coop", "--transductive"], "no use for `transductive`"),
         (["--method", "coop", "--test_split", "dev"], "'dev'"),
         (["--method", "coop", "--protocol", "open"], "got 'open'"),
+        (["--method", "coop", "--model", "no/such folder"], "'no/such folder' could not be loaded"),
     ],
 )
 def test_wrong_settings_end_with_two_before_anything_is_trained(changes, message, words, tmp_path, capsys) -> None:

@@ -1,4 +1,4 @@
-"""The TVP example as a user runs it: a few steps on the bundled multimodal models and photos."""
+"""The TVP example as a user runs it: a few steps on the bundled multimodal models and images."""
 
 import json
 from pathlib import Path
@@ -57,8 +57,7 @@ def test_each_run_leaves_a_prompt_that_other_models_load(output):
     with Image.open(folder / "prompt.png") as picture:
         assert picture.size == (448, 448)
     (tensor,) = load_file(folder / "adapter_model.safetensors").values()
-    assert tensor.shape == (3, 224, 224)
-    assert tensor[:, 30:-30, 30:-30].abs().max() == 0
+    assert tensor.shape == (3, 2, 2)
     assert tensor.abs().max() > 0
     other = AutoModelForImageTextToText.from_pretrained(ASSETS / "mllm_paligemma", dtype=torch.float32)
     assert torch.equal(prompt_of(PeftModel.from_pretrained(other, folder)), tensor)
@@ -66,7 +65,8 @@ def test_each_run_leaves_a_prompt_that_other_models_load(output):
 
 def test_training_on_two_models(tmp_path):
     """The mean loss of both; what is left is unseen."""
-    run(tmp_path, "--variants", "visual_prompting", "--sources", "mllm_llava", "mllm_idefics3")
+    two = ("--sources", "mllm_llava", "mllm_idefics3")
+    run(tmp_path, "--domain", "fashion", "--variants", "visual_prompting", *two)
     variant = json.loads((tmp_path / "metrics.json").read_text())["variants"]["visual_prompting"]
     assert variant["sources"] == ["mllm_llava", "mllm_idefics3"]
     assert variant["settings"]["num_models"] == 2

@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "prompt": {"shape": "full", "canvas_size": 2, "border": 0, "shrink": "none"},
         "objective": {"fca_weight": 0.005, "tse_weight": 0.001},
-        "training": {"learning_rate": 0.3, "num_train_epochs": 3, "per_device_train_batch_size": 8},
+        "training": {"learning_rate": 0.3, "num_train_epochs": 2, "per_device_train_batch_size": 8},
         "crop": None,
     },
     "official": {
@@ -72,7 +72,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="demo")
     parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--shots", type=int, default=32, help="training images per class")
-    parser.add_argument("--test_images", type=int, default=330, help="test images, the first ones of a fixed shuffle")
+    parser.add_argument("--test_images", type=int, default=220, help="test images, the first ones of a fixed shuffle")
     parser.add_argument("--split", default="test", help="split to measure on; choose settings on 'val'")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, help="instead of the preset's number")

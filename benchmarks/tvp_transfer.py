@@ -144,7 +144,7 @@ def corruptions(bench: Bench) -> dict[str, Any]:
 
 
 def sizes(bench: Bench) -> dict[str, Any]:
-    """The three conditions per model by the number of training images; as many steps for each number."""
+    """The three conditions per model by the number of training images; as many are seen in all for each number."""
     experiment = bench.experiment("sizes", PRESETS["demo"]["prompt"])
     steps = PRESETS["demo"]["training"]["num_train_epochs"] * max(SIZES)
     runs = []

@@ -26,9 +26,12 @@ from peft_vlm.evaluation.transfer import (
 from peft_vlm.json_files import write_json
 from peft_vlm.objective import Objective
 from peft_vlm.processes import is_main_process
-from peft_vlm.prompting.prompt_picture import remove_prompts
+from peft_vlm.prompting.prompt_picture import remove_prompts, show_prompted
 from peft_vlm.text.candidates import Candidates, tokenize_candidates
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
+
+#: Training images that `prompted_images.png` shows, with and without the prompt.
+SHOWN_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,8 @@ class TransferExperiment:
         trainer.train()
         if PartialState().is_main_process:
             prompt_png(model, folder / "prompt.png")
+            shown = [questions.image(index) for index in range(0, len(questions), -(-len(questions) // SHOWN_IMAGES))]
+            show_prompted(model, shown).save(folder / "prompted_images.png")
         model.unload()
         for base, home in homes:
             remove_prompts(base)

@@ -1,15 +1,17 @@
 """A model's pixel prompt from outside: switch it off for a moment, take it off, read it, show it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
 from peft_vlm.errors import AdapterError
-from peft_vlm.prompting.pixel_prompt import PixelPrompt
+from peft_vlm.prompting.pixel_prompt import PixelPrompt, prompted_images
 
 SHOWN_SHARE = 0.999
 """Share of a prompt's values that `render_prompt` shows uncut."""
@@ -127,3 +129,22 @@ def draw_prompt(
     picture = Image.fromarray((255 * shown).round().to(torch.uint8).permute(1, 2, 0).numpy())
     factor = -(-side // picture.width)
     return picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
+
+
+def show_prompted(model: nn.Module, images: Sequence[Image.Image], *, side: int = 112) -> Image.Image:
+    """Pictures as they are in the upper row, and below as a model of that input size would look at them.
+
+    Args:
+        model: `PeftModel` with a pixel prompt.
+        images: At least one picture; each is resized to a square.
+        side: Rows and columns of a square.
+    """
+    layer = prompt_layer_of(model)
+    settings = layer.settings[active_name(layer)]
+    shrink = "none" if settings.shrink == "none" else "model"
+    settings = replace(settings, image_mean=(0.0,) * 3, image_std=(1.0,) * 3, shrink=shrink)
+    squares = [image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC) for image in images]
+    plain = torch.stack([torch.from_numpy(np.array(square)).permute(2, 0, 1) for square in squares]).float() / 255
+    rows = torch.stack([plain, prompted_images(plain, prompt_of(model), settings).clamp(0, 1)])
+    sheet = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    return Image.fromarray((255 * sheet).round().to(torch.uint8).numpy())

@@ -18,6 +18,8 @@ from peft_vlm.evaluation import (
     transfer_table,
 )
 from peft_vlm.methods.tvp import render_prompt
+from peft_vlm.prompting.pixel_prompt import window_of
+from peft_vlm.prompting.prompt_picture import prompt_layer_of, show_prompted
 from tests.evaluation.test_mllm import prompted_llava
 
 
@@ -121,3 +123,17 @@ def test_the_prompt_is_written_as_an_enlarged_picture(tmp_path: Path) -> None:
         assert image.size == (128, 128)
         np.testing.assert_array_equal(np.asarray(image)[::4, ::4], np.asarray(render_prompt(model)))
         np.testing.assert_array_equal(np.asarray(image)[3::4, 3::4], np.asarray(render_prompt(model)))
+
+
+def test_pictures_are_shown_with_and_without_the_prompt() -> None:
+    """Above the picture, below the same shrunken with the prompt around it."""
+    model = prompted_llava()
+    settings = prompt_layer_of(model).settings["default"]
+    grey = Image.new("RGB", (20, 20), (128, 128, 128))
+    sheet = np.asarray(show_prompted(model, [grey, grey], side=64), dtype=float)
+    assert sheet.shape == (128, 128, 3)
+    assert (sheet[:64] == 128).all()
+    start, length = window_of(64, settings)
+    inside = slice(start + 1, start + length - 1)
+    np.testing.assert_allclose(sheet[64:][inside, inside], 128, atol=1)
+    assert sheet[64:].std() > 5

@@ -11,7 +11,7 @@ from peft_vlm.methods.tvp.presets import preset_for
 from peft_vlm.methods.tvp.sharing import share_prompt
 from peft_vlm.methods.tvp.sources import Source
 from peft_vlm.objective import About
-from peft_vlm.prompting.prompt_picture import prompt_layer_of, prompt_of, render_prompt, without_prompt
+from peft_vlm.prompting.prompt_picture import prompt_layer_of, prompt_of, render_prompt, show_prompted, without_prompt
 from peft_vlm.registry import Recipe, register_method
 
 register_method(
@@ -44,5 +44,6 @@ __all__ = [
     "render_prompt",
     "set_normalization",
     "share_prompt",
+    "show_prompted",
     "without_prompt",
 ]

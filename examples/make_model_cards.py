@@ -30,6 +30,7 @@ NOTE = (
     "Bundled with the peft_vlm repository, as are base model and data: paths are those in a clone. Authors and "
     "licences of the images are in its `NOTICE`."
 )
+SHOTS, SEED = 16, 1
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,22 @@ class Recipe:
     Args:
         script: Example that trains it, with its arguments.
         run: Folder of the adapter below the example's output.
-        dataset: Bundled test set.
+        dataset: Bundled test set; None where the example measures the adapter itself (`transfer.json`).
         protocol: How it is evaluated.
         dtype: Data type of the published weights, which are those evaluated.
+        shots: Training images per class.
     """
 
     script: tuple[str, ...]
     run: str
-    dataset: str
-    protocol: str
+    dataset: str | None = None
+    protocol: str = ""
     dtype: str | None = None
+    shots: int = SHOTS
 
 
 ICONS = f"{ASSETS}/icons"
+MULTIMODAL = ("--models", *(f"{ASSETS}/mllm_{family}" for family in ("llava", "idefics3", "paligemma")))
 STUDENT = ("--model", f"{ASSETS}/clip_student")
 RECIPES = {
     "skip-tuning-emoji": Recipe(
@@ -78,19 +82,19 @@ RECIPES = {
     "coop-emoji": Recipe(
         ("train_coop.py", *STUDENT, "--dataset", f"{ASSETS}/emoji"), "emoji/coop", f"{ASSETS}/emoji", "few-shot"
     ),
+    "tvp-lamplight": Recipe(("train_tvp.py", *MULTIMODAL, "--variants", "tvp"), "tvp", shots=32),
 }
 RECIPES |= {
     f"rpp-{clip}": Recipe(("train_rpp.py", "--model", f"{ASSETS}/clip_{clip}"), "pretrained", ICONS, "zero-shot")
     for clip in ("student", "teacher")
 }
-SHOTS, SEED = 16, 1
 
 
 def train(name: str, recipe: Recipe) -> Path:
     """Run the example with one seed; the folder of its adapter."""
     output = Path("outputs/model_cards") / name
     script, *arguments = recipe.script
-    flags = ["--shots", str(SHOTS), "--seeds", str(SEED), "--use_cpu", "--output_dir", str(output)]
+    flags = ["--shots", str(recipe.shots), "--seeds", str(SEED), "--use_cpu", "--output_dir", str(output)]
     subprocess.run([sys.executable, f"examples/{script}", *arguments, *flags], check=True)
     return output / recipe.run / ("" if recipe.protocol == "zero-shot" else f"seed{SEED}")
 
@@ -136,8 +140,8 @@ def main() -> None:
         recipe = None if args.adapter else RECIPES[name]
         source, dtype = args.adapter or train(name, recipe), recipe and recipe.dtype
         collect(source, target, dtype=dtype, base_model=args.base_model)
-        if recipe is not None:
-            shots, seed = (None, None) if recipe.protocol == "zero-shot" else (SHOTS, SEED)
+        if recipe is not None and recipe.dataset is not None:
+            shots, seed = (None, None) if recipe.protocol == "zero-shot" else (recipe.shots, SEED)
             evaluate(target, recipe.dataset, recipe.protocol, shots=shots, seed=seed)
         elif args.dataset is not None:
             evaluate(target, args.dataset, args.protocol, shots=args.shots, seed=args.seed)

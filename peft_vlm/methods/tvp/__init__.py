@@ -23,7 +23,8 @@ register_method(
         trained="one learned picture that is added to every image, in pixel units",
         paper=PAPER,
         limits=(
-            "Images are shrunk to make room for the picture. Measure what it gains on a model it was not trained on.",
+            "Unless `shrink` is `none`, images are shrunk to make room for the picture.",
+            "Measure what it gains on a model it was not trained on.",
         ),
     ),
     recipe=Recipe(objective=TVPObjective, answer_objective=TVPObjective, preset_for=preset_for),

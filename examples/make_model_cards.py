@@ -1,7 +1,6 @@
 """The adapters of model_cards/: trained by the examples, evaluated beside their base model, and given their cards.
 
-Run in the repository's root, so that the paths on the cards are those of a clone. Hardware and time: 2 CPU cores,
-about 15 minutes for all.
+Run in the repository's root (2 CPU cores, about 15 minutes), so that the paths on the cards are those of a clone.
     python examples/make_model_cards.py                        # all
     python examples/make_model_cards.py skip-tuning-emoji      # one
     python examples/make_model_cards.py my-adapter --adapter outputs/my_run --dataset examples/assets/emoji \
@@ -43,7 +42,6 @@ class Recipe:
         dataset: Bundled test set; None where the example measures the adapter itself (`transfer.json`).
         protocol: How it is evaluated.
         dtype: Data type of the published weights, which are those evaluated.
-        shots: Training images per class.
     """
 
     script: tuple[str, ...]
@@ -51,7 +49,6 @@ class Recipe:
     dataset: str | None = None
     protocol: str = ""
     dtype: str | None = None
-    shots: int = SHOTS
 
 
 ICONS = f"{ASSETS}/icons"
@@ -82,7 +79,7 @@ RECIPES = {
     "coop-emoji": Recipe(
         ("train_coop.py", *STUDENT, "--dataset", f"{ASSETS}/emoji"), "emoji/coop", f"{ASSETS}/emoji", "few-shot"
     ),
-    "tvp-lamplight": Recipe(("train_tvp.py", *MULTIMODAL, "--variants", "tvp"), "tvp", shots=32),
+    "tvp-lamplight": Recipe(("train_tvp.py", *MULTIMODAL, "--variants", "tvp", "--shots", "32"), "tvp"),
 }
 RECIPES |= {
     f"rpp-{clip}": Recipe(("train_rpp.py", "--model", f"{ASSETS}/clip_{clip}"), "pretrained", ICONS, "zero-shot")
@@ -94,8 +91,8 @@ def train(name: str, recipe: Recipe) -> Path:
     """Run the example with one seed; the folder of its adapter."""
     output = Path("outputs/model_cards") / name
     script, *arguments = recipe.script
-    flags = ["--shots", str(recipe.shots), "--seeds", str(SEED), "--use_cpu", "--output_dir", str(output)]
-    subprocess.run([sys.executable, f"examples/{script}", *arguments, *flags], check=True)
+    flags = ["--shots", str(SHOTS), "--seeds", str(SEED), "--use_cpu", "--output_dir", str(output)]
+    subprocess.run([sys.executable, f"examples/{script}", *flags, *arguments], check=True)
     return output / recipe.run / ("" if recipe.protocol == "zero-shot" else f"seed{SEED}")
 
 
@@ -109,8 +106,7 @@ def collect(source: Path, target: Path, *, dtype: str | None, base_model: str | 
     if base_model is not None:
         config.base_model_name_or_path = base_model
     if dtype is not None:
-        tensors = load_file(target / WEIGHTS_NAME)
-        halved = {key: tensor.to(getattr(torch, dtype)) for key, tensor in tensors.items()}
+        halved = {key: t.to(getattr(torch, dtype)) for key, t in load_file(target / WEIGHTS_NAME).items()}
         save_file(halved, target / WEIGHTS_NAME, metadata={"format": "pt"})
         config.adapter_dtype = dtype
     config.save_pretrained(str(target))
@@ -141,7 +137,7 @@ def main() -> None:
         source, dtype = args.adapter or train(name, recipe), recipe and recipe.dtype
         collect(source, target, dtype=dtype, base_model=args.base_model)
         if recipe is not None and recipe.dataset is not None:
-            shots, seed = (None, None) if recipe.protocol == "zero-shot" else (recipe.shots, SEED)
+            shots, seed = (None, None) if recipe.protocol == "zero-shot" else (SHOTS, SEED)
             evaluate(target, recipe.dataset, recipe.protocol, shots=shots, seed=seed)
         elif args.dataset is not None:
             evaluate(target, args.dataset, args.protocol, shots=args.shots, seed=args.seed)

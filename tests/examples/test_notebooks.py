@@ -49,11 +49,12 @@ def test_the_code_runs_with_tiny_settings(path: Path, tmp_path, monkeypatch) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_runs_as_committed(path: Path, tmp_path) -> None:
     """In a kernel, with the settings that the committed outputs were made with; only the output folder is another."""
     notebook = nbformat.read(path, as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     parameters.source += f"\nOUTPUT = Path({str(tmp_path / 'output')!r})"
-    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    NotebookClient(notebook, timeout=1700, resources={"metadata": {"path": str(FOLDER)}}).execute()
     assert (tmp_path / "output" / "adapter_model.safetensors").is_file()

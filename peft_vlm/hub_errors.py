@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from peft_vlm.errors import HubError
+from peft_vlm.errors import HubError, PeftVLMError
 
 LOG_IN = "Log in with `hf auth login`, set HF_TOKEN, or pass `token=`"
 BY_STATUS = {
@@ -75,6 +75,8 @@ def explained(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except PeftVLMError:
+        raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         reason = explain(error)
         if reason is None:

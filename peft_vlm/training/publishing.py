@@ -95,6 +95,19 @@ class PublishingTrainer(Trainer):
         self._finish_current_push()
         return publish_run(folder, self.args, self.hub_model_id, commit_message=commit_message, **options)
 
+    def create_model_card(self, license: str | None = None, **options: Any) -> None:
+        """Write the card of the run's folder; that of the base class for plain models.
+
+        Args:
+            license: Identifier of the licence; None for the one of the arguments.
+            **options: Of the base class.
+        """
+        folder = saved_adapter(self.model.model, self.args.output_dir)
+        if folder is None:
+            super().create_model_card(license=license, **options)
+        elif self.is_world_process_zero():
+            write_card(folder, license=license or self.args.hub_license)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint for a resume elsewhere, without the base class's pickled arguments."""
         if self.is_world_process_zero():

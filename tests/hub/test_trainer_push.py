@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from peft_vlm import VLMTrainingArguments
@@ -48,8 +49,11 @@ def test_the_trainer_publishes_the_whole_folder_without_pickles(hub, colours, tm
 
 def test_the_folder_of_a_run_has_a_card_with_facts(hub, colours, tmp_path):
     """PEFT leaves a template there."""
-    trainer_for(SKIP_TUNING, tmp_path / "run").train()
+    trainer = trainer_for(SKIP_TUNING, tmp_path / "run")
+    trainer.train()
     card = (tmp_path / "run" / "README.md").read_text()
+    trainer.create_model_card(license="mit")
+    assert ModelCard.load(tmp_path / "run" / "README.md").data.license == "mit"
     assert "More Information Needed" not in card
     assert "# Skip Tuning: run" in card
     assert "| `start_layer` | `1` |" in card

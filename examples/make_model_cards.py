@@ -9,6 +9,7 @@ Every folder is what `peft_vlm.publish` would upload; `tests/test_model_cards.py
 """
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
@@ -96,20 +97,20 @@ def train(name: str, recipe: Recipe) -> Path:
     return output / recipe.run / ("" if recipe.protocol == "zero-shot" else f"seed{SEED}")
 
 
-def collect(source: Path, target: Path, *, dtype: str | None, base_model: str | None) -> None:
-    """Copy an adapter and the reports of its run, with another data type and base model where asked for."""
+def collect(source: Path, target: Path, dtype: str | None) -> None:
+    """Copy an adapter and the reports of its run; weights in another data type if asked for, paths as in a clone."""
     target.mkdir(parents=True, exist_ok=True)
     for name in (CONFIG_NAME, WEIGHTS_NAME, SUMMARY_NAME, METRICS_NAME, CURVE_NAME, TRANSFER_NAME):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    config = AdapterFolder.read(target).config
-    if base_model is not None:
-        config.base_model_name_or_path = base_model
+    for path in target.glob("*.json"):
+        path.write_text(re.sub(r'"[^"]*/(?=examples/assets/)', '"', path.read_text("utf-8")), "utf-8")
     if dtype is not None:
         halved = {key: t.to(getattr(torch, dtype)) for key, t in load_file(target / WEIGHTS_NAME).items()}
         save_file(halved, target / WEIGHTS_NAME, metadata={"format": "pt"})
+        config = AdapterFolder.read(target).config
         config.adapter_dtype = dtype
-    config.save_pretrained(str(target))
+        config.save_pretrained(str(target))
 
 
 def evaluate(target: Path, dataset: str, protocol: str, *, shots: int | None, seed: int | None) -> None:
@@ -124,7 +125,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"folders of model_cards; by default {', '.join(RECIPES)}")
     parser.add_argument("--adapter", type=Path, help="folder of a finished run; one name then says where it goes")
-    parser.add_argument("--base_model", help="with --adapter: base model as a clone has it: examples/assets/...")
     parser.add_argument("--dataset", help="with --adapter: test set; none if the run has its transfer.json")
     parser.add_argument("--protocol", default="few-shot", help="with --dataset")
     parser.add_argument("--shots", type=int, help="with --adapter: labelled images per class, for the card")
@@ -134,8 +134,7 @@ def main() -> None:
     for name in args.names or RECIPES:
         target = TARGET / name
         recipe = None if args.adapter else RECIPES[name]
-        source, dtype = args.adapter or train(name, recipe), recipe and recipe.dtype
-        collect(source, target, dtype=dtype, base_model=args.base_model)
+        collect(args.adapter or train(name, recipe), target, recipe and recipe.dtype)
         if recipe is not None and recipe.dataset is not None:
             shots, seed = (None, None) if recipe.protocol == "zero-shot" else (SHOTS, SEED)
             evaluate(target, recipe.dataset, recipe.protocol, shots=shots, seed=seed)

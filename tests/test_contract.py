@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from peft_vlm.data.dataset import collate
 from peft_vlm.errors import AdapterError
-from peft_vlm.registry import METHODS
+from peft_vlm.registry import ABOUT, METHODS
 from tests.cases import (
     CASES,
     Case,
@@ -51,6 +51,7 @@ def test_every_registered_method_has_a_case_and_a_module_and_documents():
     """A method that slips past the contract would be promised but untested."""
     assert len(CASES) >= 1
     assert sorted(METHODS) == sorted(case.method for case in CASES)
+    assert set(ABOUT) == set(METHODS), "a model card cannot say what the method is"
     folders = {p.name for p in resources.files("peft_vlm.methods").iterdir() if p.is_dir() and p.name[0] != "_"}
     assert folders == set(METHODS)
     for method in METHODS:

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from peft_vlm.adapter_files import PICTURE_NAME
+from peft_vlm.adapter_files import PICTURE_NAME, WEIGHTS_NAME
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.scores import index_entries, score_table
 from peft_vlm.prompting.config import VLMConfig
@@ -146,7 +146,7 @@ def _summary(folder: AdapterFolder, base: str) -> str:
 
 
 def _weights_size(folder: AdapterFolder) -> str:
-    size = (folder.path / "adapter_model.safetensors").stat().st_size
+    size = (folder.path / WEIGHTS_NAME).stat().st_size
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.0f} kB"
 
 
@@ -154,7 +154,7 @@ def _classes(config: VLMConfig) -> str:
     names = config.class_names
     if not names:
         return "None recorded: the adapter is not tied to classes."
-    shown = ", ".join(f"`{name.replace('`', ' ')}`" for name in names[:SHOWN_CLASSES])
+    shown = ", ".join(f"`{' '.join(name.replace('`', ' ').split())}`" for name in names[:SHOWN_CLASSES])
     more = f" and {len(names) - SHOWN_CLASSES:,} more in `class_names.txt`" if len(names) > SHOWN_CLASSES else ""
     template = config.template if isinstance(config.template, str) or not config.template else config.template[0]
     prompt = f" Class prompt: `{template}`." if template else ""

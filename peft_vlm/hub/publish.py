@@ -146,7 +146,7 @@ def publish(
         HubError: If the Hub refuses, fails or cannot be reached.
     """
     adapter = AdapterFolder.read(folder)
-    if not HUB_ID.fullmatch(repo_id):
+    if "/" not in repo_id or not HUB_ID.fullmatch(repo_id):
         raise HubError(f"Expected `repo_id` to be 'owner/name', got {repo_id!r}.")
     missing = adapter.missing(license=license, base_model=base_model)
     if missing and not incomplete:

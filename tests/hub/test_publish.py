@@ -100,9 +100,11 @@ def test_what_is_no_adapter_is_refused_even_so(adapter, hub, tmp_path):
     assert ("model", NAME) not in hub.repositories
 
 
-def test_an_impossible_name_is_refused(adapter, hub):
-    with pytest.raises(HubError, match="'owner/name', got 'a/b/c'"):
-        publish(adapter, "a/b/c", license="mit")
+@pytest.mark.parametrize("name", ["a/b/c", "no-owner", "me/a b"])
+def test_an_impossible_name_is_refused(adapter, hub, name):
+    """Without an owner, the code on the card could not name the repository."""
+    with pytest.raises(HubError, match=f"'owner/name', got '{name}'"):
+        publish(adapter, name, license="mit")
 
 
 def test_another_base_model_name_is_written_into_the_published_configuration(adapter, hub):

@@ -77,8 +77,8 @@ def train(
     torch.manual_seed(3)
     model, objective, dataset = parts(method, **(data or {}), **(settings or {}))
     own = {"num_train_epochs": 2, "learning_rate": 0.01, "save_strategy": "steps", "save_steps": 2}
-    own |= {"save_total_limit": None, "logging_steps": 1, "seed": 3, "disable_tqdm": True}
-    args = VLMTrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", **(own | arguments))
+    own |= {"save_total_limit": None, "logging_steps": 1, "seed": 3, "disable_tqdm": True, "use_cpu": True}
+    args = VLMTrainingArguments(output_dir=str(folder), report_to="none", **(own | arguments))
     if change is not None:
         change(model, objective, dataset)
     trainer = VLMTrainer(model, objective, args, train_dataset=dataset, callbacks=list(callbacks))

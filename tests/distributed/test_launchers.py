@@ -1,0 +1,41 @@
+"""The commands of docs/scaling.md start as many processes as they say."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.source_tree import ROOT
+
+FILES = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
+SCRIPT = ["-m", "tests.short_run"]
+
+
+def test_every_launcher_file_says_what_it_starts() -> None:
+    """A key that accelerate does not know is refused only when a training is started."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert len(FILES) == 5
+    for path in FILES:
+        config = load_config_from_file(str(path))
+        assert f"\nnum_processes: {config.num_processes}\n" in path.read_text()
+        assert not config.use_cpu, path.name  # accelerate would start one process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_a_launcher_starts_two_processes(tmp_path: Path, launcher: str) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one and says nothing."""
+    commands = {
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", *SCRIPT],
+        "accelerate": ["accelerate.commands.launch", "--config_file", str(FILES[0]), *SCRIPT],
+    }
+    assert FILES[0].name == "cpu_two_processes.yaml"
+    command = [sys.executable, "-m", *commands[launcher], str(tmp_path), "--method", "coop"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Training in 2 processes on cpu: 8 images per step" in result.stderr
+    assert {path.name for path in tmp_path.glob("final-*")} == {"final-0.safetensors", "final-1.safetensors"}

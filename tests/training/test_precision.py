@@ -9,6 +9,8 @@ import torch
 from tests import forked
 from tests.short_run import RUNS, train
 
+#: PromptKD's loss weight of 10 and BatchNorm over four images make the tiny student chaotic at higher rates.
+RATES = {method: 1e-5 if method == "promptkd" else 1e-3 for method in RUNS}
 VARIANTS = {"float32": {}, "bf16": {"bf16": True}, "recomputed": {"gradient_checkpointing": True}}
 
 
@@ -18,7 +20,13 @@ def train_all(folder: str) -> None:
         for variant, options in VARIANTS.items():
             place = Path(folder) / variant / method
             train(
-                place, method, save_strategy="no", num_train_epochs=1, learning_rate=0.001, warmup_epochs=0, **options
+                place,
+                method,
+                save_strategy="no",
+                num_train_epochs=1,
+                learning_rate=RATES[method],
+                warmup_epochs=0,
+                **options,
             )
 
 
@@ -38,10 +46,7 @@ def losses(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", RUNS)
 def test_losses_in_bf16_are_near_those_in_float32(folder: Path, method: str) -> None:
-    """bfloat16 has 8 bits: scaled logits move by a few hundredths, which is 5 percent of a loss.
-
-    At a rate ten times as high the tiny models of PromptKD and PromptSRC are chaotic, and part by more.
-    """
+    """bfloat16 has 8 bits: scaled logits move by a few hundredths, which is 5 percent of a loss."""
     expected, actual = (losses(folder / variant / method) for variant in ("float32", "bf16"))
     assert len(expected) >= 4
     assert not torch.equal(actual, expected)  # or bf16 was ignored
@@ -68,7 +73,7 @@ def test_losses_in_fp16_with_loss_scaling_are_near_those_in_float32(tmp_path: Pa
             "num_train_epochs": 4,
             "warmup_epochs": 0,
             "use_cpu": False,
-            "learning_rate": 1e-3,
+            "learning_rate": RATES[method],
         }
         trainer = train(place, method, **own, **options)
         assert (trainer.accelerator.scaler is not None) == (name == "fp16")

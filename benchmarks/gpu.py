@@ -102,7 +102,6 @@ def build(method: str, clip: Any, teacher: Any, prompts: Any) -> tuple[nn.Module
 def child(method: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one method in one precision."""
     from peft_vlm import VLMTrainingArguments
-    from peft_vlm.training.memory import PeakMemory
     from peft_vlm.training.memory_estimate import estimate_memory
     from peft_vlm.training.module import TrainingModule
 
@@ -135,6 +134,18 @@ def child(method: str, precision: str, options: argparse.Namespace) -> dict[str,
         scaler.step(optimizer)
         scaler.update()
 
+    settings = VLMTrainingArguments(
+        output_dir="unused", per_device_train_batch_size=options.batch, bf16=precision == "bf16", use_cpu=True
+    )
+    estimate = estimate_memory(model, objective, dataset, settings)
+    needed = (estimate.training + estimate.activations) / 2**20
+    return {"estimated_mb": needed, **measured(step, options, dtype, device)}
+
+
+def measured(step: Any, options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Memory of the first step, operations of the second, time of the others."""
+    from peft_vlm.training.memory import PeakMemory
+
     peak = PeakMemory(device)
     peak.start()
     step()
@@ -143,14 +154,9 @@ def child(method: str, precision: str, options: argparse.Namespace) -> dict[str,
         step()
     seconds = timed(step, options.steps, device)
     operations = counter.get_total_flops()
-    settings = VLMTrainingArguments(
-        output_dir="unused", per_device_train_batch_size=options.batch, bf16=precision == "bf16", use_cpu=True
-    )
-    estimate = estimate_memory(model, objective, dataset, settings)
     return {
         "images_per_second": options.batch / seconds,
         "peak_mb": memory,
-        "estimated_mb": (estimate.training + estimate.activations) / 2**20,
         "teraflop_per_step": operations / 1e12,
         "share_of_bound": operations / seconds / matrix_rate(dtype, device),
     }
@@ -180,8 +186,8 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / timed(lambda: a @ b, 20 if device.type == "cuda" else 3, device)
 
 
-def main() -> None:
-    """Run every method in every precision and print a table."""
+def parse_arguments() -> argparse.Namespace:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", choices=["vit_b16", "small"], default="vit_b16")
@@ -191,38 +197,39 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--child", nargs=2, metavar=("METHOD", "PRECISION"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def run_child(method: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure in a process of its own and print a line of the table."""
+    common = ["--device", options.device, "--size", options.size, "--batch", str(options.batch)]
+    command = [sys.executable, __file__, *common, "--steps", str(options.steps), "--child", method, precision]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    row = {"method": method, "precision": precision, **json.loads(output.splitlines()[-1])}
+    memory = float("nan") if row["peak_mb"] is None else row["peak_mb"]
+    print(
+        f"{method:12}{precision:>10}{row['images_per_second']:10.1f}{memory:10.0f}"
+        f"{row['estimated_mb']:10.0f}{row['share_of_bound']:10.1%}",
+        flush=True,
+    )
+    return row
+
+
+def main() -> None:
+    """Run every method in every precision and print a table."""
+    options = parse_arguments()
     if options.child:
         print(json.dumps(child(*options.child, options)))
         return
     is_gpu = options.device.startswith("cuda")
     name = torch.cuda.get_device_name(options.device) if is_gpu else f"{platform.machine()} CPU"
     precisions = options.precisions or (list(PRECISIONS) if is_gpu else ["float32", "bf16"])
-    rows = []
     print(f"{name}, torch {torch.__version__}, size {options.size}, batch {options.batch}")
     print(f"{'method':12}{'precision':>10}{'images/s':>10}{'peak MB':>10}{'estimate':>10}{'of bound':>10}")
-    common = ["--device", options.device, "--size", options.size, "--batch", str(options.batch)]
-    for method in options.methods:
-        for precision in precisions:
-            command = [sys.executable, __file__, *common, "--steps", str(options.steps), "--child", method, precision]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            row = {"method": method, "precision": precision, **json.loads(output.splitlines()[-1])}
-            rows.append(row)
-            memory = float("nan") if row["peak_mb"] is None else row["peak_mb"]
-            print(
-                f"{method:12}{precision:>10}{row['images_per_second']:10.1f}{memory:10.0f}"
-                f"{row['estimated_mb']:10.0f}{row['share_of_bound']:10.1%}",
-                flush=True,
-            )
+    rows = [run_child(method, precision, options) for method in options.methods for precision in precisions]
     if options.output:
-        report = {
-            "device": name,
-            "torch": torch.__version__,
-            "size": options.size,
-            "batch": options.batch,
-            "rows": rows,
-        }
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
+        facts = {"device": name, "torch": torch.__version__, "size": options.size, "batch": options.batch}
+        options.output.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -196,6 +196,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--child", nargs=2, metavar=("METHOD", "PRECISION"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -227,9 +228,11 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, size {options.size}, batch {options.batch}")
     print(f"{'method':12}{'precision':>10}{'images/s':>10}{'peak MB':>10}{'estimate':>10}{'of bound':>10}")
     rows = [run_child(method, precision, options) for method in options.methods for precision in precisions]
+    facts = {"device": name, "torch": torch.__version__, "size": options.size, "batch": options.batch, "rows": rows}
     if options.output:
-        facts = {"device": name, "torch": torch.__version__, "size": options.size, "batch": options.batch}
-        options.output.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+        options.output.write_text(json.dumps(facts, indent=2) + "\n")
+    if options.json:
+        print(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "warmup_steps": 10,
             "save_strategy": "steps",
             "save_steps": 50,
+            "logging_steps": 10,
         },
         "augmentation": {"scale": (0.7, 1.0), "flip_probability": 0.0},  # arrows and text must not be mirrored
         "few_shot": {

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_vlm.adapter_files import CONFIG_NAME, CURVE_NAME, METRICS_NAME, SUMMARY_NAME, TRANSFER_NAME, WEIGHTS_NAME
+from peft_vlm import adapter_files as files
 from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
 from peft_vlm.hub import AdapterFolder, write_folder
 
@@ -100,14 +100,14 @@ def train(name: str, recipe: Recipe) -> Path:
 def collect(source: Path, target: Path, dtype: str | None) -> None:
     """Copy an adapter and the reports of its run; weights in another data type if asked for, paths as in a clone."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG_NAME, WEIGHTS_NAME, SUMMARY_NAME, METRICS_NAME, CURVE_NAME, TRANSFER_NAME):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for path in source.iterdir():
+        if path.name in vars(files).values() and path.name != files.CARD_NAME:
+            shutil.copyfile(path, target / path.name)
     for path in target.glob("*.json"):
         path.write_text(re.sub(r'"[^"]*/(?=examples/assets/)', '"', path.read_text("utf-8")), "utf-8")
     if dtype is not None:
-        halved = {key: t.to(getattr(torch, dtype)) for key, t in load_file(target / WEIGHTS_NAME).items()}
-        save_file(halved, target / WEIGHTS_NAME, metadata={"format": "pt"})
+        halved = {key: t.to(getattr(torch, dtype)) for key, t in load_file(target / files.WEIGHTS_NAME).items()}
+        save_file(halved, target / files.WEIGHTS_NAME, metadata={"format": "pt"})
         config = AdapterFolder.read(target).config
         config.adapter_dtype = dtype
         config.save_pretrained(str(target))

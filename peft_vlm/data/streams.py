@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,22 @@ from datasets import ClassLabel, IterableDataset, load_dataset
 from datasets import Dataset as HFDataset
 from datasets import Image as ImageFeature
 from datasets.distributed import split_dataset_by_node
+from PIL import Image
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 
 from peft_vlm.data.dataset import Item, collate
 from peft_vlm.data.images import read_image
 from peft_vlm.data.transforms import ImageTransform
+from peft_vlm.data.unreadable import UnreadableImages
 from peft_vlm.errors import DataError
 from peft_vlm.shapes import Batch
 
 SHARDS = {"parquet": "*.parquet", "webdataset": "*.tar"}
+MOST_UNREADABLE = 100
+"""Images in a row that cannot be read before a stream is given up."""
+
+Row = tuple[dict[str, Any], int]  # of the source, not decoded, and its label
 
 
 class ImageStream(TorchIterableDataset):
@@ -71,6 +78,7 @@ class ImageStream(TorchIterableDataset):
         self.shuffle_buffer, self.seed, self.epoch = shuffle_buffer, seed, 0
         self.batch_size, self.rank, self.world_size = 1, 0, 1
         self._skipped_batches = 0
+        self.unreadable = UnreadableImages(max(num_images, 1))  # by place in an epoch
         if len(self) < 1:
             raise DataError(f"Expected `num_images` of at least 1, got {num_images!r}.")
 
@@ -137,16 +145,39 @@ class ImageStream(TorchIterableDataset):
             self.batch_size * len(range(number, batches, workers))
             for batches in (self.num_batches, self._skipped_batches)
         )
-        for position, (row, label) in zip(range(mine), self._rows(number), strict=False):
+        rows, ahead = self._rows(number), deque()
+        for position in range(mine):
+            wanted = ahead.popleft() if ahead else next(rows)
             index = (position * workers + number) * self.world_size + self.rank
             if position < skipped:
-                yield {"pixel_values": torch.zeros(1, 1, 1), "labels": label, "index": index}
+                yield {"pixel_values": torch.zeros(1, 1, 1), "labels": wanted[1], "index": index}
                 continue
-            image = read_image(row[self.image_column], where=f"image {index} of the stream")
+            image, label = self._first_readable(wanted, ahead, rows, index)
             pixels = self.transform(image, torch.Generator().manual_seed(self._seed_of("pixels", index)))
             yield {"pixel_values": pixels, "labels": label, "index": index}
 
-    def _rows(self, worker: int) -> Iterator[tuple[dict[str, Any], int]]:
+    def _first_readable(
+        self, wanted: Row, ahead: "deque[Row]", rows: Iterator[Row], index: int
+    ) -> tuple[Image.Image, int]:
+        """Image and label of a row or, where those that cannot be read are skipped, of the next that can.
+
+        That one is only looked at and comes in its own turn as well: a resumed run, which decodes nothing of what it
+        skips, must see what the run it continues would have seen.
+        """
+        for step in range(MOST_UNREADABLE):
+            if step > len(ahead):
+                ahead.append(next(rows))
+            row, label = ahead[step - 1] if step else wanted
+            try:
+                return read_image(row[self.image_column], where=f"image {index} of the stream"), label
+            except DataError as error:
+                if not self.unreadable.are_skipped:
+                    raise
+                if not step:
+                    self.unreadable.note(index % self.num_images, error)
+        raise DataError(f"Expected readable images, got {MOST_UNREADABLE} in a row that are not, from {index} on.")
+
+    def _rows(self, worker: int) -> Iterator[Row]:
         """Rows of this process and worker with their labels, without end, not decoded."""
         random = np.random.default_rng(self._seed_of("keep", self.rank, worker))
         for number in itertools.count():

@@ -31,6 +31,21 @@ class UnreadableImages:
         self._skip.fill_(skip)
 
     @property
+    def are_skipped(self) -> bool:
+        """Whether another image takes the place of one that cannot be read."""
+        return bool(self._skip)
+
+    def note(self, row: int, error: DataError) -> None:
+        """Count an image that another one stands in for, with a line of the log.
+
+        Args:
+            row: Row of the source.
+            error: Why it cannot be read.
+        """
+        self._found[row] = True
+        logger.warning("Another image takes the place of one that cannot be read: %s", error)
+
+    @property
     def rows(self) -> list[int]:
         """Rows of the source whose images could not be read so far."""
         return self._found.nonzero().flatten().tolist()
@@ -55,9 +70,8 @@ class UnreadableImages:
             try:
                 return position, read(position)
             except DataError as error:
-                if not self._skip:
+                if not self.are_skipped:
                     raise
-                self._found[rows[position]] = True
-                logger.warning("Another image of its class takes the place of one that cannot be read: %s", error)
+                self.note(rows[position], error)
                 problem = error
         raise DataError("Expected at least one readable image of each class, got none of one class.") from problem

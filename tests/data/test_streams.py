@@ -189,3 +189,31 @@ def test_class_lists_of_text_files_and_wordnet(tmp_path: Path, text: str, expect
     path = tmp_path / "names.txt"
     path.write_text(text)
     assert read_class_list(path) == expected
+
+
+def test_an_image_that_cannot_be_read_is_an_error_or_counted(caplog):
+    """The next image stands in for it and comes in its own turn too; the order of all others stays."""
+    rows = colour_rows(4)
+    whole = Dataset.from_list(rows, features=table().features)
+    damaged = whole.cast_column("image", Image(decode=False)).to_list()
+    damaged[5]["image"]["bytes"] = damaged[5]["image"]["bytes"][:40]
+    damaged = Dataset.from_list(damaged, features=table().features)
+    images, expected = stream(damaged, shuffle_buffer=0), list(stream(whole, shuffle_buffer=0))
+    with pytest.raises(DataError, match="image 5 of the stream"):
+        list(images)
+    images.unreadable.skip(True)
+    items = list(images)
+    assert images.unreadable.rows == [5]
+    assert "Another image takes the place" in caplog.text
+    assert labels(items) == [*labels(expected[:5]), int(expected[6]["labels"]), *labels(expected[6:])]
+    images.skip_batches(4)
+    assert labels(list(images)[4:]) == labels(items)[4:]
+
+
+def test_a_stream_of_unreadable_images_ends():
+    """Looking for the next readable image forever would look like a slow disk."""
+    broken = [{"image": {"bytes": b"none", "path": None}, "label": 0}] * 4
+    images = stream(Dataset.from_list(broken, features=table().features))
+    images.unreadable.skip(True)
+    with pytest.raises(DataError, match="got 100 in a row that are not"):
+        list(images)

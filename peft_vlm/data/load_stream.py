@@ -51,7 +51,8 @@ def load_image_stream(
     names = class_labels(rows, label_column) if names is None else names
     if names is None:
         raise DataError(f"The labels in column {label_column!r} have no names. Pass `class_names`.")
-    rows, (names, label_ids) = undecoded(rows, image_column), _numbered(rows, names, label_column)
+    rows = undecoded(rows, image_column)
+    names, label_ids = _numbered(rows, names, label_column)
     keep = None
     if images_per_class is not None:
         counts = count_labels(rows, label_column, names, label_ids)

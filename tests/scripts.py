@@ -32,8 +32,11 @@ def run_script(script: str, *arguments: str) -> Finished:
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
-        code = forked.wait(forked.start(log, _main, script, arguments), log)
-        return Finished(code, log.read_text())
+        process = forked.start(log, _main, script, arguments)
+        try:  # the time limit is that of the test, which `slow` ones raise
+            return Finished(forked.wait(process, log, timeout=3600), log.read_text())
+        finally:
+            process.kill()
 
 
 def _main(script: str, arguments: tuple[str, ...]) -> None:

@@ -131,7 +131,8 @@ def _trains_embedding(model: nn.Module, *sides: str) -> bool:
 
 
 def _image_text_loads(model: nn.Module, objective: Objective, batch: int) -> list[_Load]:
-    towers, config, is_clip = towers_of(model), unwrap(model).config, isinstance(unwrap(model), CLIPModel)
+    towers, is_clip = towers_of(model), isinstance(unwrap(model), CLIPModel)
+    config: Any = unwrap(model).config
     vision, rows = config.vision_config, objective.text_rows(batch)
     patches = batch * ((vision.image_size // vision.patch_size) ** 2 + 1)
     below = _trains_embedding(model, "vision_model")

@@ -25,10 +25,19 @@ class ObjectiveCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prepare the objective on the device of the run."""
+        """Prepare the objective on the device of the run, and log an epoch that was over but not logged at a resume.
+
+        The checkpoint of the last step of an epoch is written before the epoch ends.
+        """
         self.dataset.repeat_views(None)  # an earlier run may have left its views
         with self.autocast():
             self.module.objective.prepare(self.module.model, self.dataset)
+        epoch = state.epoch or 0.0
+        if round(epoch) > 0 and abs(epoch - round(epoch)) < 1e-6:
+            metrics = self.module.objective.epoch_end()
+            logged = [entry.keys() for entry in state.log_history if entry.get("epoch") == epoch]
+            if metrics and not any(metrics.keys() <= keys for keys in logged):
+                self.log(metrics)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

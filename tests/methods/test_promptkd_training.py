@@ -159,9 +159,9 @@ def straight(tmp_path_factory):
     return folder, *with_cached_views(folder)
 
 
-@pytest.mark.parametrize("step", [3, 9])
+@pytest.mark.parametrize("step", [3, 6, 9])
 def test_a_resumed_run_with_cached_views_repeats_itself(tmp_path, straight, step: int):
-    """Tensors and the agreement of the interrupted epoch."""
+    """Tensors and the agreement of every epoch, of the interrupted one and of one that was over but not logged."""
     folder, uninterrupted, expected = straight
     resumed, tensors = with_cached_views(tmp_path, resume=str(folder / f"checkpoint-{step}"))
     assert uninterrupted.state.global_step == resumed.state.global_step == 18

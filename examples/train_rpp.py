@@ -31,6 +31,7 @@ from peft_vlm.pretraining_experiment import (
     pretrain,
     transfer,
 )
+from peft_vlm.processes import is_main_process
 
 ASSETS = Path(__file__).parent / "assets"
 TEMPLATE = "a photo of a {}."
@@ -64,11 +65,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The preset with what the command line changes."""
     settings = {name: dict(part) for name, part in PRESETS[args.preset].items()}
     settings["config"] |= {"share_qkv": args.share_qkv, "slot_residual": args.slot_residual}
-    for part, name in (
-        ("objective", "soft_weight"),
-        ("objective", "num_sampled_classes"),
-        ("training", "max_steps"),
-    ):
+    changes = ("objective", "soft_weight"), ("objective", "num_sampled_classes"), ("training", "max_steps")
+    for part, name in changes:
         if getattr(args, name) is not None:
             settings[part][name] = getattr(args, name)
     for part in ("training", "few_shot"):
@@ -130,14 +128,21 @@ def main() -> None:
     base = experiment.load_model().to(model.device).eval()
     compared = {"zero_shot": base, "rpp": model}
     report["transfer"] = {name: transfer(one, targets, experiment) for name, one in compared.items()}
-    write_json(args.output_dir / "metrics.json", report)
+    write_report(args.output_dir, report)
     if args.shots:
         report["few_shot"] = compare_starts(args, settings, experiment)
-        write_json(args.output_dir / "metrics.json", report)
-    for name, scores in report["transfer"].items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.1f} %" for key, value in scores.items()))
-    print(f"Written to {args.output_dir}/: metrics.json and the adapter in pretrained/.")
-    print(f"Use it:  peft-vlm predict {str(args.output_dir / 'pretrained')!r} picture.png")
+        write_report(args.output_dir, report)
+    if is_main_process():
+        for name, scores in report["transfer"].items():
+            print(f"{name}: " + ", ".join(f"{key} {value:.1f} %" for key, value in scores.items()))
+        print(f"Written to {args.output_dir}/: metrics.json and the adapter in pretrained/. Use it:")
+        print(f"    peft-vlm predict {str(args.output_dir / 'pretrained')!r} picture.png")
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write metrics.json, from one process."""
+    if is_main_process():
+        write_json(folder / "metrics.json", report)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def markdown_table(report: Mapping[str, Any]) -> str:
             "trained numbers",
             *COSTS.values(),
         ]
-        lines = [f"### {name}, {len(report['seeds'])} seeds", "", _row(header), _row(["---"] * len(header))]
+        lines = [f"### {name}, {_seeds(report)}", "", _row(header), _row(["---"] * len(header))]
         untrained = next((row for row in methods.values() if not row["trainable_parameters"]), {})
         for method, row in methods.items():
             cells = [
@@ -93,13 +93,17 @@ def results_png(report: Mapping[str, Any], path: Path) -> None:
             for place, (_, values) in zip(places, rows, strict=True):
                 axes.plot([place] * len(values), values, "k.", markersize=4)
         axes.set_xticks(range(len(methods)), [method.replace("_", "\n") for method in methods])
-        axes.set_title(f"{name} ({len(report['seeds'])} seeds)")
+        axes.set_title(f"{name} ({_seeds(report)})")
         axes.set_ylabel("top-1 accuracy (%)")
         axes.grid(axis="y", alpha=0.3)
         if len(scores) > 1:
             axes.set_ylim(top=1.15 * axes.get_ylim()[1])
             axes.legend(loc="upper center", ncols=len(scores))
     figure.savefig(path)
+
+
+def _seeds(report: Mapping[str, Any]) -> str:
+    return f"{len(report['seeds'])} seed{'s' if len(report['seeds']) > 1 else ''}"
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -147,6 +147,8 @@ def _summary(folder: AdapterFolder, base: str) -> str:
 
 def _weights_size(folder: AdapterFolder) -> str:
     size = (folder.path / WEIGHTS_NAME).stat().st_size
+    if size < 1e3:
+        return f"{size} bytes"
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.0f} kB"
 
 

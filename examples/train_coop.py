@@ -19,7 +19,7 @@ from peft import get_peft_model
 
 import peft_vlm
 from peft_vlm.experiment import Experiment, load_task
-from peft_vlm.experiment_report import write_results
+from peft_vlm.experiment_report import show_results
 from peft_vlm.learners import TrainerLearner, ZeroShot
 from peft_vlm.methods.coop import preset_for
 
@@ -88,10 +88,7 @@ def main() -> None:
     )
     task = load_task(args.dataset, args.protocol, template=args.template, shots=args.shots)
     report = experiment.run([task], [ZeroShot(), coop], args.seeds)
-    table = write_results(report, args.output_dir)
-    adapter = args.output_dir / task.name / "coop" / f"seed{args.seeds[-1]}"
-    print(f"\n{table}\nWritten to {args.output_dir}/: metrics.json, table.md, results.png, and each run's adapter.")
-    print(f"Use an adapter:  peft-vlm predict {str(adapter)!r} picture.png")
+    show_results(report, args.output_dir, learner="coop")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers import CLIPModel
 
 from peft_vlm import PromptKDConfig, PromptKDObjective, PromptSRCConfig, PromptSRCObjective
 from peft_vlm.experiment import Experiment, Task, load_task
-from peft_vlm.experiment_report import write_results
+from peft_vlm.experiment_report import show_results
 from peft_vlm.learners import TrainerLearner, ZeroShot
 from peft_vlm.methods import promptkd, promptsrc
 
@@ -139,10 +139,7 @@ def main() -> None:
     experiment = Experiment.for_clip(args.model, output_dir=args.output_dir, use_cpu=args.use_cpu, **options)
     seen = {task.train.class_names: task.seen_classes for task in tasks}
     learners = learners_of(settings, lambda: CLIPModel.from_pretrained(args.teacher), experiment.prompts, seen)
-    table = write_results(experiment.run(tasks, learners, args.seeds), args.output_dir)
-    adapter = args.output_dir / tasks[0].name / "student_promptkd" / f"seed{args.seeds[-1]}"
-    print(f"\n{table}\nWritten to {args.output_dir}/: metrics.json, table.md, results.png, and each run's adapter.")
-    print(f"Use a student:  peft-vlm predict {str(adapter)!r} picture.png")
+    show_results(experiment.run(tasks, learners, args.seeds), args.output_dir, learner="student_promptkd")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from peft import get_peft_model
 
 import peft_vlm
 from peft_vlm.experiment import Experiment, load_task
-from peft_vlm.experiment_report import write_results
+from peft_vlm.experiment_report import show_results
 from peft_vlm.learners import TrainerLearner, ZeroShot
 from peft_vlm.methods.promptsrc import OFFICIAL_TEMPLATES, preset_for
 from peft_vlm.text import ClassPrompts
@@ -117,10 +117,7 @@ def main() -> None:
     task = load_task(args.dataset, protocol, template=template, shots=args.shots)
     learners = [one for one in learners_of(settings, experiment) if not args.methods or one.name in args.methods]
     report = experiment.run([task], learners, args.seeds)
-    table = write_results(report, args.output_dir)
-    adapter = args.output_dir / task.name / "promptsrc" / f"seed{args.seeds[-1]}"
-    print(f"\n{table}\nWritten to {args.output_dir}/: metrics.json, table.md, results.png, and each run's adapter.")
-    print(f"Use an adapter:  peft-vlm predict {str(adapter)!r} picture.png")
+    show_results(report, args.output_dir, learner="promptsrc")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import peft_vlm
 from peft_vlm.baselines import FullFineTuningObjective
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.experiment import Experiment, Task, load_task
-from peft_vlm.experiment_report import write_results
+from peft_vlm.experiment_report import show_results
 from peft_vlm.learners import LinearProbeLearner, TrainerLearner, ZeroShot
 from peft_vlm.methods.skip_tuning.presets import preset_for
 
@@ -131,10 +131,7 @@ def main() -> None:
     learners = [row for row in rows if not args.methods or row.name in args.methods]
     tasks = tasks_of(args)
     report = experiment.run(tasks, learners, args.seeds)
-    table = write_results(report, args.output_dir)
-    adapter = args.output_dir / tasks[0].name / "skip_tuning" / f"seed{args.seeds[-1]}"
-    print(f"\n{table}\nWritten to {args.output_dir}/: metrics.json, table.md, results.png, and each run's adapter.")
-    print(f"Use an adapter:  peft-vlm predict {str(adapter)!r} picture.png")
+    show_results(report, args.output_dir, learner="skip_tuning")
 
 
 if __name__ == "__main__":

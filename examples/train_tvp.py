@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import get_peft_model
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig
 
@@ -30,6 +29,7 @@ from peft_vlm.data import ImageQuestionDataset, RandomCrop, few_shot, load_image
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.methods.tvp import ClipGuide, Source
+from peft_vlm.processes import is_main_process
 from peft_vlm.text.prompts import tokenize_for_model
 from peft_vlm.transfer_experiment import ImageTextModel, TransferExperiment, Variant, write_transfer_results
 from tvp_domains import DOMAINS, load_domain
@@ -134,7 +134,7 @@ def main() -> None:
     training |= {name: value for name, value in chosen.items() if value is not None}
     variants = [Variant(name, VARIANTS[name], tuple(args.sources or ())) for name in args.variants]
     reports = experiment_of(args, preset, training).run(variants, args.seeds)
-    if PartialState().is_main_process:
+    if is_main_process():
         tables = write_transfer_results(reports, args.output_dir)
         print(
             f"\n{tables}\n\nWritten to {args.output_dir}/: metrics.json, table.md, results_*.png; per run the adapter,"

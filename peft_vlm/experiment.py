@@ -160,7 +160,8 @@ class Experiment:
         """
         self.output_dir.mkdir(parents=True, exist_ok=True)
         report: dict[str, Any] = {"seeds": list(seeds), "methods": {}, "tasks": {}}
-        progress = tqdm(total=len(tasks) * len(learners) * len(seeds), unit="run")
+        total = len(tasks) * len(learners) * len(seeds)
+        progress = tqdm(total=total, unit="run", disable=not is_main_process())
         for position, task in enumerate(tasks):
             methods: dict[str, Any] = {}
             known: dict[str, dict[str, Any]] = {}

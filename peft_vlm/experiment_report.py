@@ -56,22 +56,22 @@ def markdown_table(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_results(report: Mapping[str, Any], folder: Path) -> str:
-    """Write `table.md` and `results.png` beside `metrics.json`, from the main process.
+def show_results(report: Mapping[str, Any], folder: Path, *, learner: str) -> None:
+    """Write `table.md` and `results.png` beside `metrics.json`, and print the table; from the main process.
 
     Args:
         report: What `Experiment.run` returned.
         folder: Where they go.
-
-    Returns:
-        The table.
+        learner: Whose adapter, that of the last seed, the printed example uses.
     """
-    table = markdown_table(report)
     if not is_main_process():
-        return table
+        return
+    table = markdown_table(report)
     (folder / "table.md").write_text(table, encoding="utf-8")
     results_png(report, folder / "results.png")
-    return table
+    adapter = folder / report["task"] / learner / f"seed{report['seeds'][-1]}"
+    print(f"\n{table}\nWritten to {folder}/: metrics.json, table.md, results.png, and each run's adapter.")
+    print(f"Use an adapter:  peft-vlm predict {str(adapter)!r} picture.png")
 
 
 def results_png(report: Mapping[str, Any], path: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
@@ -25,7 +24,7 @@ from peft_vlm.evaluation.transfer import (
 )
 from peft_vlm.json_files import write_json
 from peft_vlm.objective import Objective
-from peft_vlm.processes import is_main_process
+from peft_vlm.processes import is_main_process, wait_for_everyone
 from peft_vlm.prompting.prompt_picture import remove_prompts, show_prompted
 from peft_vlm.text.candidates import Candidates, tokenize_candidates
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
@@ -139,7 +138,7 @@ class TransferExperiment:
             Reports by variant, one per seed; empty lists on all but the main process.
         """
         reports: dict[str, list[TransferReport]] = {variant.name: [] for variant in variants}
-        main = PartialState().is_main_process
+        main = is_main_process()
         jobs = [(variant, seed) for seed in seeds for variant in variants]
         for variant, seed in tqdm(jobs, desc="prompts", unit="run", disable=not main):
             folder = self.output_dir / variant.name / f"seed{seed}"
@@ -148,7 +147,7 @@ class TransferExperiment:
                 report = self.measure(variant, seed, folder, settings)
                 report.save(folder / "transfer.json")
                 reports[variant.name].append(report)
-            PartialState().wait_for_everyone()
+            wait_for_everyone()
         return reports
 
     def fit(self, variant: Variant, seed: int, folder: Path) -> dict[str, Any]:
@@ -180,7 +179,7 @@ class TransferExperiment:
         trainer = VLMTrainer(model, objective, args, train_dataset=questions)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        if PartialState().is_main_process:
+        if is_main_process():
             prompt_png(model, folder / "prompt.png")
             shown = [questions.image(index) for index in range(0, len(questions), -(-len(questions) // SHOWN_IMAGES))]
             show_prompted(model, shown).save(folder / "prompted_images.png")

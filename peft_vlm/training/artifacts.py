@@ -17,6 +17,7 @@ from peft_vlm.figures import has_matplotlib
 from peft_vlm.hub.publish import saved_adapter
 from peft_vlm.json_files import write_json
 from peft_vlm.objective import Objective
+from peft_vlm.processes import wait_for_everyone
 from peft_vlm.prompting.config import installed_version
 from peft_vlm.training.plots import training_curve_png
 from peft_vlm.training.publishing import write_card
@@ -59,10 +60,22 @@ class ArtifactsCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save the adapter, `metrics.json`, `training_summary.json`, the card and, with matplotlib, the curve."""
+        """Save the adapter, `metrics.json`, `training_summary.json`, the card and, with matplotlib, the curve.
+
+        The other processes wait, so that each may read the folder when its `train()` returns.
+        """
         self.trainer.save_model(_internal_call=True)
-        if not args.should_save:
-            return
+        if args.should_save:
+            self.write_reports(args, state)
+        wait_for_everyone()
+
+    def write_reports(self, args: TrainingArguments, state: TrainerState) -> None:
+        """What lies beside the weights.
+
+        Args:
+            args: Settings of the run.
+            state: State at its end.
+        """
         folder = Path(args.output_dir)
         write_json(folder / METRICS_NAME, {"final": final_metrics(state), "history": state.log_history})
         write_json(folder / SUMMARY_NAME, self.summary(args, state))

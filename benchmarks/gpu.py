@@ -3,6 +3,7 @@
     python benchmarks/gpu.py                                  # float32, bf16 and fp16 on the GPU; a table
     python benchmarks/gpu.py --device cpu --size small        # minutes on two cores, to see that it runs
     python benchmarks/gpu.py --output benchmarks/gpu.json     # and a JSON file with the device's name
+    python benchmarks/gpu.py --compile                        # with the steps compiled, as `torch_compile=True` does
 
 For each method and precision, in a process of its own: images per second of a whole step (forward, backward, SGD),
 peak memory above the loaded model, the estimate of `peft_vlm.training.memory_estimate`, and the share of the
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,26 +126,31 @@ def child(method: str, precision: str, options: argparse.Namespace) -> dict[str,
     with autocast:
         objective.prepare(model, dataset)
         objective.epoch_start(model, dataset, 0)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with autocast:
-            loss = module(**batch)["loss"]
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-
     settings = VLMTrainingArguments(
         output_dir="unused", per_device_train_batch_size=options.batch, bf16=precision == "bf16", use_cpu=True
     )
     estimate = estimate_memory(model, objective, dataset, settings)
     needed = (estimate.training + estimate.activations) / 2**20
-    return {"estimated_mb": needed, **measured(step, options, dtype, device)}
+    step = partial(train_step, batch=batch, optimizer=optimizer, autocast=autocast)
+    step = partial(step, scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"))
+    fast = partial(step, torch.compile(module) if options.compile else module)
+    return {"estimated_mb": needed, **measured(partial(step, module), fast, options, dtype, device)}
 
 
-def measured(step: Any, options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Memory of the first step, operations of the second, time of the others."""
+def train_step(module: Any, *, batch: dict[str, Any], optimizer: Any, autocast: Any, scaler: Any) -> None:
+    """Forward, backward, update."""
+    optimizer.zero_grad()
+    with autocast:
+        loss = module(**batch)["loss"]
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def measured(
+    step: Any, fast: Any, options: argparse.Namespace, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Memory of the first step, operations of the second, time of the others, which are `fast`."""
     from peft_vlm.training.memory import PeakMemory
 
     peak = PeakMemory(device)
@@ -152,8 +159,10 @@ def measured(step: Any, options: argparse.Namespace, dtype: torch.dtype, device:
     memory = peak.stop()
     with FlopCounterMode(display=False) as counter:
         step()
-    seconds = timed(step, options.steps, device)
     operations = counter.get_total_flops()
+    for _ in range(2 if options.compile else 0):  # shapes that change make it compile a second time
+        fast()
+    seconds = timed(fast, options.steps, device)
     return {
         "images_per_second": options.batch / seconds,
         "peak_mb": memory,
@@ -195,6 +204,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), help="all that the device has")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--compile", action="store_true", help="compile the step with torch.compile")
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--child", nargs=2, metavar=("METHOD", "PRECISION"), help=argparse.SUPPRESS)
@@ -204,6 +214,7 @@ def parse_arguments() -> argparse.Namespace:
 def run_child(method: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measure in a process of its own and print a line of the table."""
     common = ["--device", options.device, "--size", options.size, "--batch", str(options.batch)]
+    common += ["--compile"] if options.compile else []
     command = [sys.executable, __file__, *common, "--steps", str(options.steps), "--child", method, precision]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     row = {"method": method, "precision": precision, **json.loads(output.splitlines()[-1])}
@@ -228,7 +239,8 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, size {options.size}, batch {options.batch}")
     print(f"{'method':12}{'precision':>10}{'images/s':>10}{'peak MB':>10}{'estimate':>10}{'of bound':>10}")
     rows = [run_child(method, precision, options) for method in options.methods for precision in precisions]
-    facts = {"device": name, "torch": torch.__version__, "size": options.size, "batch": options.batch, "rows": rows}
+    facts = {"device": name, "torch": torch.__version__, "size": options.size, "batch": options.batch}
+    facts |= {"compiled": options.compile, "rows": rows}
     if options.output:
         options.output.write_text(json.dumps(facts, indent=2) + "\n")
     if options.json:

@@ -20,7 +20,7 @@ from peft import get_peft_model
 import peft_vlm
 from peft_vlm.experiment import Experiment, load_task
 from peft_vlm.experiment_report import show_results
-from peft_vlm.learners import TrainerLearner, ZeroShot
+from peft_vlm.learners import TrainerLearner, ZeroShot, chosen_learners
 from peft_vlm.methods.promptsrc import OFFICIAL_TEMPLATES, preset_for
 from peft_vlm.text import ClassPrompts
 
@@ -115,7 +115,7 @@ def main() -> None:
     protocol = "few_shot" if args.preset.startswith("few_shot") else "base_to_new"
     template = args.template.replace("{context}", args.context)
     task = load_task(args.dataset, protocol, template=template, shots=args.shots)
-    learners = [one for one in learners_of(settings, experiment) if not args.methods or one.name in args.methods]
+    learners = chosen_learners(learners_of(settings, experiment), args.methods)
     report = experiment.run([task], learners, args.seeds)
     show_results(report, args.output_dir, learner="promptsrc")
 

@@ -23,7 +23,7 @@ from peft_vlm.baselines import FullFineTuningObjective
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.experiment import Experiment, Task, load_task
 from peft_vlm.experiment_report import show_results
-from peft_vlm.learners import LinearProbeLearner, TrainerLearner, ZeroShot
+from peft_vlm.learners import LinearProbeLearner, TrainerLearner, ZeroShot, chosen_learners
 from peft_vlm.methods.skip_tuning.presets import preset_for
 
 ASSETS = Path(__file__).parent / "assets"
@@ -127,8 +127,7 @@ def main() -> None:
     experiment = Experiment.for_clip(
         args.model, augmentation=settings["augmentation"], output_dir=args.output_dir, use_cpu=args.use_cpu
     )
-    rows = learners_of(settings, experiment.test_transform)
-    learners = [row for row in rows if not args.methods or row.name in args.methods]
+    learners = chosen_learners(learners_of(settings, experiment.test_transform), args.methods)
     tasks = tasks_of(args)
     report = experiment.run(tasks, learners, args.seeds)
     show_results(report, args.output_dir, learner="skip_tuning")

@@ -13,6 +13,7 @@ from peft_vlm.baselines import LinearProbe
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.image_features import all_image_features
 from peft_vlm.data.transforms import ImageTransform
+from peft_vlm.errors import PeftVLMError
 from peft_vlm.evaluation.classify import evaluate_classifier
 from peft_vlm.objective import Objective
 from peft_vlm.text.prompts import ClassPrompts
@@ -74,6 +75,23 @@ class Learner(Protocol):
     def fit(self, model: nn.Module, prompts: MakePrompts, split: Split, *, seed: int, folder: Path) -> Fitted:
         """Train on the images and return a classifier; everything between call and return is measured."""
         ...
+
+
+def chosen_learners(learners: Sequence[Learner], names: Sequence[str] | None) -> list[Learner]:
+    """The learners with some names, in the order of `learners`; all without names.
+
+    Args:
+        learners: Rows of a table.
+        names: Which of them.
+
+    Raises:
+        PeftVLMError: If a name is not among them.
+    """
+    known = [learner.name for learner in learners]
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise PeftVLMError(f"Expected `methods` among {known!r}, got {unknown!r}.")
+    return [learner for learner in learners if not names or learner.name in names]
 
 
 def model_accuracy(model: nn.Module) -> Callable[[ImageClassificationDataset, ClassPrompts], float]:

@@ -8,10 +8,10 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.transforms import EvalTransform
-from peft_vlm.errors import ClassNameError
+from peft_vlm.errors import ClassNameError, PeftVLMError
 from peft_vlm.experiment import Experiment, Task
 from peft_vlm.experiment_report import markdown_table
-from peft_vlm.learners import LinearProbeLearner, ZeroShot
+from peft_vlm.learners import LinearProbeLearner, ZeroShot, chosen_learners
 from tests.tiny import CONTEXT_LENGTH, clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 
 
@@ -70,3 +70,12 @@ def test_the_report_has_the_first_task_on_top_and_the_others_below(tmp_path: Pat
         assert all(len(values) == 2 for values in row.values() if isinstance(values, list))
     assert second["linear_probe"]["trainable_parameters"] == 6 * 16 + 6
     assert "| linear probe |" in markdown_table(report).partition("### emoji")[2]
+
+
+def test_a_row_that_does_not_exist_is_refused_before_anything_runs() -> None:
+    """A misspelt name would end in an empty table."""
+    rows = [ZeroShot(), LinearProbeLearner(EvalTransform(clip_processor()))]
+    assert [row.name for row in chosen_learners(rows, ["linear_probe"])] == ["linear_probe"]
+    assert chosen_learners(rows, None) == rows
+    with pytest.raises(PeftVLMError, match=r"among \['zero_shot', 'linear_probe'\], got \['Linear Probe'\]"):
+        chosen_learners(rows, ["zero_shot", "Linear Probe"])

@@ -125,10 +125,13 @@ def test_contrastive_loss_by_hand() -> None:
     assert float(loss) == pytest.approx((to_text + to_image) / 2, rel=1e-5)
 
 
-def test_orthogonalised_updates_have_singular_values_near_one() -> None:
-    """Muon's step treats every direction alike, for tall and wide matrices."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalised_updates_have_singular_values_near_one(dtype: torch.dtype) -> None:
+    """Muon's step treats every direction alike, for tall and wide matrices, in the precision of the training."""
     for shape in ((3, 16, 40), (2, 40, 16)):
-        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)).float())
+        result = orthogonalise(torch.randn(shape).to(dtype))
+        assert result.dtype == dtype
+        values = torch.linalg.svdvals(result.float())
         assert 0.5 < float(values.min()) < float(values.max()) < 1.4
 
 

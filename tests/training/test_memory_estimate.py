@@ -10,8 +10,12 @@ from transformers import CLIPConfig, CLIPModel
 from peft_vlm import (
     CoOpConfig,
     CoOpObjective,
+    PromptKDConfig,
+    PromptKDObjective,
     PromptSRCConfig,
     PromptSRCObjective,
+    RPPConfig,
+    RPPObjective,
     SkipTuningConfig,
     SkipTuningObjective,
     TVPConfig,
@@ -19,11 +23,12 @@ from peft_vlm import (
 )
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import PeftVLMError, PeftVLMWarning
+from peft_vlm.text.prompts import tokenize_classes
 from peft_vlm.training import memory_estimate
 from peft_vlm.training.memory_estimate import estimate_memory
 from tests.cases import class_prompts, images
 from tests.short_run import train
-from tests.tiny import CONTEXT_LENGTH, clip_processor
+from tests.tiny import CONTEXT_LENGTH, clip_processor, tiny_tokenizer
 
 BATCH = 6
 
@@ -45,6 +50,16 @@ CASES = {
             num_text_tokens=2, text_depth=3, vision_depth=3, num_vision_tokens=2, context_init=None
         ),
         PromptSRCObjective,
+    ),
+    "promptkd": (
+        lambda: PromptKDConfig(
+            class_dim=64, num_classes=6, vision_depth=3, num_vision_tokens=2, projector_norm="layernorm"
+        ),
+        lambda prompts: PromptKDObjective(prompts, teacher=wide_clip()),
+    ),
+    "rpp": (
+        lambda: RPPConfig(num_text_tokens=2, text_depth=3, num_vision_tokens=2, vision_depth=3, context_init=None),
+        lambda prompts: RPPObjective(prompts, soft_weight=0.0),
     ),
     "skip_tuning": (
         lambda: SkipTuningConfig(start_layer=3),
@@ -102,6 +117,15 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(method: str) -> None
     assert half.training == trained * (4 if method == "tvp" else 12)
     args.activation_checkpointing = True
     assert estimate_memory(model, objective, dataset, args).activations < 0.6 * half.activations
+
+
+@pytest.mark.parametrize(("sampled", "chunk", "rows"), [(4, 256, 9), (100, 256, 105), (100, 16, 16), (1000, 256, 120)])
+def test_classes_that_are_not_drawn_take_no_memory(sampled: int, chunk: int, rows: int) -> None:
+    """Counting all of 22,000 classes would refuse runs that take a few gigabytes."""
+    names = [f"thing {number}" for number in range(120)]
+    prompts = tokenize_classes(tiny_tokenizer(), names, template="a {}.", max_length=CONTEXT_LENGTH)
+    objective = RPPObjective(prompts, soft_weight=0.0, num_sampled_classes=sampled, text_chunk_size=chunk)
+    assert objective.text_rows(BATCH) == rows
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch) -> None:

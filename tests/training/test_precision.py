@@ -97,3 +97,24 @@ def test_fp16_on_the_cpu_is_refused(tmp_path: Path) -> None:
     """torch would train in float32 and say nothing."""
     with pytest.raises(ValueError, match="fp16=True only on a GPU, got a CPU run.*bf16=True"):
         train(tmp_path, "coop", fp16=True)
+
+
+def check_compiled(folder: str, method: str) -> None:
+    """Train one epoch as usual and with `torch_compile`, whose tracer alone runs: no compiler is needed."""
+    options = {"save_strategy": "no", "max_steps": 4, "learning_rate": RATES[method], "warmup_epochs": 0}
+    train(Path(folder) / "usual", method, **options)
+    train(Path(folder) / "compiled", method, torch_compile=True, torch_compile_backend="eager", **options)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        method if method in ("promptkd", "skip_tuning") else pytest.param(method, marks=pytest.mark.slow)
+        for method in RUNS
+    ],
+)
+def test_a_compiled_step_has_the_same_loss(tmp_path: Path, method: str) -> None:
+    """A draw, a count or a cache that the tracer freezes into its program would not change any more."""
+    forked.run(tmp_path / "log.txt", check_compiled, str(tmp_path), method)
+    assert len(losses(tmp_path / "usual")) == 4
+    torch.testing.assert_close(losses(tmp_path / "compiled"), losses(tmp_path / "usual"), rtol=1e-4, atol=1e-5)

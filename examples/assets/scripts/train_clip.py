@@ -7,7 +7,8 @@ r"""Pretrain one of the bundled CLIPs on the drawn corpus. Resumes by itself whe
     python train_clip.py --smoke --output RUN3          # 30 seconds on the committed evaluation images
 
 Recipe: contrastive loss with all images of one caption as positives, 16 of 36 patches dropped for the first 85 % of
-the steps (FLIP), Muon for the matrices, bfloat16 weights with float32 masters, recolouring and affine warps, no flips.
+the steps (FLIP), Muon for the matrices, bfloat16 weights (float32 on CPUs without it) with float32
+masters, recolouring and affine warps, no flips.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import clip_model
 from augment import augment
 from captions import CaptionSampler, corpus_texts, train_tokenizer
 from clip_forward import ParallelTowers, random_patches
-from optimiser import MasterWeightOptimiser
+from optimiser import MasterWeightOptimiser, working_dtype
 from pretraining_data import PretrainingImages, load_corpus, load_smoke
 from run_log import RunLog
 
@@ -102,7 +103,7 @@ class Pretraining:
     ) -> None:
         self.recipe, self.tokenizer, self.data = recipe, tokenizer, data
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = model.to(self.device, torch.bfloat16).train()
+        self.model = model.to(self.device, working_dtype(self.device)).train()
         self.towers = ParallelTowers(self.model, workers=workers if self.device.type == "cpu" else 1)
         self.optimiser = MasterWeightOptimiser(
             self.model,
@@ -136,7 +137,7 @@ class Pretraining:
         kept = None
         if progress < recipe.masked_share:
             kept = random_patches(len(indices), NUM_PATCHES, recipe.kept_patches, self.generator).to(self.device)
-        loss, logits = self.towers.backward(pixels.bfloat16(), kept, token_ids, targets)
+        loss, logits = self.towers.backward(pixels.to(self.model.dtype), kept, token_ids, targets)
         factor = recipe.lr_factor(self.step, progress)
         self.optimiser.step(factor)
         self.step += 1

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 import mllm_models
 from mllm_questions import Questions, QuestionTokens, draw_images, pixel_inputs, training_texts
-from optimiser import MasterWeightOptimiser
+from optimiser import MasterWeightOptimiser, working_dtype
 from pretraining_data import PretrainingImages, load_corpus, load_smoke
 from run_log import RunLog
 
@@ -77,7 +77,7 @@ class Training:
     ) -> None:
         self.recipe, self.processor, self.data = recipe, processor, data
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = model.to(self.device, torch.bfloat16).train()
+        self.model = model.to(self.device, working_dtype(self.device)).train()
         self.questions, self.tokens = Questions(data.table, recipe.seed), QuestionTokens(processor)
         self.size = mllm_models.vision_tower(model).config.image_size
         self.generator = torch.Generator().manual_seed(recipe.seed)
@@ -127,7 +127,7 @@ class Training:
         labels, suffix = batch.pop("labels"), batch.pop("token_type_ids")
         if self.recipe.family == "paligemma":
             batch["token_type_ids"] = suffix
-        images = pixel_inputs(self.processor, pixels).to(self.device, torch.bfloat16)
+        images = pixel_inputs(self.processor, pixels).to(self.device, self.model.dtype)
         hidden = self.model.model(**batch, pixel_values=images, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         asked = targets != -100

@@ -139,6 +139,15 @@ class RPPObjective(PromptObjective):
             return None
         return BalancedBatches(labels, batch_size=batch_size, seed=seed)
 
+    def text_rows(self, batch_size: int) -> int:
+        """The labels of the batch and the drawn classes, of which a chunk at a time keeps its activations.
+
+        Args:
+            batch_size: Images per process and step.
+        """
+        drawn = batch_size + int(self.settings["num_sampled_classes"]) - 1
+        return min(len(self.prompts.class_names), drawn, self.text_chunk_size)
+
     def prepare(self, model: nn.Module, dataset: Any) -> None:
         """Make the token ids compact; compute class features that do not change.
 

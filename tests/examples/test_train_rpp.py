@@ -1,9 +1,14 @@
 """The RPP example as a user runs it, in a few steps: pretraining, transfer, few-shot starts; and what it leaves."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from peft_vlm import PromptedClassifier
 from peft_vlm.data.sources import load_image_dataset
@@ -44,3 +49,34 @@ def test_rpp_from_start_to_finish(tmp_path: Path):
     assert classifier.class_names == tuple(names)
     image = load_image_dataset(ASSETS / "icons", split="test").image(0)
     assert classifier.predict(image, class_names=["airplane", "anchor"])[0].probability > 0.5
+
+
+@pytest.mark.slow
+def test_the_example_goes_on_where_it_was_killed(tmp_path: Path):
+    """The same command, once to its end, and once killed after its first checkpoint and started again."""
+    command = [
+        sys.executable,
+        "examples/train_rpp.py",
+        "--use_cpu",
+        "--max_steps",
+        "55",
+        "--num_sampled_classes",
+        "16",
+    ]
+    command += ["--shots", "--output_dir"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, str(whole)], cwd=ROOT, check=True)
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen([*command, str(killed)], cwd=ROOT, stdout=log, stderr=log)
+        while not (killed / "pretrained" / "checkpoint-50").exists():
+            assert process.poll() is None, (tmp_path / "log.txt").read_text()
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    assert not (killed / "pretrained" / "adapter_model.safetensors").exists()
+    subprocess.run([*command, str(killed)], cwd=ROOT, check=True)
+    first, second = (load_file(folder / "pretrained" / "adapter_model.safetensors") for folder in (whole, killed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    reports = [json.loads((folder / "metrics.json").read_text())["transfer"] for folder in (whole, killed)]
+    assert reports[0] == reports[1]

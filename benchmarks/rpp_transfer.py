@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
-from transformers import CLIPModel
+from transformers import CLIPModel, set_seed
 
 import peft_vlm
 from peft_vlm.experiment import Experiment
@@ -73,6 +73,7 @@ def run_variant(name: str, args: argparse.Namespace) -> dict[str, Any]:
         teacher = Experiment.for_clip(str(args.teacher), augmentation=preset["augmentation"], output_dir=folder)
         options["teacher_prompts"] = teacher.prompts(images.class_names, TEMPLATE)
     training = preset["training"] | {"max_steps": args.max_steps, "use_cpu": args.use_cpu, "seed": args.seed}
+    set_seed(args.seed)
     model = get_peft_model(experiment.load_model(), peft_vlm.RPPConfig(**config))
     objective = peft_vlm.RPPObjective(prompts, **options)
     model = pretrain(model, objective, images, folder=folder / "pretrained", training=training)

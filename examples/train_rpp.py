@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
-from transformers import CLIPModel
+from transformers import CLIPModel, set_seed
 
 import peft_vlm
 from peft_vlm.experiment import Experiment
@@ -55,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--few_shot_data", default=str(ASSETS / "emoji"), help="dataset of the few-shot comparison")
     parser.add_argument("--shots", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pretraining")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/rpp"))
@@ -71,6 +72,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             settings[part][name] = getattr(args, name)
     for part in ("training", "few_shot"):
         settings[part] |= {"use_cpu": args.use_cpu, "dataloader_num_workers": args.num_workers}
+    settings["training"]["seed"] = args.seed
     return settings
 
 
@@ -83,6 +85,7 @@ def pretrained(args: argparse.Namespace, settings: dict[str, Any], experiment: E
     soft = settings["objective"]["soft_weight"] > 0
     teacher = CLIPModel.from_pretrained(args.teacher) if soft else None
     objective = peft_vlm.RPPObjective(prompts, teacher=teacher, **settings["objective"])
+    set_seed(args.seed)  # vision prompts start from random numbers
     model = get_peft_model(experiment.load_model(), peft_vlm.RPPConfig(**settings["config"]))
     return pretrain(model, objective, images, folder=args.output_dir / "pretrained", training=settings["training"])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, PrinterCallback
+from transformers import AutoConfig, PrinterCallback, set_seed
 
 from peft_vlm.adapter_files import BASELINE_NAME
 from peft_vlm.data.dataset import ImageClassificationDataset
@@ -139,6 +139,7 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
     build = _classifier if _is_clip_like(settings.model) else _answerer
     if settings.evaluate:
         _images(settings, settings.test_split)  # a missing split is better found before the training
+    set_seed(args.seed)  # a new adapter may start from random numbers
     parts = build(settings, args, config, options)
     trainer = VLMTrainer(parts.model, parts.objective, args, train_dataset=parts.train, eval_dataset=parts.eval)
     trainer.remove_callback(PrinterCallback)

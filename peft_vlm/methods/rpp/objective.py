@@ -220,8 +220,8 @@ class RPPObjective(PromptObjective):
         text = f"{self.seed},{self._epoch},{gather_rows(index).tolist()}"
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
         generator = torch.Generator().manual_seed(seed)
-        count = int(self.settings["num_sampled_classes"]) - 1
-        return sample_negatives(len(self.prompts.class_names), count, generator=generator)
+        count, classes = int(self.settings["num_sampled_classes"]), len(self.prompts.class_names)
+        return sample_negatives(classes, count if count >= classes else count - 1, generator=generator)
 
     def _text_features(self, towers: Towers, classes: Int[Tensor, " kept"]) -> Float[Tensor, "kept dim"]:
         """Features of some classes; several chunks keep one chunk's activations at a time."""

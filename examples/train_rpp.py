@@ -66,13 +66,11 @@ def settings_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The preset with what the command line changes."""
     settings = {name: dict(part) for name, part in PRESETS[args.preset].items()}
     settings["config"] |= {"share_qkv": args.share_qkv, "slot_residual": args.slot_residual}
-    changes = ("objective", "soft_weight"), ("objective", "num_sampled_classes"), ("training", "max_steps")
-    for part, name in changes:
+    for name in ("soft_weight", "num_sampled_classes", "max_steps", "seed"):
         if getattr(args, name) is not None:
-            settings[part][name] = getattr(args, name)
+            settings["training" if name in ("max_steps", "seed") else "objective"][name] = getattr(args, name)
     for part in ("training", "few_shot"):
         settings[part] |= {"use_cpu": args.use_cpu, "dataloader_num_workers": args.num_workers}
-    settings["training"]["seed"] = args.seed
     return settings
 
 
@@ -82,8 +80,7 @@ def pretrained(args: argparse.Namespace, settings: dict[str, Any], experiment: E
         args.data, experiment.train_transform, class_names=args.class_names, num_images=args.num_images
     )
     prompts = experiment.prompts(images.class_names, TEMPLATE)
-    soft = settings["objective"]["soft_weight"] > 0
-    teacher = CLIPModel.from_pretrained(args.teacher) if soft else None
+    teacher = CLIPModel.from_pretrained(args.teacher) if settings["objective"]["soft_weight"] else None
     objective = peft_vlm.RPPObjective(prompts, teacher=teacher, **settings["objective"])
     set_seed(args.seed)  # vision prompts start from random numbers
     model = get_peft_model(experiment.load_model(), peft_vlm.RPPConfig(**settings["config"]))

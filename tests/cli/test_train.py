@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import CLIPProcessor
 
 from peft_vlm import VLMTrainingArguments
@@ -57,17 +59,38 @@ def words(tmp_path_factory):
     return root, [*flags, "--use_cpu", "--report_to", "none", "--per_device_train_batch_size", "4"]
 
 
+def own_words(method, root) -> list[str]:
+    """The words of a method, with the teacher's folder."""
+    return [str(root / "teacher") if word == "TEACHER" else word for word in WORDS[method]]
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_is_trained_by_its_name(method, words, tmp_path, capsys) -> None:
     """A method that is not registered with a recipe, or needs what no flag gives, fails here."""
     root, flags = words
-    own = [str(root / "teacher") if word == "TEACHER" else word for word in WORDS[method]]
-    flags = [*flags, *own, "--no_evaluate", "--output_dir", str(tmp_path / "run")]
+    flags = [*flags, *own_words(method, root), "--no_evaluate", "--output_dir", str(tmp_path / "run")]
     assert main(["train", "--method", method, *flags, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["scores"] == {}
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert config["class_names"] == sorted(colour_names(4))
+
+
+@pytest.mark.parametrize("method", ["promptsrc", "rpp"])
+def test_a_seed_also_gives_the_first_values_of_the_adapter(method, words, tmp_path) -> None:
+    """Random vectors that are drawn before the seed is set make two equal commands end differently."""
+    root, common = words
+    settings = [word.replace("TEACHER", str(root / "teacher")) for word in WORDS[method]]
+    states = []
+    for number, seed in enumerate(("1", "1", "2")):
+        folder = tmp_path / str(number)
+        assert (
+            main(["train", "--method", method, *settings, *common, "--seed", seed, "--output_dir", str(folder)]) == 0
+        )
+        states.append(load_file(folder / "adapter_model.safetensors"))
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+    assert any(not torch.equal(value, states[2][key]) for key, value in states[0].items())
 
 
 def test_flags_replace_what_a_file_says_and_the_adapter_is_measured(words, tmp_path, capsys) -> None:

@@ -131,8 +131,8 @@ def child(method: str, precision: str, options: argparse.Namespace) -> dict[str,
     )
     estimate = estimate_memory(model, objective, dataset, settings)
     needed = (estimate.training + estimate.activations) / 2**20
-    step = partial(train_step, batch=batch, optimizer=optimizer, autocast=autocast)
-    step = partial(step, scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    step = partial(train_step, batch=batch, optimizer=optimizer, autocast=autocast, scaler=scaler)
     fast = partial(step, torch.compile(module) if options.compile else module)
     return {"estimated_mb": needed, **measured(partial(step, module), fast, options, dtype, device)}
 

@@ -66,9 +66,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The preset with what the command line changes."""
     settings = {name: dict(part) for name, part in PRESETS[args.preset].items()}
     settings["config"] |= {"share_qkv": args.share_qkv, "slot_residual": args.slot_residual}
-    for name in ("soft_weight", "num_sampled_classes", "max_steps", "seed"):
-        if getattr(args, name) is not None:
-            settings["training" if name in ("max_steps", "seed") else "objective"][name] = getattr(args, name)
+    changes = {"objective": ("soft_weight", "num_sampled_classes"), "training": ("max_steps", "seed")}
+    for part, names in changes.items():
+        settings[part] |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for part in ("training", "few_shot"):
         settings[part] |= {"use_cpu": args.use_cpu, "dataloader_num_workers": args.num_workers}
     return settings

@@ -4,6 +4,7 @@ import runpy
 import sys
 import tempfile
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from tests import forked
@@ -32,11 +33,22 @@ def run_script(script: str, *arguments: str) -> Finished:
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
-        process = forked.start(log, _main, script, arguments)
+        process = start_script(log, script, *arguments)
         try:  # the time limit is that of the test, which `slow` ones raise
             return Finished(forked.wait(process, log, timeout=3600), log.read_text())
         finally:
             process.kill()
+
+
+def start_script(log: Path, script: str, *arguments: str) -> ForkServerProcess:
+    """Start a script of the repository with one thread.
+
+    Args:
+        log: Where its output and errors go.
+        script: Path from the root of the repository.
+        arguments: Its command line.
+    """
+    return forked.start(log, _main, script, arguments)
 
 
 def _main(script: str, arguments: tuple[str, ...]) -> None:

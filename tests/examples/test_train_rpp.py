@@ -1,8 +1,6 @@
 """The RPP example as a user runs it, in a few steps: pretraining, transfer, few-shot starts; and what it leaves."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from peft_vlm import PromptedClassifier
 from peft_vlm.data.sources import load_image_dataset
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.pretraining_experiment import load_pretraining_images
-from tests.scripts import run_script
+from tests.scripts import run_script, start_script
 from tests.source_tree import ROOT
 from tests.tiny import clip_processor
 
@@ -54,27 +52,20 @@ def test_rpp_from_start_to_finish(tmp_path: Path):
 @pytest.mark.slow
 def test_the_example_goes_on_where_it_was_killed(tmp_path: Path):
     """The same command, once to its end, and once killed after its first checkpoint and started again."""
-    command = [
-        sys.executable,
-        "examples/train_rpp.py",
-        "--use_cpu",
-        "--max_steps",
-        "55",
-        "--num_sampled_classes",
-        "16",
-    ]
-    command += ["--shots", "--output_dir"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, str(whole)], cwd=ROOT, check=True)
-    with (tmp_path / "log.txt").open("w") as log:
-        process = subprocess.Popen([*command, str(killed)], cwd=ROOT, stdout=log, stderr=log)
-        while not (killed / "pretrained" / "checkpoint-50").exists():
-            assert process.poll() is None, (tmp_path / "log.txt").read_text()
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
+    script = "examples/train_rpp.py"
+    options = ("--use_cpu", "--max_steps", "55", "--num_sampled_classes", "16", "--shots", "--output_dir")
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log.txt"
+    result = run_script(script, *options, str(whole))
+    assert result.code == 0, result.printed
+    process = start_script(log, script, *options, str(killed))
+    while not (killed / "pretrained" / "checkpoint-50").exists():
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     assert not (killed / "pretrained" / "adapter_model.safetensors").exists()
-    subprocess.run([*command, str(killed)], cwd=ROOT, check=True)
+    result = run_script(script, *options, str(killed))
+    assert result.code == 0, result.printed
     first, second = (load_file(folder / "pretrained" / "adapter_model.safetensors") for folder in (whole, killed))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -7,8 +7,8 @@ r"""Pretrain one of the bundled CLIPs on the drawn corpus. Resumes by itself whe
     python train_clip.py --smoke --output RUN3          # 30 seconds on the committed evaluation images
 
 Recipe: contrastive loss with all images of one caption as positives, 16 of 36 patches dropped for the first 85 % of
-the steps (FLIP), Muon for the matrices, bfloat16 weights (float32 on CPUs without it) with float32
-masters, recolouring and affine warps, no flips.
+the steps (FLIP), Muon for the matrices, bfloat16 weights (float32 on CPUs without it) with float32 masters,
+recolouring and affine warps, no flips.
 """
 
 import argparse

@@ -145,8 +145,7 @@ class RPPObjective(PromptObjective):
         Args:
             batch_size: Images per process and step.
         """
-        drawn = batch_size + int(self.settings["num_sampled_classes"]) - 1
-        return min(len(self.prompts.class_names), drawn, self.text_chunk_size)
+        return min(len(self.prompts.class_names), batch_size + self._num_drawn, self.text_chunk_size)
 
     def prepare(self, model: nn.Module, dataset: Any) -> None:
         """Make the token ids compact; compute class features that do not change.
@@ -220,8 +219,13 @@ class RPPObjective(PromptObjective):
         text = f"{self.seed},{self._epoch},{gather_rows(index).tolist()}"
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
         generator = torch.Generator().manual_seed(seed)
-        count, classes = int(self.settings["num_sampled_classes"]), len(self.prompts.class_names)
-        return sample_negatives(classes, count if count >= classes else count - 1, generator=generator)
+        return sample_negatives(len(self.prompts.class_names), self._num_drawn, generator=generator)
+
+    @property
+    def _num_drawn(self) -> int:
+        """K - 1 beside an image's own class; all classes where K leaves none out."""
+        sampled, classes = int(self.settings["num_sampled_classes"]), len(self.prompts.class_names)
+        return classes if sampled >= classes else sampled - 1
 
     def _text_features(self, towers: Towers, classes: Int[Tensor, " kept"]) -> Float[Tensor, "kept dim"]:
         """Features of some classes; several chunks keep one chunk's activations at a time."""

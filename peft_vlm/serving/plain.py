@@ -86,7 +86,8 @@ def load_exported(path: str | Path, *, device: str | torch.device = "cpu") -> Pl
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             card = ClassifierCard.from_json((file.metadata() or {}).get(METADATA_KEY), where=str(path))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+            # copies: in the file's own memory tensors are not aligned, and CPU kernels round by alignment
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dictionary
     except SafetensorError as error:
         raise ValueError(f"Expected a complete safetensors file, got {str(path)!r}: {error}") from error
     with torch.device("meta"):

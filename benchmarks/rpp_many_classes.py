@@ -36,8 +36,7 @@ def load(name: str) -> tuple[Any, Any, Any]:
     if name == "student":
         models = [CLIPModel.from_pretrained(ASSETS / folder) for folder in ("clip_student", "clip_teacher")]
         return models[0], models[1], RPPConfig(text_depth=3, **own)
-    model = random_clip()
-    return model, model, RPPConfig(text_depth=9, **own)
+    return random_clip(), random_clip(), RPPConfig(text_depth=9, **own)
 
 
 def class_prompts(name: str, num_classes: int) -> Any:

@@ -4,7 +4,7 @@ Paper: Revisiting Prompt Pretraining of Vision-Language Models, arXiv 2409.06166
 Hardware and time: the demo preset takes about ten minutes on 2 CPU cores (numbers: docs/methods/rpp.md).
     python examples/train_rpp.py                                             # bundled CLIPs and corpus, no network
     python examples/train_rpp.py --model openai/clip-vit-base-patch16 --teacher openai/clip-vit-large-patch14 \
-        --preset imagenet21k --data <folder of shards> --class_names names.txt --num_images 300000
+        --preset imagenet21k --data <folder of shards> --class_names words.txt --images_per_class 16
 
 Started again with the same --output_dir, an interrupted run goes on. It writes pretrained/ (the adapter) and
 metrics.json.
@@ -45,7 +45,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", default=str(ASSETS / "clip_teacher"), help="CLIP that gives the soft labels")
     parser.add_argument("--data", default=str(ASSETS / "pretraining"), help="folder, shards or Hub id")
     parser.add_argument("--class_names", help="file with a name per line, or WordNet-like; default: those of the data")
+    parser.add_argument("--image_column", default="image", help="column of the image; 'jpg' in webdataset shards")
+    parser.add_argument("--label_column", default="label", help="column of the label; 'cls' in webdataset shards")
     parser.add_argument("--num_images", type=int, help="read the data as a stream with about this many images")
+    parser.add_argument("--images_per_class", type=int, help="or with at most this many of each class")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="demo")
     parser.add_argument("--share_qkv", choices=["none", "all"], default="none")
     parser.add_argument("--slot_residual", choices=["stream", "replaced"], default="stream")
@@ -76,9 +79,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def pretrained(args: argparse.Namespace, settings: dict[str, Any], experiment: Experiment) -> Any:
     """The model with its pretrained prompts; trains them, or goes on."""
-    images = load_pretraining_images(
-        args.data, experiment.train_transform, class_names=args.class_names, num_images=args.num_images
-    )
+    names = ("class_names", "num_images", "images_per_class", "image_column", "label_column")
+    options = {name: getattr(args, name) for name in names}
+    images = load_pretraining_images(args.data, experiment.train_transform, **options)
     prompts = experiment.prompts(images.class_names, TEMPLATE)
     teacher = CLIPModel.from_pretrained(args.teacher) if settings["objective"]["soft_weight"] else None
     objective = peft_vlm.RPPObjective(prompts, teacher=teacher, **settings["objective"])
@@ -94,14 +97,10 @@ def compare_starts(args: argparse.Namespace, settings: dict[str, Any], experimen
         config = settings["config"] | changes
         return lambda model: get_peft_model(model, peft_vlm.RPPConfig(**config))
 
-    starts = [
-        Start("rpp", loaded(args.output_dir / "pretrained")),
-        Start("words", fresh()),
-        Start("random", fresh(context_init=None)),
-    ]
+    starts = {"rpp": loaded(args.output_dir / "pretrained"), "words": fresh(), "random": fresh(context_init=None)}
     return few_shot(
         experiment,
-        starts,
+        [Start(name, wrap) for name, wrap in starts.items()],
         lambda prompts, seed: peft_vlm.RPPObjective(prompts, soft_weight=0, seed=seed),
         source=args.few_shot_data,
         template=TEMPLATE,

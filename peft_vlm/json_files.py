@@ -1,6 +1,7 @@
 """Results as JSON files."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,19 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def finite_or_null(value: Any) -> Any:
+    """A JSON value whose numbers that are not finite are null, which every reader of JSON knows.
+
+    Args:
+        value: JSON value.
+    """
+    if isinstance(value, dict):
+        return {key: finite_or_null(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from peft_vlm.errors import AdapterError, DataError
 from peft_vlm.shapes import Batch
+from peft_vlm.towers import unwrap
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,23 @@ class ObjectiveOutput:
         return torch.stack(list(self.loss_terms.values())).sum()
 
 
+def check_other_model(teacher: nn.Module, student: nn.Module) -> None:
+    """Refuse a student that is its own teacher: adapters are put into the very model that they were made for.
+
+    Args:
+        teacher: Frozen model.
+        student: Model that learns.
+
+    Raises:
+        AdapterError: If both are one model.
+    """
+    if unwrap(teacher) is unwrap(student):
+        raise AdapterError(
+            "Expected a teacher of its own, got the student's base model, into which its adapter has been put. Load "
+            "it a second time, or pass `copy.deepcopy(model)` made before `get_peft_model`."
+        )
+
+
 @dataclass(frozen=True)
 class ClassNames:
     """Answers that stand for classes, where an objective has no class prompts, as the trainer records them.
@@ -142,6 +161,19 @@ class Objective(ABC):
             seed: Seed of the run.
         """
         return None
+
+    def check_stream(self) -> None:
+        """Called before the first step of a run whose images come from a stream (`peft_vlm.data.ImageStream`), where
+        no image has a position that comes again.
+
+        Raises:
+            DataError: By default, and wherever an objective with its settings keeps something by position.
+        """
+        raise DataError(
+            f"Expected a dataset for `{type(self).__name__}`, which keeps what it computes by an image's position, "
+            "got a stream. Load one with `load_image_dataset`, or train with RPP, PromptSRC, or CoOp with "
+            "`image_cache='none'`."
+        )
 
     def param_groups(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
         """Split the trainable parameters into named learning-rate groups (`"text"`, `"vision"`, `"all"`, ...)."""

@@ -32,22 +32,26 @@ def load_pretraining_images(
     class_names: str | None = None,
     num_images: int | None = None,
     images_per_class: int | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
 ) -> ImageClassificationDataset | ImageStream:
-    """Training images: a stream where a number of images is given, else a dataset.
+    """Training images: a stream where one of the numbers of images is given, else a dataset.
 
     Args:
         source: Folder, shards or Hub id.
         transform: Makes the pixels.
         class_names: File with class names; None: those of the source.
-        num_images: Images per epoch of a stream.
+        num_images: Images per epoch of a stream; None with `images_per_class`: counted.
         images_per_class: Balanced sampling of a stream: most images of a class per epoch.
+        image_column: Column of the image.
+        label_column: Column of the label.
     """
     names = None if class_names is None else read_class_list(class_names)
+    shared: dict[str, Any] = {"class_names": names, "transform": transform}
+    shared |= {"image_column": image_column, "label_column": label_column}
     if num_images is None and images_per_class is None:
-        return load_image_dataset(source, class_names=names, transform=transform)
-    return load_image_stream(
-        source, num_images=num_images, class_names=names, images_per_class=images_per_class, transform=transform
-    )
+        return load_image_dataset(source, **shared)
+    return load_image_stream(source, num_images=num_images, images_per_class=images_per_class, **shared)
 
 
 def pretrain(

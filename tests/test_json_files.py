@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_vlm.json_files import write_json
+from peft_vlm.json_files import finite_or_null, write_json
 
 
 def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path: Path) -> None:
@@ -22,6 +22,13 @@ def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [path]
     assert json.loads(before) == {"name": "na\u00efve", "scores": [1.5, None]}
     assert "na\u00efve" in before.decode("utf-8"), "names stay readable"
+
+
+def test_numbers_that_are_not_finite_become_null() -> None:
+    """Readers beside Python's know no NaN."""
+    value = {"loss": math.nan, "steps": [1, {"norm": -math.inf, "name": "nan"}], "best": None, "rate": 0.5}
+    expected = {"loss": None, "steps": [1, {"norm": None, "name": "nan"}], "best": None, "rate": 0.5}
+    assert finite_or_null(value) == expected
 
 
 def test_nan_is_kept_where_it_is_allowed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """One call that opens a stream of labelled images with its class names."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from datasets import Dataset as HFDataset
 from datasets import IterableDataset
 
 from peft_vlm.data.class_lists import read_class_list
-from peft_vlm.data.streams import ImageStream, balanced_shares, class_labels, open_stream, undecoded
+from peft_vlm.data.streams import ImageStream, balanced_shares, class_labels, label_of, open_stream, undecoded
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 def load_image_stream(
@@ -33,7 +36,8 @@ def load_image_stream(
         source: What `open_stream` opens.
         num_images: Images per epoch; None: counted from `images_per_class`.
         class_names: A list in label order, a mapping from raw labels (such as WordNet ids) to names, or a file with
-            either (`read_class_list`). None: those of the source.
+            either (`read_class_list`). None: those of the source. All of them are classes, also such that no image
+            shows; only where the images are counted, those of a mapping that have none are left out.
         images_per_class: Balanced sampling: no class shows more images per epoch, in expectation. Counts the labels
             in one pass first. None: natural sampling.
         split: Part to read.
@@ -44,18 +48,22 @@ def load_image_stream(
         seed: Seed of order and augmentation.
 
     Raises:
-        DataError: If there are no class names, or neither number is given.
+        DataError: If a column is missing, there are no class names, or neither number is given.
     """
     rows = open_stream(source, split=split)
+    _check_columns(rows, (image_column, label_column))
     names = read_class_list(class_names) if isinstance(class_names, str | Path) else class_names
     names = class_labels(rows, label_column) if names is None else names
     if names is None:
         raise DataError(f"The labels in column {label_column!r} have no names. Pass `class_names`.")
     rows = undecoded(rows, image_column)
+    is_mapping = isinstance(names, Mapping)
     names, label_ids = _numbered(rows, names, label_column)
     keep = None
     if images_per_class is not None:
         counts = count_labels(rows, label_column, names, label_ids)
+        if is_mapping and label_ids is not None:
+            names, label_ids, counts = _with_images(names, label_ids, counts)
         keep, counted = balanced_shares(counts, images_per_class=images_per_class)
         num_images = counted if num_images is None else num_images
     if num_images is None:
@@ -76,6 +84,28 @@ def _numbered(
     return list(names), None
 
 
+def _check_columns(rows: IterableDataset, columns: Sequence[str]) -> None:
+    """Refuse a stream without images or labels; one that does not know its columns is asked for a row."""
+    there = rows.column_names or list(next(iter(rows), {}))
+    missing = [column for column in columns if column not in there]
+    if missing:
+        raise DataError(
+            f"Expected the column {missing[0]!r}, got the columns {sorted(there)!r}. Name yours with `image_column` "
+            "and `label_column`; webdataset shards name them by file endings, such as 'jpg' and 'cls'."
+        )
+
+
+def _with_images(
+    names: Sequence[str], label_ids: Mapping[str, int], counts: Sequence[int]
+) -> tuple[list[str], dict[str, int], list[int]]:
+    """The classes that have images: a list such as WordNet's names far more than any dataset shows."""
+    kept = [(raw, label) for raw, label in label_ids.items() if counts[label]]
+    if len(kept) < len(names):
+        logger.info("%d of %d named classes have no images and are left out.", len(names) - len(kept), len(names))
+    numbers = {raw: number for number, (raw, _) in enumerate(kept)}
+    return [names[label] for _, label in kept], numbers, [counts[label] for _, label in kept]
+
+
 def count_labels(
     rows: IterableDataset, label_column: str, names: Sequence[str], label_ids: Mapping[str, int] | None
 ) -> list[int]:
@@ -86,9 +116,11 @@ def count_labels(
         label_column: Column of the label.
         names: Class names.
         label_ids: Label of each raw label where the column holds names.
+
+    Raises:
+        DataError: If a label is that of no class.
     """
     counts = np.zeros(len(names), dtype=np.int64)
     for row in rows.select_columns([label_column]):
-        raw = row[label_column]
-        counts[raw if label_ids is None else label_ids[raw]] += 1
+        counts[label_of(row[label_column], label_ids, num_classes=len(names), column=label_column)] += 1
     return counts.tolist()

@@ -108,6 +108,10 @@ class ImageStream(TorchIterableDataset):
     def __len__(self) -> int:
         return self.num_batches * self.batch_size
 
+    def order_facts(self) -> dict[str, Any]:
+        """What decides which images an epoch shows, and in which order, beside its number and who reads it."""
+        return {"images": self.num_images, "stream_seed": self.seed, "shuffle_buffer": self.shuffle_buffer}
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and augmentation of the next iteration."""
         self.epoch = epoch
@@ -186,7 +190,8 @@ class ImageStream(TorchIterableDataset):
                 rows = rows.shuffle(seed=self._seed_of("order", number) % 2**32, buffer_size=self.shuffle_buffer)
             seen = 0
             for row in split_dataset_by_node(rows, self.rank, self.world_size):
-                seen, label = seen + 1, self._label(row[self.label_column])
+                raw, seen = row[self.label_column], seen + 1
+                label = label_of(raw, self.label_ids, num_classes=len(self.class_names), column=self.label_column)
                 if self.keep is None or random.random() < self.keep[label]:
                     yield row, label
             if not seen:
@@ -195,18 +200,30 @@ class ImageStream(TorchIterableDataset):
                     "shards. Use fewer `dataloader_num_workers`, or more shards."
                 )
 
-    def _label(self, raw: Any) -> int:
-        label = raw if self.label_ids is None else self.label_ids.get(raw)
-        if not isinstance(label, int | np.integer) or not 0 <= label < len(self.class_names):
-            raise DataError(
-                f"Expected labels of {len(self.class_names)} classes, got {raw!r} in column {self.label_column!r}. "
-                "Pass `class_names` that cover the stream: a list in label order, or a mapping from labels to names."
-            )
-        return int(label)
-
     def _seed_of(self, *parts: object) -> int:
         text = ",".join(map(str, (self.seed, self.epoch, *parts)))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def label_of(raw: Any, label_ids: Mapping[str, int] | None, *, num_classes: int, column: str) -> int:
+    """Label from 0 of a cell of the label column.
+
+    Args:
+        raw: The cell.
+        label_ids: Label of each raw label where the column holds names; None: it holds integers.
+        num_classes: Number of classes.
+        column: Name of the column, for the message.
+
+    Raises:
+        DataError: If the cell names none of the classes.
+    """
+    label = raw if label_ids is None else label_ids.get(raw)
+    if not isinstance(label, int | np.integer) or not 0 <= label < num_classes:
+        raise DataError(
+            f"Expected labels of {num_classes} classes, got {raw!r} in column {column!r}. Pass `class_names` that "
+            "cover the stream: a list in label order, or a mapping from labels to names."
+        )
+    return int(label)
 
 
 def balanced_shares(counts: Sequence[int], *, images_per_class: int) -> tuple[list[float], int]:

@@ -176,8 +176,9 @@ def _data_facts(folder: AdapterFolder) -> list[str]:
     else:
         facts.append("Inductive: only images of these classes were seen in training.")
     facts.append(f"Seed {training.get('seed')}, one run; {folder.summary.get('steps')} steps.")
-    metrics = {k: v for k, v in (folder.summary.get("metrics") or {}).items() if k in ("train_loss", "eval_accuracy")}
-    return facts + [f"`{name}`: {value:.4g}." for name, value in metrics.items()]
+    metrics = folder.summary.get("metrics") or {}
+    shown = {name: metrics.get(name) for name in ("train_loss", "eval_accuracy")}
+    return facts + [f"`{name}`: {value:.4g}." for name, value in shown.items() if value is not None]
 
 
 def _limits(folder: AdapterFolder, base: str) -> list[str]:

@@ -129,6 +129,20 @@ class ProjectionPrompts(StandInLayer):
             prompt = INIT_STD * torch.randn(tokens, weight.shape[-1])
             self.container(part)[adapter_name] = nn.Parameter(prompt.to(weight))
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter, with what `fold` has computed of it.
+
+        Args:
+            adapter_name: Its name.
+        """
+        self.unfold()
+        super().delete_adapter(adapter_name)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Loaded prompts have to be folded anew."""
+        self.unfold()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def parts_of(self, config: Any) -> tuple[str, ...]:
         """Names of the prompts that an adapter has in this layer.
 

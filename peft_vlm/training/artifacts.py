@@ -15,7 +15,7 @@ from peft_vlm.data.streams import ImageStream
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.figures import has_matplotlib
 from peft_vlm.hub.publish import saved_adapter
-from peft_vlm.json_files import write_json
+from peft_vlm.json_files import finite_or_null, write_json
 from peft_vlm.objective import Objective
 from peft_vlm.processes import wait_for_everyone
 from peft_vlm.prompting.config import installed_version
@@ -77,8 +77,12 @@ class ArtifactsCallback(TrainerCallback):
             state: State at its end.
         """
         folder = Path(args.output_dir)
-        write_json(folder / METRICS_NAME, {"final": final_metrics(state), "history": state.log_history})
-        write_json(folder / SUMMARY_NAME, self.summary(args, state))
+        reports = {
+            METRICS_NAME: {"final": final_metrics(state), "history": state.log_history},
+            SUMMARY_NAME: self.summary(args, state),
+        }
+        for name, report in reports.items():  # a step that was left out logs a gradient that is not finite
+            write_json(folder / name, finite_or_null(report), allow_nan=False)
         if has_matplotlib():
             training_curve_png(state.log_history, folder / CURVE_NAME)
         adapter = saved_adapter(self.trainer.model.model, folder)

@@ -1,33 +1,43 @@
 """What a run is refused for before it starts."""
 
+from typing import Any
+
 from torch import nn
 
-from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.streams import ImageStream
 from peft_vlm.errors import DataError, PeftVLMError
 from peft_vlm.objective import Objective
 from peft_vlm.text.templates import readable
 
 
-def check_run(model: nn.Module, objective: Objective, eval_dataset: ImageClassificationDataset | None) -> None:
+def check_run(model: nn.Module, objective: Objective, train_dataset: Any, eval_dataset: Any) -> None:
     """Refuse a run that could not train or evaluate.
 
     Args:
         model: Model with its adapter.
         objective: Its class prompts, if it has any, say what the columns of its logits mean.
-        eval_dataset: Validation images.
+        train_dataset: Training images, a dataset or a stream.
+        eval_dataset: Validation images, a dataset, or None.
 
     Raises:
         PeftVLMError: If nothing is trainable.
-        DataError: If the validation images have no labels, or labels of other classes than the objective predicts, or
-            it predicts none.
+        DataError: If the objective cannot train on a stream; if the validation images have no labels, or labels of
+            other classes than the objective predicts, or it predicts none.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PeftVLMError(
             "Expected trainable parameters, got none. Load adapters for training with "
             "`PeftModel.from_pretrained(..., is_trainable=True)`."
         )
+    if isinstance(train_dataset, ImageStream):
+        objective.check_stream()
     if eval_dataset is None:
         return
+    if isinstance(eval_dataset, ImageStream):
+        raise DataError(
+            "Expected an `eval_dataset` with an end, got a stream, which repeats images. Load one with "
+            "`load_image_dataset`."
+        )
     if min(eval_dataset.labels) < 0:
         raise DataError("Expected an `eval_dataset` with labels, got images without. Leave it out.")
     if not objective.can_predict:

@@ -62,6 +62,7 @@ class FiniteSteps(TrainerCallback):
         if parameters and not has_scaler:
             good = good & torch.stack([p.grad.detach().float().sum() for p in parameters]).isfinite().all()
         self._left_out = not all_agree(bool(good))
+        self.trainer.running_means.end_step(left_out=self._left_out)
         if not self._left_out:
             self._in_a_row = 0
             return

@@ -22,6 +22,7 @@ from transformers import CLIPModel
 from peft_vlm.data.row_store import free_ram
 from peft_vlm.language_layers import is_multimodal, language_layers_of
 from peft_vlm.objective import Objective
+from peft_vlm.processes import local_place
 from peft_vlm.towers import FAMILIES, towers_of, unwrap
 
 FROZEN_WIDTHS, TRAINED_WIDTHS, LAST_WIDTHS = 14, 20, 4
@@ -29,16 +30,29 @@ FROZEN_WIDTHS, TRAINED_WIDTHS, LAST_WIDTHS = 14, 20, 4
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by what they are for."""
+    """Bytes by what they are for.
+
+    Args:
+        weights: Weights of all models.
+        training: Gradients and optimizer state.
+        activations: What is kept for the backward pass.
+        elsewhere: The part of the weights that is not on the device yet.
+    """
 
     weights: int
     training: int
     activations: int
+    elsewhere: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
         return self.weights + self.training + self.activations
+
+    @property
+    def needed(self) -> int:
+        """What the run takes beside what is in use before its first step."""
+        return self.elsewhere + self.training + self.activations
 
     def __str__(self) -> str:
         parts = {"weights": self.weights, "gradients and optimizer": self.training, "activations": self.activations}
@@ -66,19 +80,26 @@ def estimate_memory(model: nn.Module, objective: Objective, dataset: Any, args: 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # a method's own optimizer has no state
     states = 0 if objective.optimizer(model, learning_rate=0.0) is not None else 8 if "adam" in str(args.optim) else 4
-    weights = sum(_bytes((*m.parameters(), *m.buffers())) for m in (model, *objective.frozen_models))
-    return MemoryEstimate(weights, trained * (4 + states), _activations(model, objective, dataset, args))
+    # by identity: models may share tensors
+    tensors = {id(t): t for m in (model, *objective.frozen_models) for t in (*m.parameters(), *m.buffers())}.values()
+    activations = _activations(model, objective, dataset, args)
+    elsewhere = _bytes(tensor for tensor in tensors if tensor.device.type != args.device.type)
+    return MemoryEstimate(_bytes(tensors), trained * (4 + states), activations, elsewhere)
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are free for this process; None where the system does not say.
 
+    On a GPU that is also what torch holds and does not use; main memory is divided among the processes of the machine.
+
     Args:
         device: Where the run computes.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return free_ram() if device.type == "cpu" else None
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = free_ram() if device.type == "cpu" else None
+    return None if free is None else free // local_place()[1]
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

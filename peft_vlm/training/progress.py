@@ -14,6 +14,7 @@ from peft_vlm.errors import PeftVLMError, PeftVLMWarning
 from peft_vlm.processes import all_agree, is_main_process, num_processes
 from peft_vlm.training.advice import what_to_lower
 from peft_vlm.training.memory_estimate import estimate_memory, free_memory, in_words
+from peft_vlm.training.running_means import RunningMeans
 
 _said: set[str] = set()
 
@@ -53,16 +54,16 @@ class RunReport(TrainerCallback):
             f"{state.max_steps - state.global_step} steps to go. Estimated memory per process: {estimate}."
         )
         free = free_memory(args.device)
-        needed = estimate.total - estimate.weights  # these are in memory already
-        if args.memory_check != "off" and not all_agree(free is None or needed <= free):
+        if args.memory_check != "off" and not all_agree(free is None or estimate.needed <= free):
             message = (
                 f"Expected {in_words(free or 0)} of free memory to suffice, got an estimate of "
-                f"{in_words(needed)} beside the weights ({estimate}). "
+                f"{in_words(estimate.needed)} beside what is in use now ({estimate}). "
                 f"{what_to_lower(args, objective.config_dict())} `memory_check='off'` tries it anyway."
             )
             if args.memory_check == "refuse":
                 raise PeftVLMError(message)
             warnings.warn(message, PeftVLMWarning, stacklevel=2)
+        trainer.running_means = RunningMeans()
         self._start, self._first_step = time.monotonic(), state.global_step
 
     def on_epoch_begin(

@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
+from peft_vlm.data.streams import ImageStream
 from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.json_files import read_json
 from peft_vlm.objective import Objective
@@ -31,6 +32,8 @@ from peft_vlm.training.interrupt import Interrupt
 STATE_NAME = "trainer_state.json"
 #: Settings that decide which images a step sees, and in which order.
 ORDER = ("seed", "data_seed", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+#: Of a stream too: its workers divide the rows.
+STREAM_ORDER = (*ORDER, "dataloader_num_workers")
 
 
 class ResumableTrainer(Trainer):
@@ -68,7 +71,10 @@ class ResumableTrainer(Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _order(self) -> dict[str, Any]:
-        return {name: getattr(self.args, name) for name in ORDER} | {"images": len(self.train_dataset)}
+        images: Any = self.train_dataset
+        if isinstance(images, ImageStream):
+            return {name: getattr(self.args, name) for name in STREAM_ORDER} | images.order_facts()
+        return {name: getattr(self.args, name) for name in ORDER} | {"images": len(images)}
 
     def _compare_order(self, checkpoint: Path) -> None:
         """Say so where the resumed run cannot see the images that the interrupted one would have seen."""

@@ -1,4 +1,4 @@
-"""Loss terms and training accuracy between two lines of the log, over all processes."""
+"""Losses, their terms and training accuracy over the steps that were made, over all processes."""
 
 import torch
 from torch import Tensor
@@ -7,46 +7,74 @@ from peft_vlm.processes import num_processes, sum_over_processes
 
 
 class RunningMeans:
-    """Sums that stay on the device of the run until they are asked for."""
+    """Sums since the last line of the log, in the epoch, and in all, on the device of the run until asked for.
+
+    Steps that are left out count nowhere: their loss is not finite, and so would be every sum with it.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._batches = 0
-        self._epoch: list[Tensor] = []
+        self._step: list[dict[str, Tensor]] = []
+        self._since_log, self._epoch, self._run = _Sums(), _Sums(), _Sums()
 
     def start_epoch(self) -> None:
         """Forget the losses of the epoch before."""
-        self._epoch = []
+        self._epoch = _Sums()
 
     def epoch_loss(self) -> float | None:
-        """Mean loss of the batches since `start_epoch`, over all processes; None without any."""
-        if not self._epoch:
-            return None
-        return float(sum_over_processes(torch.stack(self._epoch).mean())) / num_processes()
+        """Mean loss of the batches since `start_epoch`; None without any. All processes call it together."""
+        return self._epoch.means().get("loss")
+
+    def run_loss(self) -> float | None:
+        """Mean loss of all batches; None without any. All processes call it together."""
+        return self._run.means().get("loss")
 
     def add(self, outputs: dict[str, Tensor]) -> None:
-        """Count a batch.
+        """Remember a batch until its step is made or left out.
 
         Args:
             outputs: Of `TrainingModule`.
         """
-        for key, value in outputs.items():
-            if key != "loss":
-                value = value.detach().float()
-                self._sums[key] = self._sums[key] + value if key in self._sums else value
-        self._batches += 1
-        self._epoch.append(outputs["loss"].detach().float())
+        self._step.append({key: value.detach().float() for key, value in outputs.items()})
+
+    def end_step(self, *, left_out: bool) -> None:
+        """Count the batches of a step, or forget them. All processes decide alike.
+
+        Args:
+            left_out: Whether the step was left out.
+        """
+        for outputs in self._step if not left_out else ():
+            self._since_log.add(outputs)
+            for sums in (self._epoch, self._run):
+                sums.add({"loss": outputs["loss"]})
+        self._step = []
 
     def take(self) -> dict[str, float]:
-        """The mean of every term, `accuracy` where images had labels; and begin anew. All processes call it together.
+        """The mean loss and the mean of every term, `accuracy` where images had labels; and begin anew. All processes
+        call it together.
 
-        A term is the mean over batches, the accuracy that over images.
+        A term is the mean over batches, the accuracy that over images. Empty where no step was made.
         """
-        if not self._batches:
-            return {}
-        sums = sum_over_processes(torch.stack(list(self._sums.values()))).tolist()
-        totals, batches = dict(zip(self._sums, sums, strict=True)), self._batches * num_processes()
-        self._sums, self._batches = {}, 0
-        correct, labelled = totals.pop("correct"), totals.pop("labelled")
-        means = {key: value / batches for key, value in totals.items()}
+        sums, self._since_log = self._since_log, _Sums()
+        means = sums.means()
+        correct, labelled = means.pop("correct", 0.0), means.pop("labelled", 0.0)
         return means | ({"accuracy": correct / labelled} if labelled else {})
+
+
+class _Sums:
+    """Sums of named values over batches."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.batches = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for key, value in values.items():
+            self.values[key] = self.values[key] + value if key in self.values else value
+        self.batches += 1
+
+    def means(self) -> dict[str, float]:
+        """Sums of all processes over batches of all processes."""
+        if not self.batches:
+            return {}
+        totals = sum_over_processes(torch.stack(list(self.values.values()))).tolist()
+        return {key: total / (self.batches * num_processes()) for key, total in zip(self.values, totals, strict=True)}

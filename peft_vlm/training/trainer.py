@@ -62,7 +62,7 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        check_run(model, objective, eval_dataset)
+        check_run(model, objective, train_dataset, eval_dataset)
         if args.n_gpu > 1:  # several visible GPUs without a launcher would mean torch.nn.DataParallel
             args._n_gpu = 1
         self.objective = objective
@@ -180,10 +180,20 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the mean loss terms and training accuracy of all processes since the last log."""
+        """Log with the mean loss, loss terms and training accuracy of all processes since the last log."""
         if "loss" in logs:
+            logs.pop("loss")  # the base class's stays NaN for good after one step that was left out
             logs |= self.running_means.take()
         super().log(logs, start_time)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """The base class's ending with the mean loss of this call's steps; its own divides by those of earlier calls
+        too."""
+        mean = self.running_means.run_loss()
+        if mean is not None:
+            self._tr_loss = torch.zeros_like(self._tr_loss)
+            self._total_loss_scalar = mean * self.state.global_step
+        return super()._finalize_training(*args, **kwargs)
 
     def prediction_step(
         self,

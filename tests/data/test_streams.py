@@ -2,17 +2,23 @@
 
 import io
 import tarfile
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from peft import get_peft_model, get_peft_model_state_dict
 from torch.utils.data import DataLoader
 
+from peft_vlm import RPPObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data import ImageStream, load_image_stream, open_stream, read_class_list
 from peft_vlm.data.transforms import EvalTransform
-from peft_vlm.errors import DataError
+from peft_vlm.errors import DataError, PeftVLMWarning
+from peft_vlm.training.checks import check_run
+from tests.cases import base_model, class_prompts, rpp_config
+from tests.short_run import parts
 from tests.tiny import COLOURS, clip_processor, colour_rows
 
 NAMES = list(COLOURS)
@@ -82,35 +88,60 @@ def test_a_resumed_epoch_goes_on_with_the_same_images_and_decodes_none_of_the_sk
         assert torch.equal(a["pixel_values"], b["pixel_values"])
 
 
+def run_on(images: ImageStream, folder: Path, *, resume: Path | None = None, **arguments) -> dict[str, torch.Tensor]:
+    """Train two epochs of four steps; the final tensors."""
+    torch.manual_seed(1)
+    model = get_peft_model(base_model(), rpp_config(vision_depth=0))
+    own = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 5, "save_total_limit": None}
+    own |= {"use_cpu": True, "per_device_train_batch_size": 6, "disable_tqdm": True, "learning_rate": 0.1}
+    args = VLMTrainingArguments(output_dir=str(folder), report_to="none", **(own | arguments))
+    objective = RPPObjective(class_prompts(), soft_weight=0, num_sampled_classes=3)
+    trainer = VLMTrainer(model, objective, args, train_dataset=images)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    assert trainer.state.global_step == 8
+    return get_peft_model_state_dict(model)
+
+
 def test_a_training_on_a_stream_resumes_in_mid_epoch(shards: Path, tmp_path: Path):
-    """Through the trainer, which throws the skipped batches away."""
-    from peft import get_peft_model, get_peft_model_state_dict
+    """Through the trainer, which throws the skipped batches away, and warns where it cannot see the same images."""
+    straight, checkpoint = run_on(stream(shards), tmp_path / "a"), tmp_path / "a" / "checkpoint-5"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftVLMWarning)
+        resumed = run_on(stream(shards), tmp_path / "b", resume=checkpoint)
+    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    changed = "dataloader_num_workers was 0 and is 2, stream_seed was 3 and is 4"
+    with pytest.warns(PeftVLMWarning, match=f"sees other batches than it would have: {changed}"):
+        run_on(stream(shards, seed=4), tmp_path / "c", resume=checkpoint, dataloader_num_workers=2)
 
-    from peft_vlm import RPPObjective, VLMTrainer, VLMTrainingArguments
-    from tests.cases import base_model, class_prompts, rpp_config
 
-    finals = []
-    for folder, resume in (("a", None), ("b", str(tmp_path / "a" / "checkpoint-5"))):
-        torch.manual_seed(1)
-        model = get_peft_model(base_model(), rpp_config(vision_depth=0))
-        args = VLMTrainingArguments(
-            output_dir=str(tmp_path / folder),
-            num_train_epochs=2,
-            save_strategy="steps",
-            save_steps=5,
-            use_cpu=True,
-            per_device_train_batch_size=6,
-            save_total_limit=None,
-            disable_tqdm=True,
-            report_to="none",
-            learning_rate=0.1,
-        )
-        objective = RPPObjective(class_prompts(), soft_weight=0, num_sampled_classes=3)
-        trainer = VLMTrainer(model, objective, args, train_dataset=stream(shards))
-        trainer.train(resume_from_checkpoint=resume)
-        assert trainer.state.global_step == 8
-        finals.append(get_peft_model_state_dict(model))
-    assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("coop", {}, "by an image's position, got a stream"),
+        ("skip_tuning", {}, "by an image's position, got a stream"),
+        ("promptkd", {}, "by an image's position, got a stream"),
+        ("rpp", {"image_sampling": "balanced"}, r"load_image_stream\(..., images_per_class=16\)"),
+        ("coop", {"image_cache": "none"}, None),
+        ("promptsrc", {}, None),
+    ],
+)
+def test_methods_that_need_positions_refuse_streams(tmp_path: Path, method: str, settings: dict, message: str | None):
+    """An image cache by position would hold other images; balanced batches need the labels of all images."""
+    model, objective, _ = parts(method, **settings)
+    args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
+    images = stream(table(), num_images=64)
+    if message is None:
+        VLMTrainer(model, objective, args, train_dataset=images).train()
+        return
+    with pytest.raises(DataError, match=message):
+        VLMTrainer(model, objective, args, train_dataset=images)
+
+
+def test_validation_images_are_no_stream():
+    """One that starts over has no accuracy."""
+    model, objective, dataset = parts("coop")
+    with pytest.raises(DataError, match="`eval_dataset` with an end, got a stream"):
+        check_run(model, objective, dataset, stream(table()))
 
 
 def test_tables_in_memory_and_hugging_face_streams_are_streams_too():
@@ -155,11 +186,39 @@ def test_balanced_sampling_shows_no_class_more_often_than_asked():
         ({"num_images": None}, "does not know its length"),
         ({"num_images": 0}, "at least 1, got 0"),
         ({"class_names": ["red"]}, "labels of 1 classes"),
+        ({"class_names": ["red"], "images_per_class": 2}, "labels of 1 classes, got 1 in column 'label'"),
+        ({"label_column": "cls"}, r"the column 'cls', got the columns \['image', 'label'\].*by file endings"),
     ],
 )
 def test_streams_that_cannot_work_are_refused(settings: dict, message: str):
     with pytest.raises(DataError, match=message):
         list(stream(table(), **settings))
+
+
+def named_by_id(per_class: int = 2) -> Dataset:
+    """Rows whose labels are WordNet ids."""
+    rows = [row | {"label": f"n0000000{row['label']}"} for row in colour_rows(per_class)]
+    return Dataset.from_list(rows, features=Features({"image": Image(), "label": Value("string")}))
+
+
+def test_counting_leaves_out_the_names_without_images():
+    """WordNet names 82,115 nouns, ImageNet-21K shows 21,841 of them: the others would only be negatives."""
+    names = {f"n0000000{number}": f"thing {number}" for number in (9, *range(5, -1, -1), 8)}
+    images = stream(named_by_id(), class_names=names, images_per_class=1, num_images=None)
+    assert images.class_names == tuple(f"thing {number}" for number in range(5, -1, -1))
+    assert len(images) == 6
+    assert {int(item["labels"]) for item in images} <= set(range(6))
+    assert len(stream(named_by_id(), class_names=names).class_names) == 8
+
+
+def test_labels_of_no_class_are_refused_when_they_are_counted():
+    """-1, no label, is not the last class; an unknown id is named."""
+    rows = [row | {"label": -1 if row["label"] == 5 else row["label"]} for row in colour_rows(2)]
+    unlabelled = Dataset.from_list(rows, features=Features({"image": Image(), "label": Value("int64")}))
+    with pytest.raises(DataError, match="6 classes, got -1 in column 'label'"):
+        stream(unlabelled, class_names=NAMES, images_per_class=1)
+    with pytest.raises(DataError, match="1 classes, got 'n00000001' in column 'label'.*a mapping"):
+        stream(named_by_id(), class_names={"n00000000": "red"}, images_per_class=1)
 
 
 def test_a_folder_without_shards_and_too_few_images_are_refused(tmp_path: Path, shards: Path):

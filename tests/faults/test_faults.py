@@ -68,8 +68,12 @@ def test_a_step_that_is_not_finite_can_be_left_out(tmp_path: Path, gradient_only
     options = UNCACHED | {"non_finite": "skip", "num_train_epochs": 3}
     trainer = train(tmp_path, "coop", change=spoil(DAMAGED, gradient_only=gradient_only), **options)
     assert context_of(trainer).isfinite().all()
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    text = (tmp_path / "metrics.json").read_text()
+    metrics = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert metrics["final"]["skipped_steps"] == 3  # one per epoch
+    assert len([entry for entry in metrics["history"] if "accuracy" in entry]) == 15, "18 steps less 3"
+    losses = [entry["loss"] for entry in metrics["history"] if "loss" in entry]
+    assert metrics["final"]["train_loss"] == pytest.approx(sum(losses) / 15)
     everything = train(tmp_path, "coop", change=spoil(*range(24)), **(options | {"num_train_epochs": 1}))
     fresh = parts("coop")[0]
     assert torch.equal(context_of(everything), next(p for p in fresh.parameters() if p.requires_grad))

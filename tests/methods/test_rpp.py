@@ -1,5 +1,7 @@
 """RPP's objective: which classes it draws, what its terms are, what does not grow with the number of classes."""
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -9,7 +11,7 @@ from torch.testing import assert_close
 from peft_vlm import CoOpConfig, PromptSRCConfig, RPPObjective
 from peft_vlm.data.balanced import BalancedBatches
 from peft_vlm.data.dataset import collate
-from peft_vlm.errors import ClassNameError, DataError
+from peft_vlm.errors import AdapterError, ClassNameError, DataError
 from peft_vlm.losses.distillation import distillation_loss
 from peft_vlm.text import ClassPrompts, encode_classes, reserve_slots
 from peft_vlm.text.compact import CompactPrompts
@@ -71,13 +73,22 @@ def test_hard_and_soft_labels_are_mixed_by_their_weight(weight: float):
 
 
 def test_teacher_and_student_are_compared_on_the_same_classes():
-    """A student that is its own teacher has no soft loss, whatever is drawn and however it is corrected."""
+    """A teacher with the student's weights leaves no soft loss, whatever is drawn and however it is corrected."""
     model = get_peft_model(tiny_clip(), rpp_config(text_depth=0, vision_depth=1)).eval()
     for corrected in (False, True):
         settings = {"soft_weight": 1, "num_sampled_classes": 4, "correct_soft_labels": corrected}
-        objective = RPPObjective(class_prompts(), teacher=model, **settings)
+        objective = RPPObjective(class_prompts(), teacher=copy.deepcopy(model), **settings)
         objective.prepare(model, images())
         assert float(objective(model, batch()).loss.detach()) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_student_that_is_its_own_teacher_is_refused():
+    """`get_peft_model` changes the model it gets: kept as the teacher, it would follow the student."""
+    clip = tiny_clip()
+    model = get_peft_model(clip, rpp_config())
+    objective = RPPObjective(class_prompts(), teacher=clip)
+    with pytest.raises(AdapterError, match="a second time, or pass `copy.deepcopy"):
+        objective.prepare(model, images())
 
 
 def test_the_draw_depends_on_seed_epoch_and_images_alone():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.testing import assert_close
 from transformers import CLIPVisionConfig
@@ -211,6 +211,29 @@ def test_folded_prompts_give_the_same_bits_until_training_starts(settings: dict)
     model.train()
     prompt.zero_()
     assert not torch.equal(logits(model.eval()), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["added", "loaded"])
+def test_another_adapter_of_the_same_name_is_not_that_which_was_folded(way: str):
+    """A server that replaces an adapter would go on answering with the old one."""
+    model = get_peft_model(tiny_clip(), rpp_config()).eval()
+    perturb(model)
+    model.base_model.fold()
+    old = logits(model)
+    if way == "added":
+        model.add_adapter("other", rpp_config())
+        model.set_adapter("other")
+        model.delete_adapter("default")
+        model.add_adapter("default", rpp_config())
+        model.set_adapter("default")
+    else:
+        state = get_peft_model_state_dict(model)
+        set_peft_model_state_dict(model, {key: tensor + 0.1 for key, tensor in state.items()})
+    new = logits(model)
+    assert not torch.equal(new, old)
+    model.base_model.unfold()
+    assert torch.equal(logits(model), new)
 
 
 @torch.no_grad()

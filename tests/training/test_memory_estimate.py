@@ -72,6 +72,15 @@ CASES = {
 }
 
 
+def arguments(device: str = "cpu") -> SimpleNamespace:
+    """What the estimate reads of a run's settings."""
+    return SimpleNamespace(
+        **{"per_device_train_batch_size": BATCH, "optim": "sgd", "bf16": False, "fp16": False},
+        activation_checkpointing=False,
+        device=torch.device(device),
+    )
+
+
 def kept_bytes(model, objective, batch) -> int:
     """Bytes of the tensors that autograd keeps for the backward pass, parameters apart; shared storage counts once."""
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
@@ -100,10 +109,7 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(method: str) -> None
     objective.prepare(model, dataset)
     objective.epoch_start(model, dataset, 0)
     batch = dataset.collate([dataset[position] for position in range(0, 24, 4)])
-    args = SimpleNamespace(
-        **{"per_device_train_batch_size": BATCH, "optim": "sgd", "bf16": False, "fp16": False},
-        activation_checkpointing=False,
-    )
+    args = arguments()
     estimate = estimate_memory(model, objective, dataset, args)
     assert len(batch["index"]) == BATCH
     actual = kept_bytes(model, objective, batch)
@@ -126,6 +132,26 @@ def test_classes_that_are_not_drawn_take_no_memory(sampled: int, chunk: int, row
     prompts = tokenize_classes(tiny_tokenizer(), names, template="a {}.", max_length=CONTEXT_LENGTH)
     objective = RPPObjective(prompts, soft_weight=0.0, num_sampled_classes=sampled, text_chunk_size=chunk)
     assert objective.text_rows(BATCH) == rows
+
+
+@pytest.mark.parametrize("method", ["rpp", "promptkd"])
+def test_teachers_count_and_models_elsewhere_are_still_to_come(method: str) -> None:
+    """A teacher moves to the GPU after the check; weights that are there already are no longer free memory."""
+    teacher, prompts = wide_clip(), class_prompts()
+    objective = {"rpp": RPPObjective, "promptkd": PromptKDObjective}[method](prompts, teacher=teacher)
+    model, dataset = get_peft_model(wide_clip(), CASES[method][0]()), images()
+    size = sum(t.numel() * t.element_size() for m in (model, teacher) for t in (*m.parameters(), *m.buffers()))
+    here, there = (estimate_memory(model, objective, dataset, arguments(device)) for device in ("cpu", "cuda"))
+    assert here.weights == there.weights == size
+    assert there.needed - here.needed == size
+    assert here.needed == here.training + here.activations
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch) -> None:
+    """Eight processes that each fit alone would die together."""
+    monkeypatch.setattr(memory_estimate, "free_ram", lambda: 1001)
+    monkeypatch.setattr(memory_estimate, "local_place", lambda: (1, 4))
+    assert memory_estimate.free_memory(torch.device("cpu")) == 250
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.image_features import all_image_features
+from peft_vlm.data.streams import ImageStream
 from peft_vlm.errors import AdapterError
 from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.prompting.context import trained_towers
@@ -87,7 +88,12 @@ class CoOpObjective(PromptObjective):
         """The settings as JSON values."""
         return {"image_cache": self.image_cache}
 
-    def prepare(self, model: nn.Module, dataset: ImageClassificationDataset) -> None:
+    def check_stream(self) -> None:
+        """A stream will do where no image features are kept."""
+        if self.image_cache != "none":
+            super().check_stream()
+
+    def prepare(self, model: nn.Module, dataset: ImageClassificationDataset | ImageStream) -> None:
         """Reserve the context's places in the prompts, and forget the images of an earlier run.
 
         Args:
@@ -107,7 +113,7 @@ class CoOpObjective(PromptObjective):
         self._input_ids = ids.to(next(model.parameters()).device)
         self._images = None
 
-    def epoch_start(self, model: nn.Module, dataset: ImageClassificationDataset, epoch: int) -> None:
+    def epoch_start(self, model: nn.Module, dataset: ImageClassificationDataset | ImageStream, epoch: int) -> None:
         """Compute the image features of the epoch.
 
         Args:

@@ -20,7 +20,7 @@ from peft_vlm.methods.promptkd.paper import PAPER
 from peft_vlm.methods.promptkd.settings import check_settings
 from peft_vlm.methods.promptkd.teacher import Teacher, Teachers
 from peft_vlm.methods.promptkd.views import ViewCache, align_projector, projector_of, student_features
-from peft_vlm.objective import Objective, ObjectiveOutput
+from peft_vlm.objective import Objective, ObjectiveOutput, check_other_model
 from peft_vlm.shapes import Batch
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.text.templates import readable
@@ -139,9 +139,8 @@ class PromptKDObjective(Objective):
         Raises:
             PeftVLMError: If the student is its own teacher.
         """
-        if any(unwrap(member.model) is unwrap(model) for member in self.teachers.members):
-            raise PeftVLMError("Expected a teacher of its own, got the student's base model. Load it a second time.")
         for member in self.teachers.members:
+            check_other_model(member.model, model)
             member.check_pixels(model)
         self.teachers.prepare(self.prompts, next(model.parameters()).device)
         check_stored(model, self.prompts.class_names, self.teachers.members[0].name)

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.image_features import all_image_features
+from peft_vlm.data.streams import ImageStream
 from peft_vlm.losses.distillation import distillation_loss
 from peft_vlm.losses.self_consistency import feature_distance
 from peft_vlm.methods.promptsrc.aggregation import PromptAggregation
@@ -111,6 +112,9 @@ class PromptSRCObjective(PromptObjective):
             settings |= {"gpa_mean": self.aggregation.mean, "gpa_std": self.aggregation.std}
         return settings | {"frozen_templates": list(self.frozen_prompts.templates), "image_cache": self.image_cache}
 
+    def check_stream(self) -> None:
+        """A stream will do: its frozen features are computed in every step, as for all augmented images."""
+
     def callbacks(self, model: nn.Module) -> list[TrainerCallback]:
         """The aggregation, when it is switched on.
 
@@ -137,7 +141,7 @@ class PromptSRCObjective(PromptObjective):
         else:
             self.aggregation.load_state_dict(state)
 
-    def prepare(self, model: nn.Module, dataset: ImageClassificationDataset) -> None:
+    def prepare(self, model: nn.Module, dataset: ImageClassificationDataset | ImageStream) -> None:
         """Compute what stays the same all run: frozen text features, and frozen image features where pixels stay too.
 
         Args:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_vlm.data.balanced import BalancedBatches
 from peft_vlm.data.row_store import RowStore
+from peft_vlm.errors import DataError
 from peft_vlm.losses.class_sampling import (
     CORRECTIONS,
     false_negatives,
@@ -105,9 +106,9 @@ class RPPObjective(PromptObjective):
         self.teacher: ZeroShotTeacher | None = None
         if teacher is not None and soft_weight:
             check_same_classes(prompts, teacher_prompts or prompts)
-            self.teacher = ZeroShotTeacher(
-                teacher, teacher_prompts or prompts, storage=storage, chunk_size=text_chunk_size
-            )
+            options: dict[str, Any] = {"storage": storage, "chunk_size": text_chunk_size}
+            self.teacher = ZeroShotTeacher(teacher, teacher_prompts or prompts, **options)
+            self.frozen_models = [teacher]
         self._tokens: CompactPrompts | None = None
         self._fixed_text: RowStore | None = None
         self._epoch = 0
@@ -126,6 +127,14 @@ class RPPObjective(PromptObjective):
         for name, parameter in named_parameters:
             groups["vision" if "vision_model" in name or "visual_projection" in name else "text"].append(parameter)
         return groups
+
+    def check_stream(self) -> None:
+        """A stream decides by itself how often a class comes."""
+        if self.settings["image_sampling"] != "natural":
+            raise DataError(
+                f"Expected `image_sampling`='natural' for a stream, got {self.settings['image_sampling']!r}. A stream "
+                "is balanced when it is opened: `load_image_stream(..., images_per_class=16)`."
+            )
 
     def batch_sampler(self, labels: Sequence[int], *, batch_size: int, seed: int) -> EpochBatchSampler | None:
         """Batches in which every class comes equally often, where `image_sampling` says so.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peft_vlm.data.row_store import RowStore
 from peft_vlm.errors import ClassNameError, DataError
+from peft_vlm.objective import check_other_model
 from peft_vlm.processes import local_place, part_of
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import ClassPrompts
@@ -76,8 +77,10 @@ class ZeroShotTeacher:
             student: Model that learns.
 
         Raises:
+            AdapterError: If the student is its own teacher.
             DataError: If the two take images of different sizes.
         """
+        check_other_model(self.model, student)
         sizes = [towers_of(model).model.config.vision_config.image_size for model in (student, self.model)]
         if sizes[0] != sizes[1]:
             raise DataError(

@@ -127,7 +127,7 @@ def child(method: str, precision: str, options: argparse.Namespace) -> dict[str,
         objective.prepare(model, dataset)
         objective.epoch_start(model, dataset, 0)
     settings = VLMTrainingArguments(
-        output_dir="unused", per_device_train_batch_size=options.batch, bf16=precision == "bf16", use_cpu=True
+        output_dir="unused", per_device_train_batch_size=options.batch, bf16=precision != "float32", use_cpu=True
     )
     estimate = estimate_memory(model, objective, dataset, settings)
     needed = (estimate.training + estimate.activations) / 2**20

@@ -66,7 +66,7 @@ def run_variant(name: str, args: argparse.Namespace) -> dict[str, Any]:
     experiment = Experiment.for_clip(
         source, augmentation=preset["augmentation"], output_dir=folder / "few_shot", use_cpu=args.use_cpu
     )
-    images = load_pretraining_images(str(args.data), experiment.train_transform)
+    images = load_pretraining_images(str(args.data), experiment.train_transform, seed=args.seed)
     prompts = experiment.prompts(images.class_names, TEMPLATE)
     if options["soft_weight"]:
         options["teacher"] = CLIPModel.from_pretrained(args.teacher)
@@ -75,7 +75,7 @@ def run_variant(name: str, args: argparse.Namespace) -> dict[str, Any]:
     training = preset["training"] | {"max_steps": args.max_steps, "use_cpu": args.use_cpu, "seed": args.seed}
     set_seed(args.seed)
     model = get_peft_model(experiment.load_model(), peft_vlm.RPPConfig(**config))
-    objective = peft_vlm.RPPObjective(prompts, **options)
+    objective = peft_vlm.RPPObjective(prompts, seed=args.seed, **options)
     model = pretrain(model, objective, images, folder=folder / "pretrained", training=training)
     targets = load_targets({s: {"path": str(ASSETS / s), "template": TEMPLATE} for s in SETS}, experiment)
     report: dict[str, Any] = {"config": changed, "objective": objective_changes}

@@ -79,12 +79,12 @@ def settings_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def pretrained(args: argparse.Namespace, settings: dict[str, Any], experiment: Experiment) -> Any:
     """The model with its pretrained prompts; trains them, or goes on."""
-    names = ("class_names", "num_images", "images_per_class", "image_column", "label_column")
+    names = ("class_names", "num_images", "images_per_class", "image_column", "label_column", "seed")
     options = {name: getattr(args, name) for name in names}
     images = load_pretraining_images(args.data, experiment.train_transform, **options)
     prompts = experiment.prompts(images.class_names, TEMPLATE)
     teacher = CLIPModel.from_pretrained(args.teacher) if settings["objective"]["soft_weight"] else None
-    objective = peft_vlm.RPPObjective(prompts, teacher=teacher, **settings["objective"])
+    objective = peft_vlm.RPPObjective(prompts, teacher=teacher, seed=args.seed, **settings["objective"])
     set_seed(args.seed)  # vision prompts start from random numbers
     model = get_peft_model(experiment.load_model(), peft_vlm.RPPConfig(**settings["config"]))
     return pretrain(model, objective, images, folder=args.output_dir / "pretrained", training=settings["training"])

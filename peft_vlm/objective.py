@@ -127,6 +127,8 @@ class Objective(ABC):
     can_predict = True
     #: False when training batches need no pixels because `epoch_start` has stored features (see `Batch.index`).
     needs_pixels = True
+    #: Whether the label of a training image is the position of its class among those of `prompts`.
+    labels_are_positions = True
     #: Models beside the trained one, such as teachers, for the estimate of memory.
     frozen_models: Sequence[nn.Module] = ()
 

@@ -34,6 +34,7 @@ def load_pretraining_images(
     images_per_class: int | None = None,
     image_column: str = "image",
     label_column: str = "label",
+    seed: int = 0,
 ) -> ImageClassificationDataset | ImageStream:
     """Training images: a stream where one of the numbers of images is given, else a dataset.
 
@@ -45,10 +46,11 @@ def load_pretraining_images(
         images_per_class: Balanced sampling of a stream: most images of a class per epoch.
         image_column: Column of the image.
         label_column: Column of the label.
+        seed: Seed of order and augmentation.
     """
     names = None if class_names is None else read_class_list(class_names)
     shared: dict[str, Any] = {"class_names": names, "transform": transform}
-    shared |= {"image_column": image_column, "label_column": label_column}
+    shared |= {"image_column": image_column, "label_column": label_column, "seed": seed}
     if num_images is None and images_per_class is None:
         return load_image_dataset(source, **shared)
     return load_image_stream(source, num_images=num_images, images_per_class=images_per_class, **shared)

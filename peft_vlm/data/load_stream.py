@@ -10,9 +10,10 @@ from datasets import Dataset as HFDataset
 from datasets import IterableDataset
 
 from peft_vlm.data.class_lists import read_class_list
-from peft_vlm.data.streams import ImageStream, balanced_shares, class_labels, label_of, open_stream, undecoded
+from peft_vlm.data.streams import ImageStream, class_labels, label_of, open_stream, undecoded
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.errors import DataError
+from peft_vlm.processes import from_main, is_main_process, num_processes
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ def load_image_stream(
             either (`read_class_list`). None: those of the source. All of them are classes, also such that no image
             shows; only where the images are counted, those of a mapping that have none are left out.
         images_per_class: Balanced sampling: no class shows more images per epoch, in expectation. Counts the labels
-            in one pass first. None: natural sampling.
+            in one pass first, which reads the label column of parquet files, and all of other shards and of what lies
+            on the Hub. None: natural sampling.
         split: Part to read.
         image_column: Column of the image.
         label_column: Column of the label.
@@ -50,18 +52,18 @@ def load_image_stream(
     Raises:
         DataError: If a column is missing, there are no class names, or neither number is given.
     """
-    rows = open_stream(source, split=split)
-    _check_columns(rows, (image_column, label_column))
+    rows = undecoded(open_stream(source, split=split), image_column)
+    _check_first(rows, (image_column, label_column))
     names = read_class_list(class_names) if isinstance(class_names, str | Path) else class_names
     names = class_labels(rows, label_column) if names is None else names
     if names is None:
         raise DataError(f"The labels in column {label_column!r} have no names. Pass `class_names`.")
-    rows = undecoded(rows, image_column)
     is_mapping = isinstance(names, Mapping)
     names, label_ids = _numbered(rows, names, label_column)
     keep = None
     if images_per_class is not None:
-        counts = count_labels(rows, label_column, names, label_ids)
+        labels = open_stream(source, split=split, columns=[label_column])
+        counts = count_labels(labels, label_column, names, label_ids)
         if is_mapping and label_ids is not None:
             names, label_ids, counts = _with_images(names, label_ids, counts)
         keep, counted = balanced_shares(counts, images_per_class=images_per_class)
@@ -84,9 +86,12 @@ def _numbered(
     return list(names), None
 
 
-def _check_columns(rows: IterableDataset, columns: Sequence[str]) -> None:
-    """Refuse a stream without images or labels; one that does not know its columns is asked for a row."""
-    there = rows.column_names or list(next(iter(rows), {}))
+def _check_first(rows: IterableDataset, columns: Sequence[str]) -> None:
+    """Refuse a stream without rows, images or labels."""
+    first = next(iter(rows), None)
+    if first is None:
+        raise DataError("Expected a stream with rows, got none.")
+    there = list(first)
     missing = [column for column in columns if column not in there]
     if missing:
         raise DataError(
@@ -106,13 +111,27 @@ def _with_images(
     return [names[label] for _, label in kept], numbers, [counts[label] for _, label in kept]
 
 
+def balanced_shares(counts: Sequence[int], *, images_per_class: int) -> tuple[list[float], int]:
+    """Share of each class's images to keep so that no class shows more than a number per epoch, in expectation.
+
+    Args:
+        counts: Images of each class in the whole stream.
+        images_per_class: Largest number of a class; 16 in POMP.
+
+    Returns:
+        Shares for `ImageStream(keep=...)`, and the images per epoch that they leave.
+    """
+    shares = [min(1.0, images_per_class / max(count, 1)) for count in counts]
+    return shares, sum(min(count, images_per_class) for count in counts)
+
+
 def count_labels(
     rows: IterableDataset, label_column: str, names: Sequence[str], label_ids: Mapping[str, int] | None
 ) -> list[int]:
-    """Images of each class in a stream; reads all of it once, its label column alone.
+    """Images of each class in a stream; reads all of it once. Of several processes the main one does.
 
     Args:
-        rows: The stream.
+        rows: The stream, best opened with its label column alone.
         label_column: Column of the label.
         names: Class names.
         label_ids: Label of each raw label where the column holds names.
@@ -120,7 +139,13 @@ def count_labels(
     Raises:
         DataError: If a label is that of no class.
     """
-    counts = np.zeros(len(names), dtype=np.int64)
-    for row in rows.select_columns([label_column]):
-        counts[label_of(row[label_column], label_ids, num_classes=len(names), column=label_column)] += 1
+    counts, problem = np.zeros(len(names), dtype=np.int64), None
+    try:
+        for row in rows if is_main_process() or num_processes() == 1 else ():
+            counts[label_of(row[label_column], label_ids, num_classes=len(names), column=label_column)] += 1
+    except DataError as error:
+        problem = error
+    counts, problem = from_main((counts, problem))
+    if problem is not None:
+        raise problem
     return counts.tolist()

@@ -226,42 +226,47 @@ def label_of(raw: Any, label_ids: Mapping[str, int] | None, *, num_classes: int,
     return int(label)
 
 
-def balanced_shares(counts: Sequence[int], *, images_per_class: int) -> tuple[list[float], int]:
-    """Share of each class's images to keep so that no class shows more than a number per epoch, in expectation.
-
-    Args:
-        counts: Images of each class in the whole stream.
-        images_per_class: Largest number of a class; 16 in POMP.
-
-    Returns:
-        Shares for `ImageStream(keep=...)`, and the images per epoch that they leave.
-    """
-    shares = [min(1.0, images_per_class / max(count, 1)) for count in counts]
-    return shares, sum(min(count, images_per_class) for count in counts)
-
-
-def open_stream(source: str | Path | HFDataset | IterableDataset, *, split: str = "train") -> IterableDataset:
+def open_stream(
+    source: str | Path | HFDataset | IterableDataset, *, split: str = "train", columns: Sequence[str] | None = None
+) -> IterableDataset:
     """Rows of a dataset that is read as a stream.
 
     Args:
         source: A stream; a dataset in memory; a folder with parquet files or webdataset tars whose names begin with
-            the split; or the id of a dataset on the Hub, which is the only case that uses the network.
+            the split, also in its folder `data`; or the id of a dataset on the Hub, which is the only case that uses
+            the network.
         split: Part to read.
+        columns: Only these, of which alone parquet files are read; None: all.
 
     Raises:
-        DataError: If a folder has no such files.
+        DataError: If a folder has no such files, or they cannot be read.
     """
     if isinstance(source, IterableDataset):
-        return source
+        return source if columns is None else source.select_columns(list(columns))
     if isinstance(source, HFDataset):
-        return source.to_iterable_dataset(num_shards=min(64, len(source)))
+        if not len(source):
+            raise DataError("Expected a dataset with rows, got an empty one.")
+        rows = source if columns is None else source.select_columns(list(columns))
+        return rows.to_iterable_dataset(num_shards=min(64, len(source)))
+    options: dict[str, Any] = {"split": split, "streaming": True}
     folder = Path(source)
     if not folder.exists():
-        return load_dataset(str(source), split=split, streaming=True)
+        rows = load_dataset(str(source), **options)
+        return rows if columns is None else rows.select_columns(list(columns))
     for builder, pattern in SHARDS.items():
-        files = sorted(str(file) for file in folder.glob(f"{split}{pattern}"))
-        if files:
-            return load_dataset(builder, data_files={split: files}, split=split, streaming=True)
+        files = sorted(str(file) for place in (folder, folder / "data") for file in place.glob(f"{split}{pattern}"))
+        if files and builder == "parquet" and columns is not None:
+            options["columns"] = list(columns)
+        if not files:
+            continue
+        try:
+            rows = load_dataset(builder, data_files={split: files}, **options)
+        except ValueError as error:
+            raise DataError(
+                f"Expected {builder} files that can be read in {str(folder)!r}, got: {error}. Files 'cls' of "
+                "webdataset shards hold integers; labels that are texts, as WordNet ids, belong into 'cls.txt'."
+            ) from error
+        return rows if columns is None else rows.select_columns(list(columns))
     raise DataError(f"Expected '{split}*.parquet' or '{split}*.tar' in {str(folder)!r}, got neither.")
 
 

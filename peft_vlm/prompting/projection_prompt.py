@@ -161,6 +161,15 @@ class ProjectionPrompts(StandInLayer):
         """
         return getattr(self, self.adapter_layer_names[(*PARTS, "shared").index(part)])
 
+    def carries(self, part: str, adapter_name: str) -> bool:
+        """Whether the slots carry a prompt past the attention, so that its size counts; else only the norm reads it.
+
+        Args:
+            part: Key of `PARTS`, or `"shared"`.
+            adapter_name: Name of the adapter.
+        """
+        return self.residuals[adapter_name] == "replaced" and part in ("query", "shared")
+
     def prompt(self, part: str) -> Float[Tensor, "slots width"] | None:
         """Prompt of the active adapter for one part; None where it has none.
 
@@ -184,12 +193,18 @@ class ProjectionPrompts(StandInLayer):
         name, prompt = self.current_adapter, self.prompt(part)
         if name is None or prompt is None:
             return None
-        if self.residuals[name] == "replaced" and (part == "query" or name in self.container("shared")):
+        if self.carries("shared" if name in self.container("shared") else part, name):
             return None  # the input already has the prompt in its slots
         constant = self._constants.get((name, part))
-        if constant is not None and (constant.device, constant.dtype) == (normed.device, normed.dtype):
+        if constant is not None and self._fits(constant, normed):
             return constant
         return self._project(part, prompt.to(normed.dtype))
+
+    @staticmethod
+    def _fits(constant: Tensor, normed: Tensor) -> bool:
+        """Whether a folded constant is what would be computed; under autocast projections have another type."""
+        same = (constant.device, constant.dtype) == (normed.device, normed.dtype)
+        return same and not torch.is_autocast_enabled(normed.device.type)
 
     @property
     def input_prompt(self) -> Float[Tensor, "slots width"] | None:

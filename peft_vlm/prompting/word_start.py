@@ -2,6 +2,10 @@
 
 Under the causal mask the states of the words behind the start token do not depend on the class name that follows, so
 one short forward pass gives them for all classes.
+
+What a layer carries grows with its height, up to a hundred times the size of embedded words, while a prompt that only
+the layer's norm reads is the same function at any size: at rate r its normalised value moves by about r / size**2 per
+step. Such prompts therefore start at one small size, without which those of upper layers would hardly ever move.
 """
 
 from collections.abc import Iterator
@@ -16,6 +20,10 @@ from peft_vlm.prompting.deep_prompt import INIT_STD
 from peft_vlm.prompting.layer import PromptLayer
 from peft_vlm.prompting.projection_prompt import PARTS, ProjectionPrompts
 from peft_vlm.towers import towers_of
+
+#: Standard deviation of an initial prompt that only its layer's norm reads: far above the root of the norm's epsilon
+#: (0.003), so that its function stays, and near that of embedded words.
+WORD_STD = 0.1
 
 
 @torch.no_grad()
@@ -36,8 +44,19 @@ def start_from_words(model: nn.Module, adapter_name: str, config: TextContextCon
         for part in (*PARTS, "shared"):
             prompts = layer.container(part)
             if adapter_name in prompts:
+                start = state.cpu() if layer.carries(part, adapter_name) else at_most(WORD_STD, state.cpu())
                 noise = 0 if config.init_weights else INIT_STD * torch.randn(state.shape)
-                prompts[adapter_name].copy_(state.cpu() + noise)
+                prompts[adapter_name].copy_(start + noise)
+
+
+def at_most(std: float, prompt: Float[Tensor, "slots width"]) -> Float[Tensor, "slots width"]:
+    """A prompt whose slots have a standard deviation of at most some size.
+
+    Args:
+        std: The size.
+        prompt: A prompt; scaling a slot changes nothing behind a norm, but for the norm's epsilon.
+    """
+    return prompt * (std / prompt.std(dim=-1, keepdim=True)).clamp(max=1.0)
 
 
 @torch.no_grad()

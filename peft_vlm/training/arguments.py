@@ -1,5 +1,6 @@
 """What a training run needs: Hugging Face's `TrainingArguments` with the defaults and additions of this field."""
 
+import os
 from dataclasses import dataclass, field
 from typing import no_type_check
 
@@ -71,6 +72,15 @@ class VLMTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every trained tensor is used."})
 
     def __post_init__(self) -> None:
+        if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+            raise ValueError(
+                "Expected a run without FSDP, which divides the tensors that caches, class features and evaluation "
+                "read outside the wrapped module. Use DDP (examples/accelerate/ddp.yaml) with `bf16=True` and "
+                "`gradient_checkpointing=True`, or a quantised base model."
+            )
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launcher in ("fp16", "bf16") and not (self.fp16 or self.bf16):
+            setattr(self, launcher, True)  # what computes must also be what is checked, estimated and reported
         super().__post_init__()
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:

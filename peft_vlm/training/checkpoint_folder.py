@@ -17,6 +17,8 @@ from peft_vlm.processes import all_agree, from_main, is_main_process, wait_for_e
 
 MANIFEST_NAME = "manifest.json"
 PREFIX = "checkpoint-"
+#: Behind the names of checkpoints of an earlier run in the same folder.
+EARLIER = "-earlier"
 
 
 @contextmanager
@@ -63,6 +65,10 @@ def _same_on_all(failure: Exception | None, folder: Path) -> None:
     """Fail on every process when it failed on one, so that none waits for the others."""
     if all_agree(failure is None):
         return
+    raise CheckpointError(_not_written(failure, folder)) from failure
+
+
+def _not_written(failure: Exception | None, folder: Path) -> str:
     room = shutil.disk_usage(_existing(folder.parent)).free / 2**20
     reason = "another process failed" if failure is None else f"{type(failure).__name__}: {failure}"
     hint = (
@@ -70,10 +76,10 @@ def _same_on_all(failure: Exception | None, folder: Path) -> None:
         if failure is None or _is_full(failure) or room < 1
         else "Look at the reason"
     )
-    raise CheckpointError(
+    return (
         f"Expected to write {str(folder)!r}, got {reason}. {hint}, and go on with `resume_from_checkpoint='auto'`: "
         "nothing half-written is left, and earlier checkpoints are untouched."
-    ) from failure
+    )
 
 
 def _is_full(error: Exception) -> bool:
@@ -107,21 +113,46 @@ def damage(folder: Path) -> list[str]:
     """
     try:
         files = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
+        listed = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
     except FileNotFoundError:
         return [f"no {MANIFEST_NAME}, which is written last"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # JSON may be damaged and still be JSON
         return [f"{MANIFEST_NAME} is cut off or damaged"]
     found = []
-    for name, expected in files.items():
+    for name, expected, digest in listed:
         path = folder / name
         size = path.stat().st_size if path.is_file() else None
         if size is None:
             found.append(f"{name} is missing")
-        elif size != expected["bytes"]:
-            found.append(f"{name} is cut off or damaged ({size} of {expected['bytes']} bytes)")
-        elif _hash(path) != expected["sha256"]:
+        elif size != expected:
+            found.append(f"{name} is cut off or damaged ({size} of {expected} bytes)")
+        elif _hash(path) != digest:
             found.append(f"{name} is cut off or damaged (other content than was written)")
     return found
+
+
+def set_aside(output_dir: Path) -> None:
+    """Rename the checkpoints of an earlier run, so that none of them is taken for one of the run that begins.
+
+    The main process renames; a warning says so. They are removed like others when there are too many.
+
+    Args:
+        output_dir: Folder of the run.
+    """
+    if is_main_process():
+        found = _numbered(output_dir)
+        for folder in found.values():
+            aside = folder.with_name(folder.name + EARLIER)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        if found:
+            message = (
+                f"{len(found)} checkpoints of an earlier run in {str(output_dir)!r} are set aside as "
+                f"'{PREFIX}N{EARLIER}', since this run begins anew. To go on with that run instead, rename one back "
+                "and use `resume_from_checkpoint='auto'`."
+            )
+            warnings.warn(message, PeftVLMWarning, stacklevel=3)
+    wait_for_everyone()
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -142,13 +173,8 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def _look(output_dir: Path) -> Path | str | None:
-    numbered = {
-        int(path.name.removeprefix(PREFIX)): path
-        for path in output_dir.glob(f"{PREFIX}*")
-        if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()
-    }
     broken: list[str] = []
-    for _, folder in sorted(numbered.items(), reverse=True):
+    for _, folder in sorted(_numbered(output_dir).items(), reverse=True):
         found = damage(folder)
         if not found:
             if broken:
@@ -164,6 +190,15 @@ def _look(output_dir: Path) -> Path | str | None:
             "anew in another folder."
         )
     return None
+
+
+def _numbered(output_dir: Path) -> dict[int, Path]:
+    """Checkpoints by their step."""
+    return {
+        int(path.name.removeprefix(PREFIX)): path
+        for path in output_dir.glob(f"{PREFIX}*")
+        if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()
+    }
 
 
 def check_whole(folder: Path) -> None:
@@ -183,20 +218,34 @@ def check_whole(folder: Path) -> None:
         )
 
 
-def move_files(source: Path, target: Path) -> None:
-    """Move the files of a folder into another, each in one step, and remove the folder.
+@contextmanager
+def moved_into(target: Path) -> Iterator[Path]:
+    """A folder to write into, whose files are then moved into another, each in one step; an error leaves nothing of
+    them. For one process.
 
     Args:
-        source: Folder on the same file system.
         target: Where they go; files of the same name are replaced.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        CheckpointError: If there was no room, or writing failed otherwise.
     """
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _synced(path)
-            path.replace(place)
-    shutil.rmtree(source)
+    partial = target / ".partial"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                place = target / path.relative_to(partial)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _synced(path)
+                path.replace(place)
+    except Exception as error:  # of the system, torch and safetensors, each in its own way
+        raise CheckpointError(_not_written(error, target)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _existing(folder: Path) -> Path:

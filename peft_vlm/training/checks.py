@@ -21,8 +21,8 @@ def check_run(model: nn.Module, objective: Objective, train_dataset: Any, eval_d
 
     Raises:
         PeftVLMError: If nothing is trainable.
-        DataError: If the objective cannot train on a stream; if the validation images have no labels, or labels of
-            other classes than the objective predicts, or it predicts none.
+        DataError: If the objective cannot train on a stream; if the images have no labels, or labels of other
+            classes than the objective's, or it predicts none.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PeftVLMError(
@@ -31,6 +31,8 @@ def check_run(model: nn.Module, objective: Objective, train_dataset: Any, eval_d
         )
     if isinstance(train_dataset, ImageStream):
         objective.check_stream()
+    if objective.labels_are_positions:
+        _check_classes(objective, train_dataset, "training images", may_be_fewer=True)
     if eval_dataset is None:
         return
     if isinstance(eval_dataset, ImageStream):
@@ -46,16 +48,22 @@ def check_run(model: nn.Module, objective: Objective, train_dataset: Any, eval_d
             f"`{type(objective).__name__}` for free answers, which have no scores. Pass candidates to the objective "
             "(`tokenize_candidates`), or leave out `eval_dataset` and compare generated answers after training."
         )
+    _check_classes(objective, eval_dataset, "an `eval_dataset`", may_be_fewer=False)
+
+
+def _check_classes(objective: Objective, dataset: Any, what: str, *, may_be_fewer: bool) -> None:
+    """Refuse labels that mean other classes in the dataset than in the prompts."""
     if objective.prompts is None:
         return
     expected = [readable(name) for name in objective.prompts.class_names]
-    actual = [readable(name) for name in eval_dataset.class_names]
-    if expected != actual:
-        pairs = zip(expected, actual, strict=False)
-        place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(actual)))
-        raise DataError(
-            "Expected an `eval_dataset` with the class names of the objective's prompts in their order, got "
-            f"{len(actual)} names for {len(expected)}, the first difference at label {place}: "
-            f"{actual[place : place + 1]!r} for {expected[place : place + 1]!r}. Labels of one list are wrong in the "
-            "other: `restrict` the dataset to the classes of the prompts, or make prompts of its classes."
-        )
+    actual = [readable(name) for name in dataset.class_names]
+    if actual == expected[: len(actual)] and (may_be_fewer or len(actual) == len(expected)):
+        return
+    pairs = zip(expected, actual, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(actual)))
+    raise DataError(
+        f"Expected {what} with the class names of the objective's prompts in their order, got "
+        f"{len(actual)} names for {len(expected)}, the first difference at label {place}: "
+        f"{actual[place : place + 1]!r} for {expected[place : place + 1]!r}. Labels of one list are wrong in the "
+        "other: `restrict` the dataset to the classes of the prompts, or make prompts of its classes."
+    )

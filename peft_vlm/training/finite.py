@@ -1,6 +1,7 @@
 """Steps whose loss or gradient is not finite: the run stops and names the images, or leaves such steps out."""
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,13 +14,15 @@ logger = logging.getLogger(__name__)
 
 MAX_IN_A_ROW = 10
 """After so many steps left out one after the other the weights are broken, and the run stops."""
+MAX_SCALER_SKIPS = 30
+"""The same for a loss scaler, which halves its factor of 65,536 each time: no gradient is too large after so many."""
 
 
 class FiniteSteps(TrainerCallback):
     """Looks at loss and gradient of all processes before each update; all of them decide alike.
 
     Under a loss scaler a gradient that overflows is nothing special: the scaler leaves the step out and lowers its
-    factor. Such steps are counted too.
+    factor. Such steps are counted too, and stop the run where lowering does not help.
 
     Args:
         trainer: The trainer it belongs to.
@@ -29,7 +32,7 @@ class FiniteSteps(TrainerCallback):
     def __init__(self, trainer: Any, choice: str) -> None:
         self.trainer, self.choice = trainer, choice
         self._batches: list[tuple[dict[str, Tensor], Tensor]] = []
-        self._in_a_row = 0
+        self._in_a_row, self._scaler_skips = 0, 0
         self._left_out = False
 
     def add(self, outputs: dict[str, Tensor], index: Tensor) -> None:
@@ -71,15 +74,36 @@ class FiniteSteps(TrainerCallback):
         if self.choice == "error" or self._in_a_row > MAX_IN_A_ROW:
             raise FloatingPointError(message)
         logger.warning("The step is left out. %s", message)
-        if not has_scaler:  # which sees for itself that the step cannot be made
-            for parameter in parameters:
-                parameter.grad = None
+        if has_scaler:  # which must have looked at gradients before they go, and skips the step if they overflow
+            optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+            with suppress(RuntimeError):  # it has looked already
+                self.trainer.accelerator.scaler.unscale_(optimizer)
+        for parameter in parameters:
+            parameter.grad = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count a step that was left out, by this or by the loss scaler."""
-        if self._left_out or self.trainer.accelerator.optimizer_step_was_skipped:
+        """Count a step that was left out, by this or by the loss scaler.
+
+        Args:
+            args: Settings of the run.
+            state: State of the trainer.
+            control: Not used.
+            **kwargs: Not used.
+
+        Raises:
+            FloatingPointError: If the scaler leaves out every step.
+        """
+        by_scaler = self.trainer.accelerator.optimizer_step_was_skipped
+        self._scaler_skips = self._scaler_skips + 1 if by_scaler else 0
+        if self._scaler_skips > MAX_SCALER_SKIPS:
+            raise FloatingPointError(
+                f"Expected a finite gradient at step {state.global_step}, got {self._scaler_skips} steps in a row "
+                "that the loss scaler left out, however small its factor. Use bf16 or float32 instead of fp16, or "
+                "lower the learning rate."
+            )
+        if self._left_out or by_scaler:
             earlier = [entry["skipped_steps"] for entry in state.log_history if "skipped_steps" in entry]
             self.trainer.log({"skipped_steps": (earlier[-1] if earlier else 0.0) + 1})
 

@@ -36,6 +36,9 @@ class Interrupt(TrainerCallback):
         before = {number: signal.signal(number, self._take) for number in SIGNALS}
         try:
             yield
+            if not all_agree(self._signal is None):  # it came when no step was left
+                number = next(number for number in from_all(self._signal) if number is not None)
+                _end(number, "Stopped after the last step; the run had finished and its results are written.")
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -3,7 +3,9 @@
 Overrides of Trainer internals about checkpoints live here; those about data, loss and evaluation in `trainer.py`.
 """
 
+import json
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from peft_vlm.data.streams import ImageStream
 from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.json_files import read_json
 from peft_vlm.objective import Objective
-from peft_vlm.prompting.config import installed_version
+from peft_vlm.prompting.config import VLMConfig, installed_version
 from peft_vlm.training.advice import with_advice
 from peft_vlm.training.checkpoint import load_objective_state, load_weights, save_objective_state, save_weights
 from peft_vlm.training.checkpoint_folder import (
@@ -24,14 +26,18 @@ from peft_vlm.training.checkpoint_folder import (
     PREFIX,
     check_whole,
     last_checkpoint,
-    move_files,
+    moved_into,
+    set_aside,
     written_whole,
 )
 from peft_vlm.training.interrupt import Interrupt
 
-STATE_NAME = "trainer_state.json"
+STATE_NAME, OPTIMIZER_NAME = "trainer_state.json", "optimizer.pt"
 #: Settings that decide which images a step sees, and in which order.
-ORDER = ("seed", "data_seed", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+ORDER = (
+    *("seed", "data_seed", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    "dataloader_drop_last",
+)
 #: Of a stream too: its workers divide the rows.
 STREAM_ORDER = (*ORDER, "dataloader_num_workers")
 
@@ -48,6 +54,7 @@ class ResumableTrainer(Trainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.interrupt = Interrupt()
+        self._begun_with = self._settings()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from the beginning or from a checkpoint.
@@ -66,7 +73,11 @@ class ResumableTrainer(Trainer):
         elif resume_from_checkpoint:
             check_whole(Path(resume_from_checkpoint))
         if isinstance(resume_from_checkpoint, str):
-            self._compare_order(Path(resume_from_checkpoint))
+            self._compare(Path(resume_from_checkpoint))
+            if self.is_deepspeed_enabled:  # the base class then leaves out `_load_from_checkpoint`
+                load_objective_state(self.objective, Path(resume_from_checkpoint))
+        elif not resume_from_checkpoint:
+            set_aside(Path(self.args.output_dir))
         with self.interrupt.watched(), with_advice(self.args, self.objective.config_dict()):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -76,13 +87,29 @@ class ResumableTrainer(Trainer):
             return {name: getattr(self.args, name) for name in STREAM_ORDER} | images.order_facts()
         return {name: getattr(self.args, name) for name in ORDER} | {"images": len(images)}
 
-    def _compare_order(self, checkpoint: Path) -> None:
-        """Say so where the resumed run cannot see the images that the interrupted one would have seen."""
-        saved, now = read_json(checkpoint / MANIFEST_NAME).get("order", {}), self._order()
-        changed = {name: (saved[name], now[name]) for name in saved if saved[name] != now.get(name)}
-        if changed:
-            text = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in sorted(changed.items()))
-            message = f"The run goes on from {checkpoint.name}, but sees other batches than it would have: {text}."
+    def _settings(self) -> dict[str, Any]:
+        """Those of method and objective, as they are before training fills in what it finds."""
+        config, own = getattr(self.model.model, "active_peft_config", None), {}
+        if isinstance(config, VLMConfig):
+            shared = {field.name for field in fields(VLMConfig)}
+            own = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in shared}
+        return json.loads(json.dumps(own | self.objective.config_dict(), default=str))
+
+    def _compare(self, checkpoint: Path) -> None:
+        """Say so where the resumed run is not the interrupted one."""
+        manifest, problems = read_json(checkpoint / MANIFEST_NAME), []
+        for name, now, what in (
+            ("order", self._order(), "sees other batches than it would have"),
+            ("settings", self._begun_with, "has other settings"),
+        ):
+            saved = manifest.get(name, {})
+            changed = sorted(key for key in saved if saved[key] != now.get(key))
+            text = ", ".join(f"{key} was {saved[key]!r} and is {now.get(key)!r}" for key in changed)
+            problems += [f"{what}: {text}"] if changed else []
+        if not (checkpoint / OPTIMIZER_NAME).is_file() and not self.is_deepspeed_enabled:
+            problems.append(f"begins with a new optimizer and schedule: the checkpoint has no {OPTIMIZER_NAME}")
+        if problems:
+            message = f"The run goes on from {checkpoint.name}, but {'; and it '.join(problems)}."
             warnings.warn(message, PeftVLMWarning, stacklevel=3)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -93,7 +120,8 @@ class ResumableTrainer(Trainer):
         best = run / f"{PREFIX}{self.state.best_global_step}"
         if self.state.best_global_step and (best == folder or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
-        facts = {"peft_vlm": installed_version(), "step": self.state.global_step, "order": self._order()}
+        facts = {"peft_vlm": installed_version(), "step": self.state.global_step}
+        facts |= {"order": self._order(), "settings": self._begun_with}
         with written_whole(folder, facts=facts) as partial:
             self.save_model(str(partial), _internal_call=True)
             if not self.args.save_only_model:
@@ -126,11 +154,9 @@ class ResumableTrainer(Trainer):
         state = self.objective.state_dict()
         if not self.args.should_save:
             return
-        partial = folder / ".partial"
-        partial.mkdir(parents=True, exist_ok=True)
-        save_weights(self.model, partial)
-        save_objective_state(state, partial)
-        move_files(partial, folder)
+        with moved_into(folder) as partial:
+            save_weights(self.model, partial)
+            save_objective_state(state, partial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restore adapter and objective, whatever the adapter's name."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streams import ImageStream
@@ -99,7 +99,13 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
         return train_loader(dataset, batches, args, num_workers=workers)
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        """One epoch; a resumed stream is told what will be thrown away, so that it does not decode it."""
+        """One epoch; a resumed stream is told what will be thrown away, so that it does not decode it.
+
+        A run that ended in mid-epoch and is started again has nothing left to do; the base class would make a step.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
         if isinstance(self.train_dataset, ImageStream):
             resumed = kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]
             self.train_dataset.skip_batches(kwargs["steps_trained_in_current_epoch"] if resumed else 0)
@@ -180,20 +186,24 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the mean loss, loss terms and training accuracy of all processes since the last log."""
+        """Log with the mean loss, loss terms and training accuracy of all processes since the last log, or of the run.
+
+        Args:
+            logs: Quantities; those of a run's end get the mean loss of the steps made since `train` was called.
+            start_time: Of the base class.
+        """
         if "loss" in logs:
             logs.pop("loss")  # the base class's stays NaN for good after one step that was left out
             logs |= self.running_means.take()
+        if "train_loss" in logs:
+            mean = self.running_means.run_loss()
+            logs["train_loss"] = math.nan if mean is None else mean
         super().log(logs, start_time)
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """The base class's ending with the mean loss of this call's steps; its own divides by those of earlier calls
-        too."""
-        mean = self.running_means.run_loss()
-        if mean is not None:
-            self._tr_loss = torch.zeros_like(self._tr_loss)
-            self._total_loss_scalar = mean * self.state.global_step
-        return super()._finalize_training(*args, **kwargs)
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """The base class's ending, its result with the loss that was logged."""
+        output = super()._finalize_training(*args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     def prediction_step(
         self,

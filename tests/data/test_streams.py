@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -14,9 +15,11 @@ from torch.utils.data import DataLoader
 
 from peft_vlm import RPPObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data import ImageStream, load_image_stream, open_stream, read_class_list
+from peft_vlm.data.load_stream import count_labels
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import DataError, PeftVLMWarning
 from peft_vlm.training.checks import check_run
+from peft_vlm.training.streaming import stream_loader
 from tests.cases import base_model, class_prompts, rpp_config
 from tests.short_run import parts
 from tests.tiny import COLOURS, clip_processor, colour_rows
@@ -209,6 +212,52 @@ def test_counting_leaves_out_the_names_without_images():
     assert len(images) == 6
     assert {int(item["labels"]) for item in images} <= set(range(6))
     assert len(stream(named_by_id(), class_names=names).class_names) == 8
+
+
+def test_counting_parquet_reads_labels_alone(tmp_path: Path):
+    """The images of ImageNet-21K are 1,000 GB, their labels 20 MB."""
+    count = Path("/proc/self/io")
+    if not count.is_file():
+        pytest.skip("this system does not count what a process reads")
+    noise = np.random.default_rng(0)
+    rows = [{"image": {"bytes": noise.bytes(200_000), "path": None}, "label": number % 6} for number in range(48)]
+    table = Dataset.from_list(rows, features=Features({"image": Image(decode=False), "label": Value("int64")}))
+    table.to_parquet(tmp_path / "train.parquet")
+    size = (tmp_path / "train.parquet").stat().st_size
+    assert size > 9_000_000
+    read = []
+    for columns in (None, ["label"]):
+        labels_of = open_stream(tmp_path, columns=columns)
+        before = int(count.read_text().split()[1])
+        assert count_labels(labels_of, "label", NAMES, None) == [8] * 6
+        read.append(int(count.read_text().split()[1]) - before)
+    assert read[1] < size / 10 < size < read[0]
+
+
+def test_webdataset_labels_that_are_no_integers_say_where_they_belong(tmp_path: Path):
+    """`datasets` reads `cls` files as integers."""
+    with tarfile.open(tmp_path / "train-000.tar", "w") as tar:
+        picture = io.BytesIO()
+        colour_rows(1)[0]["image"].save(picture, "PNG")
+        for name, data in (("0.png", picture.getvalue()), ("0.cls", b"n00000001")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(DataError, match="'cls' of webdataset shards hold integers.*'cls.txt'"):
+        stream(tmp_path, class_names={"n00000001": "red"}, image_column="png", label_column="cls")
+
+
+def test_an_empty_stream_is_refused():
+    for source in (table().select([]), table().to_iterable_dataset().filter(lambda row: False)):
+        with pytest.raises(DataError, match="rows, got"):
+            stream(source)
+
+
+def test_shards_that_readers_cannot_divide_evenly_are_named(tmp_path: Path):
+    """Some images would come twice and others not at all."""
+    args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=2, report_to="none")
+    with pytest.warns(PeftVLMWarning, match="3 shards are not divided evenly by 1 processes with 2 readers"):
+        stream_loader(stream(table().to_iterable_dataset(num_shards=3)), args, batch_size=4)
 
 
 def test_labels_of_no_class_are_refused_when_they_are_counted():

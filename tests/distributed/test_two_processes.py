@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from peft_vlm.processes import process_index
 from peft_vlm.towers import unwrap
+from peft_vlm.training import artifacts, resumable
 from tests import forked
 from tests.short_run import MEMORY, QUESTION_RUNS, RUNS, train
 
@@ -55,6 +57,8 @@ def train_all(folder: str, batch_size: int) -> None:
 
     In steps of 8, 17 images leave one for the last step, fewer than processes; 23 leave seven, which divide unevenly.
     """
+    writers: list[str] = []
+    note_writers(writers)
     for number, (name, (method, settings)) in enumerate(ALL.items()):
         place, watch = Path(folder) / name, Watch()
         options = {"settings": None if method in QUESTION_RUNS else settings, "data": {"count": (17, 23)[number % 2]}}
@@ -67,6 +71,28 @@ def train_all(folder: str, batch_size: int) -> None:
             trainer.eval_dataset = trainer.train_dataset.select(range(13))
             trainer.args.per_device_eval_batch_size = 4
             (place / f"evaluation-{rank}.json").write_text(json.dumps(trainer.evaluate()))
+    Path(folder, f"writers-{process_index()}.json").write_text(json.dumps(writers))
+
+
+WRITERS = ("write_json", "save_weights", "save_objective_state", "training_curve_png", "write_card")
+
+
+def note_writers(writers: list[str]) -> None:
+    """Keep the names of functions that write files, with the process that called them."""
+    for module in (artifacts, resumable):
+        for name in WRITERS:
+            if hasattr(module, name):
+                setattr(module, name, noting(getattr(module, name), name, writers))
+
+
+def noting(function: Any, name: str, calls: list[str]) -> Any:
+    """The function, which notes its calls."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return function(*args, **kwargs)
+
+    return called
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +175,12 @@ def test_caches_are_built_once_and_divided(folders: tuple[Path, Path]) -> None:
 def test_only_one_process_writes(folders: tuple[Path, Path]) -> None:
     """Two writers of one file leave half of each."""
     one, two = folders
+    alone, main, other = (
+        json.loads((folder / f"writers-{rank}.json").read_text()) for folder, rank in ((one, 0), (two, 0), (two, 1))
+    )
+    assert set(alone) >= {"write_json", "save_weights", "write_card"}
+    assert main == alone
+    assert other == []
     for name in ALL:
         own = {path.name for path in (one / name).rglob("*")}
         others = {path.name for path in (two / name).rglob("*") if not path.stem.endswith("-1")}

@@ -58,6 +58,31 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(
         assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {"byt": 1}}}']
+)
+def test_a_manifest_that_is_still_json_is_named_too(tmp_path: Path, finished: Path, text: str) -> None:
+    """One changed bit in a key would end the run that a resume should save."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-12" / MANIFEST_NAME).write_text(text)
+    with pytest.warns(PeftVLMWarning, match=f"checkpoint-12: {MANIFEST_NAME} is cut off or damaged. The run"):
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_new_run_sets_the_checkpoints_of_an_earlier_one_aside(tmp_path: Path, finished: Path) -> None:
+    """When the new run dies, `auto` would go on from the earlier one's last step, and call its adapter the result."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    options = {"settings": {"gpa_mean": 2.0, "gpa_std": 1.0}}
+    with pytest.warns(PeftVLMWarning, match="6 checkpoints of an earlier run in .* are set aside"):
+        train(tmp_path, "promptsrc", max_steps=2, **options)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    aside = sorted(path.name for path in tmp_path.glob("checkpoint-*-earlier"))
+    assert aside == sorted(f"checkpoint-{step}-earlier" for step in range(2, 13, 2))
+    assert not damage(tmp_path / "checkpoint-12-earlier")
+    train(tmp_path, "promptsrc", resume="auto", max_steps=4, save_total_limit=1, **options)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
 def test_a_run_goes_on_past_a_damaged_checkpoint_to_the_same_tensors(tmp_path: Path, finished: Path) -> None:
     """The damaged checkpoint is replaced when the run comes by again."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
@@ -95,6 +120,55 @@ def test_a_resume_with_other_batches_says_so(tmp_path: Path, finished: Path) -> 
     options = {"settings": {"gpa_mean": 2.0, "gpa_std": 1.0}, "save_strategy": "no"}
     with pytest.warns(PeftVLMWarning, match="per_device_train_batch_size was 4 and is 2"):
         train(tmp_path, "promptsrc", resume=str(folder), per_device_train_batch_size=2, max_steps=6, **options)
+
+
+def test_a_finished_run_that_is_started_again_stays_as_it_is(tmp_path: Path) -> None:
+    """Ended in mid-epoch, it would make one more step each time, and describe the adapter by the new settings."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    train(tmp_path, "coop", settings={"image_cache": "none"}, **options)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    trainer = train(tmp_path, "coop", resume="auto", settings={"image_cache": "none"}, **options)
+    assert trainer.state.global_step == 3
+    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    with pytest.warns(
+        PeftVLMWarning, match="goes on from checkpoint-3, but has other settings: image_cache was 'none'"
+    ):
+        train(tmp_path, "coop", resume="auto", **options)
+
+
+def test_a_resume_without_its_optimizer_says_so(tmp_path: Path) -> None:
+    """Momentum and schedule would begin anew without a word."""
+    train(tmp_path, "coop", max_steps=2, save_only_model=True)
+    with pytest.warns(PeftVLMWarning, match="begins with a new optimizer and schedule"):
+        train(tmp_path, "coop", resume="auto", max_steps=4)
+
+
+def test_the_loss_of_a_resumed_run_is_that_of_its_own_steps(tmp_path: Path) -> None:
+    """Divided by the steps of both it would look half as large."""
+    train(tmp_path, "coop", max_steps=8)
+    trainer = train(tmp_path, "coop", resume="auto", max_steps=12)
+    entries = trainer.state.log_history
+    own = [entry["loss"] for entry in entries if "loss" in entry and entry["step"] > 8]
+    assert len(own) == 4
+    assert entries[-1]["train_loss"] == pytest.approx(sum(own) / 4)
+    whole = trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert whole.training_loss == whole.metrics["train_loss"] == pytest.approx(sum(own) / 4)
+
+
+def train_without_checkpoints(folder: str, limit: int) -> None:
+    """Train where no file can grow beyond a size, and only the end is saved."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    train(folder, "skip_tuning", max_steps=2, save_strategy="no")
+
+
+def test_a_final_adapter_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
+    """The last file of a long run deserves more than an I/O error."""
+    log = tmp_path / "log.txt"
+    assert forked.wait(forked.start(log, train_without_checkpoints, str(tmp_path), 20_000), log) == 1
+    assert "Free some room, lower `save_total_limit`" in log.read_text()
+    assert not list(tmp_path.glob(".*"))
+    assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
 def train_with_small_files(folder: str, method: str, limit: int) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from peft_vlm import VLMTrainer
 from peft_vlm.errors import DataError, PeftVLMError
 from peft_vlm.training.advice import with_advice
 from peft_vlm.training.checkpoint_folder import damage
@@ -23,8 +24,8 @@ UNCACHED = {"settings": {"image_cache": "none"}, "save_strategy": "no", "warmup_
 DAMAGED = 5
 
 
-def spoil(*positions: int, gradient_only: bool = False):
-    """Make loss, or the gradient alone, NaN where a batch has one of some images."""
+def spoil(*positions: int, gradient_only: bool = False, offset: float = 0.0):
+    """Make loss and gradient, the gradient alone or, by an offset, the loss alone bad for batches with some images."""
 
     def change(model: Any, objective: Any, dataset: Any) -> None:
         plain = type(objective).__call__
@@ -37,7 +38,9 @@ def spoil(*positions: int, gradient_only: bool = False):
                 output = plain(self, model, batch)
                 if set(positions) & set(batch["index"].tolist()):
                     for name, term in output.loss_terms.items():
-                        if gradient_only:
+                        if offset:
+                            output.loss_terms[name] = term + offset
+                        elif gradient_only:
                             term.register_hook(lambda gradient: gradient * float("nan"))
                         else:
                             output.loss_terms[name] = term * float("nan")
@@ -206,6 +209,54 @@ class SignalAtStep(TrainerCallback):
 def interrupted(folder: str, number: int, rank: int = 0) -> None:
     """A run that would write no checkpoint, and gets a signal in its fourth step."""
     train(folder, "coop", callbacks=(SignalAtStep(number, 3, rank=rank),), save_strategy="no")
+
+
+class SignalAtTheEnd(TrainerCallback):
+    """Sends Ctrl-C when no step is left."""
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Before the final files are written."""
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_after_the_last_step_ends_the_script(tmp_path: Path) -> None:
+    """A script of several runs would go on with the next one."""
+    with pytest.raises(KeyboardInterrupt, match="the run had finished and its results are written"):
+        train(tmp_path, "coop", callbacks=(SignalAtTheEnd(),), **UNCACHED)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "metrics.json").is_file()
+
+
+def train_with_scaler(folder: Path, **options: Any) -> Any:
+    """A short run under a loss scaler, as fp16 on a GPU has one."""
+    original = VLMTrainer.__init__
+
+    def with_scaler(trainer: Any, *args: Any, **kwargs: Any) -> None:
+        original(trainer, *args, **kwargs)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VLMTrainer, "__init__", with_scaler)
+        return train(folder, "coop", **(UNCACHED | options))
+
+
+def test_a_scaler_that_leaves_out_every_step_stops_the_run(tmp_path: Path) -> None:
+    """It would end as a success, its weights as they were."""
+    message = "got 31 steps in a row that the loss scaler left out"
+    with pytest.raises(FloatingPointError, match=message):
+        train_with_scaler(tmp_path, change=spoil(*range(24), gradient_only=True), num_train_epochs=8)
+
+
+def test_under_a_scaler_a_step_without_a_finite_loss_is_left_out(tmp_path: Path) -> None:
+    """The scaler looks at gradients alone, which may be finite."""
+    trainer = train_with_scaler(
+        tmp_path, change=spoil(*range(24), offset=float("inf")), non_finite="skip", num_train_epochs=1
+    )
+    fresh = next(p for p in parts("coop")[0].parameters() if p.requires_grad)
+    assert torch.equal(context_of(trainer), fresh)
+    assert json.loads((tmp_path / "metrics.json").read_text())["final"]["skipped_steps"] == 6
+    plain = train_with_scaler(tmp_path / "plain", num_train_epochs=1)
+    assert not torch.equal(context_of(plain), fresh)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])

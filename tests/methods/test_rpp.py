@@ -8,16 +8,23 @@ from peft import get_peft_model
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from peft_vlm import CoOpConfig, PromptSRCConfig, RPPObjective
+from peft_vlm import (
+    CoOpConfig,
+    PromptSRCConfig,
+    RPPObjective,
+    SkipTuningConfig,
+    VLMTrainer,
+    VLMTrainingArguments,
+)
 from peft_vlm.data.balanced import BalancedBatches
 from peft_vlm.data.dataset import collate
-from peft_vlm.errors import AdapterError, ClassNameError, DataError
+from peft_vlm.errors import AdapterError, ClassNameError, DataError, UnsupportedModelError
 from peft_vlm.losses.distillation import distillation_loss
 from peft_vlm.text import ClassPrompts, encode_classes, reserve_slots
 from peft_vlm.text.compact import CompactPrompts
 from peft_vlm.towers import image_features, similarity_logits, towers_of
 from tests.cases import class_prompts, images, perturb, rpp_config
-from tests.tiny import tiny_clip
+from tests.tiny import tiny_clip, tiny_siglip
 
 ALL = 100
 
@@ -89,6 +96,27 @@ def test_a_student_that_is_its_own_teacher_is_refused():
     objective = RPPObjective(class_prompts(), teacher=clip)
     with pytest.raises(AdapterError, match="a second time, or pass `copy.deepcopy"):
         objective.prepare(model, images())
+
+
+def test_a_model_that_is_no_clip_is_refused():
+    """SigLIP pools the last place of a padded text: none of it can be cut."""
+    model = get_peft_model(tiny_siglip(), SkipTuningConfig(start_layer=1))
+    with pytest.raises(UnsupportedModelError, match="Expected a `CLIPModel`.*got `SiglipModel`"):
+        RPPObjective(class_prompts(), soft_weight=0).prepare(model, images())
+
+
+def test_training_images_of_other_classes_are_refused(tmp_path):
+    """Labels would teach one class under the name of another, and the adapter would record the wrong names."""
+    model, dataset = get_peft_model(tiny_clip(), rpp_config()), images()
+    args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
+    reversed_prompts = class_prompts(list(reversed(dataset.class_names)))
+    with pytest.raises(DataError, match="Expected training images with the class names.*difference at label 0"):
+        VLMTrainer(model, RPPObjective(reversed_prompts, soft_weight=0), args, train_dataset=dataset)
+    fewer = class_prompts(list(dataset.class_names[:3]))
+    with pytest.raises(DataError, match="got 6 names for 3, the first difference at label 3"):
+        VLMTrainer(model, RPPObjective(fewer, soft_weight=0), args, train_dataset=dataset)
+    more = class_prompts([*dataset.class_names, "green house"])
+    VLMTrainer(model, RPPObjective(more, soft_weight=0), args, train_dataset=dataset)
 
 
 def test_the_draw_depends_on_seed_epoch_and_images_alone():

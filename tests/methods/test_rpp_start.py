@@ -37,6 +37,13 @@ def test_coop_starts_as_the_text_tower_of_a_shallow_rpp_adapter(tmp_path: Path):
     assert_close(encode_classes(model, class_prompts()), encode_classes(source, class_prompts()), rtol=0, atol=1e-5)
 
 
+def test_coop_with_the_class_name_elsewhere_is_a_start_only(tmp_path: Path):
+    saved(tmp_path, text_depth=1, vision_depth=0)
+    config = CoOpConfig(num_text_tokens=2, context_init=None, class_position="middle")
+    with pytest.warns(PeftVLMWarning, match="stands at the 'middle' of the context"):
+        start_shared_prompts(get_peft_model(tiny_clip(), config), tmp_path)
+
+
 def test_promptsrc_starts_from_both_towers_and_says_what_is_not_exact(tmp_path: Path):
     source = saved(tmp_path)
     config = PromptSRCConfig(num_text_tokens=2, text_depth=2, num_vision_tokens=2, vision_depth=2, context_init=None)

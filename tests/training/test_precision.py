@@ -44,6 +44,24 @@ def losses(folder: Path) -> torch.Tensor:
     return torch.tensor([entry["loss"] for entry in history if "loss" in entry])
 
 
+def test_precision_of_the_launcher_is_that_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate reads it from its file; checks, estimate and report must know of it, too."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer = train(tmp_path, "coop", save_strategy="no", max_steps=1)
+    assert trainer.args.bf16
+    assert json.loads((tmp_path / "training_summary.json").read_text())["training"]["bf16"] is True
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="fp16=True only on a GPU"):
+        train(tmp_path, "coop", max_steps=1)
+
+
+def test_fsdp_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail in the middle of a run, on divided tensors."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"without FSDP.*ddp\.yaml"):
+        train(tmp_path, "coop", max_steps=1)
+
+
 @pytest.mark.parametrize("method", RUNS)
 def test_losses_in_bf16_are_near_those_in_float32(folder: Path, method: str) -> None:
     """bfloat16 has 8 bits: scaled logits move by a few hundredths, which is 5 percent of a loss."""

@@ -76,6 +76,7 @@ class PromptKDObjective(Objective):
     """
 
     paper = PAPER
+    labels_are_positions = False  # classes are found by name, and labels only counted
 
     def __init__(
         self,

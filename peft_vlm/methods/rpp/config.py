@@ -26,8 +26,9 @@ class RPPConfig(TextContextConfig):
     Args:
         num_text_tokens: Slots in front of the class name, behind the start token. Ours: 4.
         context_init: Words that the text prompts start from: in every layer what the frozen model carries at their
-            places, so that an untrained text tower is that of the base model with these words. Ours: "a photo of a";
-            None: N(0, 0.02). Vision prompts always start there.
+            places, so that an untrained text tower is that of the base model with these words, up to a norm's epsilon
+            (see `word_start`). Ours: "a photo of a"; None: N(0, 0.02) in front of the template. Vision prompts always
+            start there.
         text_depth: Text layers with prompts, from the first on. Ours: 9 of 12.
         num_vision_tokens: Slots behind the image patches. Ours: 4.
         vision_depth: The same as `text_depth` for the vision tower. Ours: 9.

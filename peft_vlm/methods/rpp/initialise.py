@@ -44,6 +44,9 @@ def start_shared_prompts(model: nn.Module, adapter: str | Path) -> None:
         )
     towers, state = towers_of(model), load_file(folder / WEIGHTS_NAME)
     inexact = [] if config.slot_residual == "replaced" else ["the residual rule 'stream' is not theirs"]
+    position = getattr(getattr(model, "active_peft_config", None), "text_position", "end")
+    if config.depths["text"] and position != "end":
+        inexact.append(f"the class name stands at the {position!r} of the context, and at the end of RPP's")
     for tower, depth in config.depths.items():
         layers = f"{tower}_model.encoder.layers"
         prompts = [state[f"base_model.model.{layers}.{number}.rpp_shared"] for number in range(depth)]

@@ -69,8 +69,9 @@ class RPPModel(VLMTuner):
     def fold(self) -> None:
         """Project all prompts once, for inference: queries, keys and values of the slots become constants.
 
-        Outputs stay the same bit for bit. `unfold()` and `train()` undo it; changing a prompt in any other way while
-        it is folded has no effect until then.
+        Outputs stay the same bit for bit; under autocast folded rows are not used. `unfold()` and `train()` undo it,
+        and so do loading and deleting adapters; changing a prompt in any other way while it is folded has no effect
+        until then.
         """
         for layer in self._prompted_layers():
             layer.fold()

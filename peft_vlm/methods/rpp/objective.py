@@ -12,10 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import CLIPModel
 
 from peft_vlm.data.balanced import BalancedBatches
 from peft_vlm.data.row_store import RowStore
-from peft_vlm.errors import DataError
+from peft_vlm.errors import DataError, UnsupportedModelError
 from peft_vlm.losses.class_sampling import (
     CORRECTIONS,
     false_negatives,
@@ -162,8 +163,18 @@ class RPPObjective(PromptObjective):
         Args:
             model: `PeftModel` with the active adapter.
             dataset: Not used; the classes come from the prompts.
+
+        Raises:
+            UnsupportedModelError: If the model is no `CLIPModel`.
+            AdapterError: If the student is its own teacher.
+            DataError: If the teacher takes images of another size.
         """
         towers, prompts = towers_of(model), reserve_slots(model, self.prompts)
+        if not isinstance(towers.model, CLIPModel):
+            raise UnsupportedModelError(
+                "Expected a `CLIPModel`, whose texts can be cut behind their end, got "
+                f"`{type(towers.model).__name__}`. Train it with the objective of its method."
+            )
         self._tokens = CompactPrompts(prompts, towers.pooled_positions(prompts.input_ids) + 1)
         self._fixed_text = None
         if not trained_towers(model)[0]:

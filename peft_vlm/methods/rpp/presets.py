@@ -10,7 +10,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "config": {"num_text_tokens": 4, "text_depth": 3, "num_vision_tokens": 4, "vision_depth": 5},
         "objective": {"num_sampled_classes": 128, "soft_weight": 0.5, "text_chunk_size": 512},
         "training": {
-            "learning_rate": 0.2,  # ours, chosen among few runs by loss and validation accuracy
+            "learning_rate": 0.02,  # ours, by validation accuracy of one run each at 0.005, 0.02, 0.05 and 0.2
             "max_steps": 150,
             "per_device_train_batch_size": 32,
             "lr_schedule": "transformers",

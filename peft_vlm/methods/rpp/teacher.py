@@ -1,6 +1,7 @@
 """The frozen zero-shot teacher of RPP's soft labels, and class features of long class lists."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -87,11 +88,12 @@ class ZeroShotTeacher:
                 f"Expected a teacher for images of {sizes[0]} pixels, as the student's, got one for {sizes[1]}. Both "
                 "see the same pixel values; choose a teacher of the student's image size."
             )
-        self.model.to(next(student.parameters()).device).eval()
+        device = next(student.parameters()).device
+        self.model.to(device).eval()
         if self.classes is None:
-            self.classes = stream_class_features(
-                self.model, self.prompts, storage=self.storage, chunk_size=self.chunk_size
-            )
+            options: dict[str, Any] = {"storage": self.storage, "chunk_size": self.chunk_size}
+            with torch.autocast(device.type, enabled=False):  # as the image features
+                self.classes = stream_class_features(self.model, self.prompts, **options)
 
     @torch.no_grad()
     def image_features(self, pixel_values: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch dim"]:

@@ -55,6 +55,7 @@ class SkipTuningAnswerObjective(Objective):
     """
 
     paper = PAPER
+    labels_are_positions = False  # it learns the words of an answer
 
     def __init__(
         self,

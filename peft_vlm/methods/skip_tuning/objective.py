@@ -20,6 +20,7 @@ from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
 from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.processes import gather_rows
 from peft_vlm.shapes import Batch
+from peft_vlm.text.class_features import evaluation_mode
 from peft_vlm.text.prompt_objective import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.towers import towers_of
@@ -144,8 +145,9 @@ class SkipTuningObjective(PromptObjective):
         self._starts = model.active_peft_config.start_layers
         towers, start = towers_of(model), self._starts[1]
         ids = self.prompts.input_ids.to(next(towers.model.parameters()).device)
-        hidden = text_hidden_states(towers, ids, start=start)
-        self._text = (ids, hidden, initial_prototypes(model, towers, hidden, ids, start=start))
+        with evaluation_mode(model):
+            hidden = text_hidden_states(towers, ids, start=start)
+            self._text = (ids, hidden, initial_prototypes(model, towers, hidden, ids, start=start))
 
     def epoch_start(self, model: nn.Module, dataset: ImageClassificationDataset, epoch: int) -> None:
         """Fill the image cache with this epoch's augmented images and redraw the tail if asked to.
@@ -157,15 +159,11 @@ class SkipTuningObjective(PromptObjective):
         """
         if self.redraw_tail == "epoch" and epoch > 0:
             self._draw_tail(epoch)
-        if self.cache is not None:
-            fill(
-                self.cache,
-                towers_of(model),
-                dataset,
-                start=self._starts[0],
-                batch_size=self.cache_batch_size,
-                num_workers=self.num_workers,
-            )
+        if self.cache is None:
+            return
+        options = {"batch_size": self.cache_batch_size, "num_workers": self.num_workers}
+        with evaluation_mode(model):
+            fill(self.cache, towers_of(model), dataset, start=self._starts[0], **options)
 
     def batch_sampler(self, labels: Sequence[int], *, batch_size: int, seed: int) -> SkipTuningBatchSampler:
         """Batches by the official rule.

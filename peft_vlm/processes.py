@@ -187,7 +187,7 @@ def divided(count: int, function: Callable[[Tensor], Tensor], *, chunk_size: int
 
 
 def _slice(count: int) -> slice:
-    part = part_of(count, index=process_index(), parts=num_processes())
+    part = part_of(count, index=0 if _apart else process_index(), parts=num_processes())
     return slice(part.start, part.stop)
 
 

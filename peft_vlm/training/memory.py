@@ -24,7 +24,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.baseline = 0.0
+        self.baseline: float | None = None
 
     def start(self) -> None:
         """Begin: everything in use now is the baseline."""
@@ -35,17 +35,20 @@ class PeakMemory:
             self.baseline = torch.cuda.memory_allocated(self.device) / 2**20
             return
         if sys.platform == "linux":
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-            _CLEAR_REFS.write_text("5")  # resets VmHWM to the current resident size
+            try:
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+                _CLEAR_REFS.write_text("5")  # resets VmHWM to the current resident size
+            except OSError:  # another C library, or a container that does not let a process reset it
+                return
             self.baseline = _status_mb("VmRSS")
 
     def stop(self) -> float | None:
         """End: megabytes above the baseline; None where the system offers no measure."""
+        if self.baseline is None:
+            return None
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20 - self.baseline
-        if sys.platform == "linux":
-            return max(0.0, _status_mb("VmHWM") - self.baseline)
-        return None
+        return max(0.0, _status_mb("VmHWM") - self.baseline)
 
 
 def _status_mb(key: str) -> float:

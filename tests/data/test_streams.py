@@ -2,7 +2,6 @@
 
 import io
 import tarfile
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -10,41 +9,19 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from peft import get_peft_model, get_peft_model_state_dict
 from torch.utils.data import DataLoader
 
-from peft_vlm import RPPObjective, VLMTrainer, VLMTrainingArguments
-from peft_vlm.data import ImageStream, load_image_stream, open_stream, read_class_list
+from peft_vlm.data import open_stream, read_class_list
 from peft_vlm.data.load_stream import count_labels
-from peft_vlm.data.transforms import EvalTransform
-from peft_vlm.errors import DataError, PeftVLMWarning
-from peft_vlm.training.checks import check_run
-from peft_vlm.training.streaming import stream_loader
-from tests.cases import base_model, class_prompts, rpp_config
-from tests.short_run import parts
-from tests.tiny import COLOURS, clip_processor, colour_rows
-
-NAMES = list(COLOURS)
-
-
-def table(per_class: int = 4) -> Dataset:
-    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
-    rows = colour_rows(per_class)
-    return Dataset.from_list(rows, features=features)
+from peft_vlm.errors import DataError
+from tests.tiny import colour_rows
+from tests.tiny_streams import NAMES, stream, table, write_shards
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 images in four parquet files."""
-    folder = tmp_path_factory.mktemp("shards")
-    for number in range(4):
-        table().shard(4, number).to_parquet(folder / f"train-{number:05d}-of-00004.parquet")
-    return folder
-
-
-def stream(source, **settings) -> ImageStream:
-    own = {"num_images": 24, "transform": EvalTransform(clip_processor()), "shuffle_buffer": 8, "seed": 3}
-    return load_image_stream(source, **(own | settings))
+    return write_shards(tmp_path_factory.mktemp("shards"))
 
 
 def labels(items) -> list[int]:
@@ -89,62 +66,6 @@ def test_a_resumed_epoch_goes_on_with_the_same_images_and_decodes_none_of_the_sk
     for a, b in zip(straight[12:], resumed[12:], strict=True):
         assert (a["labels"], a["index"]) == (b["labels"], b["index"])
         assert torch.equal(a["pixel_values"], b["pixel_values"])
-
-
-def run_on(images: ImageStream, folder: Path, *, resume: Path | None = None, **arguments) -> dict[str, torch.Tensor]:
-    """Train two epochs of four steps; the final tensors."""
-    torch.manual_seed(1)
-    model = get_peft_model(base_model(), rpp_config(vision_depth=0))
-    own = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 5, "save_total_limit": None}
-    own |= {"use_cpu": True, "per_device_train_batch_size": 6, "disable_tqdm": True, "learning_rate": 0.1}
-    args = VLMTrainingArguments(output_dir=str(folder), report_to="none", **(own | arguments))
-    objective = RPPObjective(class_prompts(), soft_weight=0, num_sampled_classes=3)
-    trainer = VLMTrainer(model, objective, args, train_dataset=images)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    assert trainer.state.global_step == 8
-    return get_peft_model_state_dict(model)
-
-
-def test_a_training_on_a_stream_resumes_in_mid_epoch(shards: Path, tmp_path: Path):
-    """Through the trainer, which throws the skipped batches away, and warns where it cannot see the same images."""
-    straight, checkpoint = run_on(stream(shards), tmp_path / "a"), tmp_path / "a" / "checkpoint-5"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", PeftVLMWarning)
-        resumed = run_on(stream(shards), tmp_path / "b", resume=checkpoint)
-    assert all(torch.equal(straight[key], resumed[key]) for key in straight)
-    changed = "dataloader_num_workers was 0 and is 2, stream_seed was 3 and is 4"
-    with pytest.warns(PeftVLMWarning, match=f"sees other batches than it would have: {changed}"):
-        run_on(stream(shards, seed=4), tmp_path / "c", resume=checkpoint, dataloader_num_workers=2)
-
-
-@pytest.mark.parametrize(
-    ("method", "settings", "message"),
-    [
-        ("coop", {}, "by an image's position, got a stream"),
-        ("skip_tuning", {}, "by an image's position, got a stream"),
-        ("promptkd", {}, "by an image's position, got a stream"),
-        ("rpp", {"image_sampling": "balanced"}, r"load_image_stream\(..., images_per_class=16\)"),
-        ("coop", {"image_cache": "none"}, None),
-        ("promptsrc", {}, None),
-    ],
-)
-def test_methods_that_need_positions_refuse_streams(tmp_path: Path, method: str, settings: dict, message: str | None):
-    """An image cache by position would hold other images; balanced batches need the labels of all images."""
-    model, objective, _ = parts(method, **settings)
-    args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
-    images = stream(table(), num_images=64)
-    if message is None:
-        VLMTrainer(model, objective, args, train_dataset=images).train()
-        return
-    with pytest.raises(DataError, match=message):
-        VLMTrainer(model, objective, args, train_dataset=images)
-
-
-def test_validation_images_are_no_stream():
-    """One that starts over has no accuracy."""
-    model, objective, dataset = parts("coop")
-    with pytest.raises(DataError, match="`eval_dataset` with an end, got a stream"):
-        check_run(model, objective, dataset, stream(table()))
 
 
 def test_tables_in_memory_and_hugging_face_streams_are_streams_too():
@@ -251,13 +172,6 @@ def test_an_empty_stream_is_refused():
     for source in (table().select([]), table().to_iterable_dataset().filter(lambda row: False)):
         with pytest.raises(DataError, match="rows, got"):
             stream(source)
-
-
-def test_shards_that_readers_cannot_divide_evenly_are_named(tmp_path: Path):
-    """Some images would come twice and others not at all."""
-    args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=2, report_to="none")
-    with pytest.warns(PeftVLMWarning, match="3 shards are not divided evenly by 1 processes with 2 readers"):
-        stream_loader(stream(table().to_iterable_dataset(num_shards=3)), args, batch_size=4)
 
 
 def test_labels_of_no_class_are_refused_when_they_are_counted():

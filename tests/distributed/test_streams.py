@@ -7,23 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from peft_vlm import RPPObjective, VLMTrainer, VLMTrainingArguments
-from peft_vlm.data import load_image_stream
-from peft_vlm.data.transforms import EvalTransform
 from tests import forked
 from tests.cases import base_model, class_prompts, rpp_config
-from tests.tiny import COLOURS, clip_processor, colour_rows
+from tests.tiny_streams import stream, write_shards
 
 
 def train_on_stream(folder: str, shards: str, resume: str | None = None) -> None:
     """Two epochs on 24 images, a checkpoint in the middle of each; the images of every step go to a file."""
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    images = load_image_stream(shards, num_images=24, transform=EvalTransform(clip_processor()), shuffle_buffer=8)
+    images = stream(shards)
     own = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
     own |= {"use_cpu": True, "per_device_train_batch_size": 3, "disable_tqdm": True, "learning_rate": 0.1}
     args = VLMTrainingArguments(output_dir=folder, report_to="none", **own)
@@ -49,15 +46,11 @@ def train_on_stream(folder: str, shards: str, resume: str | None = None) -> None
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A straight run, and one that goes on from its sixth step, the second of the second epoch."""
     root = tmp_path_factory.mktemp("streams")
-    features = Features({"image": Image(), "label": ClassLabel(names=list(COLOURS))})
-    table = Dataset.from_list(colour_rows(4), features=features)
-    (root / "shards").mkdir()
-    for number in range(4):
-        table.shard(4, number).to_parquet(root / "shards" / f"train-{number:05d}-of-00004.parquet")
+    shards = write_shards(root / "shards")
     straight, resumed = root / "straight", root / "resumed"
     for folder, resume in ((straight, None), (resumed, str(straight / "checkpoint-6"))):
         folder.mkdir()
-        forked.run_group(folder, train_on_stream, str(folder), str(root / "shards"), resume)
+        forked.run_group(folder, train_on_stream, str(folder), str(shards), resume)
     return straight, resumed
 
 

@@ -1,6 +1,7 @@
 """Reads the tensors recorded from the official codes (see reference/README.md)."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ def recorded_clip(name: str) -> CLIPModel:
 class RecordedImages(ImageClassificationDataset):
     """A dataset whose pixel values are given tensors, so that no image processing stands between us and the record."""
 
-    def __init__(self, pixel_values: Tensor, labels: Tensor, num_classes: int) -> None:
+    def __init__(self, pixel_values: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
         rows = [{"image": Image.new("RGB", (1, 1)), "label": int(label)} for label in labels]
-        super().__init__(rows, [f"class {index}" for index in range(num_classes)])
+        super().__init__(rows, class_names)
         self.pixel_values = pixel_values
 
     def __getitem__(self, index: int) -> dict[str, Any]:

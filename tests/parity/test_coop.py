@@ -74,7 +74,7 @@ def test_logits_features_loss_and_gradient(name: str, image_cache: str):
     case, recorded, model, prompts = setup(name)
     load_prompts(model, recorded, prefix="coop_")
     tolerance = case["tolerance"]
-    dataset = RecordedImages(recorded["in.images"], recorded["in.labels"], len(case["classnames"]))
+    dataset = RecordedImages(recorded["in.images"], recorded["in.labels"], case["classnames"])
     objective = CoOpObjective(prompts, image_cache=image_cache)
     objective.prepare(model, dataset)
     objective.epoch_start(model, dataset, 0)

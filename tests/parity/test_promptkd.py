@@ -56,7 +56,7 @@ def setup(name: str, **settings):
     weight = {"weight": case["kd_weight"], "temperature": case["temperature"], "reduction": "official"}
     objective = PromptKDObjective(prompts, teacher=teacher, **(weight | settings))
     pixels = recorded["in.images"].flatten(0, -4)
-    dataset = RecordedImages(pixels, torch.zeros(len(pixels), dtype=torch.long), len(prompts.class_names))
+    dataset = RecordedImages(pixels, torch.zeros(len(pixels), dtype=torch.long), prompts.class_names)
     objective.prepare(student, dataset)
     return case, recorded, student, objective, dataset
 

@@ -44,7 +44,7 @@ def setup(name: str, **settings):
     frozen = tokenize_for_model(model, tokenizer, names, template=templates)
     objective = PromptSRCObjective(prompts, frozen_prompts=frozen, **settings)
     pixels, labels = recorded["in.images"].flatten(0, -4), recorded["in.labels"].flatten()
-    dataset = RecordedImages(pixels, labels, len(names))
+    dataset = RecordedImages(pixels, labels, names)
     objective.prepare(model, dataset)
     return case, recorded, model, objective, dataset
 

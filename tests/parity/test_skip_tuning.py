@@ -41,7 +41,7 @@ def setup(case: str, *, num_classes: int, labels: torch.Tensor, **objective_sett
     ids = inputs["tokens7"] if num_classes == 7 else inputs["tokens40"]
     model = get_peft_model(recorded_clip("tiny_clip"), SkipTuningConfig(start_layer=2))
     objective = SkipTuningObjective(prompts_of(ids), batch_composition="random", **objective_settings)
-    dataset = RecordedImages(recorded["pixel_values"], labels, num_classes)
+    dataset = RecordedImages(recorded["pixel_values"], labels, objective.prompts.class_names)
     objective.prepare(model, dataset)
     objective.epoch_start(model, dataset, 0)
     return model, objective, dataset

@@ -1,14 +1,12 @@
 """Separate prompts for queries, keys and values: by hand, by the equations, against deep prompts; what is dead."""
 
 import math
-import warnings
 from dataclasses import dataclass
 
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
-from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
@@ -16,10 +14,9 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from peft_vlm import PromptSRCConfig, RPPConfig
 from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.prompting.projection_prompt import PARTS, ProjectionPrompts, dead_queries
-from peft_vlm.prompting.word_start import word_states
 from peft_vlm.text import reserve_slots
 from peft_vlm.towers import towers_of
-from tests.cases import WORD_A, class_prompts, perturb, pixels, rpp_config
+from tests.cases import class_prompts, perturb, pixels, rpp_config
 from tests.tiny import tiny_clip
 
 
@@ -175,67 +172,6 @@ def test_dead_prompts_are_left_out_with_a_warning_on_request():
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 3 * 2 + 2 + 3
     assert all(p.grad is not None and p.grad.abs().max() > 1e-6 for p in trained.values())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, {"slot_residual": "replaced", "text_depth": 1}, {"share_qkv": "all"}])
-def test_an_untrained_text_tower_is_the_base_model_with_the_initial_words(settings: dict):
-    own = {"num_text_tokens": 1, "context_init_ids": WORD_A, "num_vision_tokens": 0}
-    model = get_peft_model(tiny_clip(), rpp_config(**(own | settings))).eval()
-    base = tiny_clip()(pixel_values=pixels(), input_ids=class_prompts().input_ids).logits_per_image
-    assert_close(logits(model), base, rtol=0, atol=5e-3)  # the norm's epsilon, at the small size of a start
-
-
-def large_stream_clip():
-    """A CLIP whose upper text layers read states a hundred times the size of embedded words, as trained ones do."""
-    model = tiny_clip()
-    with torch.no_grad():
-        layer = towers_of(model).text_layers[0]
-        layer.mlp.fc2.bias.copy_(torch.randn(32, generator=torch.Generator().manual_seed(1)) * 15)
-    return model
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"share_qkv": "all"}, {"slot_residual": "replaced", "dead_prompts": "omit"}],
-)
-def test_prompts_that_start_from_words_move_in_every_layer(settings: dict):
-    """Behind a norm a large prompt hardly turns: those of upper layers would stay words for good, gradient or not."""
-    own = {"num_text_tokens": 1, "context_init_ids": WORD_A, "num_vision_tokens": 0, "text_depth": 2}
-    base, plain = large_stream_clip(), large_stream_clip()
-    assert word_states(plain, tuple(WORD_A), depth=2)[1].std() > 10
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PeftVLMWarning)
-        model = get_peft_model(base, rpp_config(**(own | settings)))
-    expected = plain(pixel_values=pixels(), input_ids=class_prompts().input_ids).logits_per_image
-    assert_close(logits(model), expected, rtol=0, atol=0.02)  # the norm's epsilon; logits are near 10
-    layers = [module for module in model.modules() if isinstance(module, ProjectionPrompts)]
-    before = [layer.container(part)["default"].detach().clone() for layer in layers for part in parts_of(layer)]
-    F.cross_entropy(logits(model), torch.arange(4)).backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter -= 0.1 * parameter.grad
-    moved = []
-    for layer, part, old in zip(*pairs_of(layers), before, strict=True):
-        if layer.carries(part, "default"):
-            continue  # its size counts, so it stays that of the words
-        new = layer.container(part)["default"].detach()
-        normed = [layer.base_layer.layer_norm1(prompt).detach() for prompt in (old, new)]
-        moved.append(float((normed[1] - normed[0]).norm() / normed[0].norm()))
-    queries = [0, 3] if not settings else []
-    assert len(moved) >= 2
-    assert all(move > 1e-3 for number, move in enumerate(moved) if number not in queries), moved
-    assert all(move > 1e-6 for move in moved), moved
-
-
-def parts_of(layer: ProjectionPrompts) -> list[str]:
-    return [part for part in (*PARTS, "shared") if "default" in layer.container(part)]
-
-
-def pairs_of(layers: list[ProjectionPrompts]) -> tuple[list[ProjectionPrompts], list[str]]:
-    found = [(layer, part) for layer in layers for part in parts_of(layer)]
-    return [layer for layer, _ in found], [part for _, part in found]
 
 
 @torch.no_grad()

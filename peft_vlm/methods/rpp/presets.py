@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "augmentation": {"scale": (0.7, 1.0), "flip_probability": 0.0},  # arrows and text must not be mirrored
         "few_shot": {
-            "learning_rate": 0.05,
+            "learning_rate": 0.02,  # ours, by validation accuracy over 0.005, 0.02, 0.05
             "max_steps": 12,
             "per_device_train_batch_size": 16,
             "warmup_epochs": 0,

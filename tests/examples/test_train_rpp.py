@@ -34,9 +34,14 @@ def test_the_committed_corpus_has_thousands_of_classes_and_a_list_of_them():
 @pytest.mark.slow
 def test_rpp_from_start_to_finish(tmp_path: Path):
     """Started again, the finished pretraining is not repeated."""
-    arguments = ("--use_cpu", "--max_steps", "3", "--num_sampled_classes", "16", "--shots", "1", "--seeds", "1")
-    result = run_script("examples/train_rpp.py", *arguments, "--output_dir", str(tmp_path))
-    assert result.code == 0, result.printed
+    arguments = ("--use_cpu", "--max_steps", "3", "--num_sampled_classes", "16", "--output_dir", str(tmp_path))
+    weights = tmp_path / "pretrained" / "adapter_model.safetensors"
+    written = []
+    for further in (("--shots",), ("--shots", "1", "--seeds", "1")):
+        result = run_script("examples/train_rpp.py", *arguments, *further)
+        assert result.code == 0, result.printed
+        written.append(weights.read_bytes())
+    assert written[0] == written[1]
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert set(report["transfer"]) == {"zero_shot", "rpp"}
     assert set(report["transfer"]["rpp"]) == {"icons", "emoji", "fashion", "mean"}

@@ -45,6 +45,9 @@ class FullFineTuningObjective(PromptObjective):
         loss = nn.functional.cross_entropy(logits, batch["labels"])
         return ObjectiveOutput({"cross_entropy": loss}, logits, batch["labels"])
 
+    def check_stream(self) -> None:
+        """A stream will do: nothing is kept."""
+
     def config_dict(self) -> dict[str, Any]:
         """Nothing to report but the length of the text."""
         return {"text_tokens": self.prompts.input_ids.shape[1]}

@@ -169,12 +169,12 @@ class Objective(ABC):
         no image has a position that comes again.
 
         Raises:
-            DataError: By default, and wherever an objective with its settings keeps something by position.
+            DataError: By default; objectives that keep nothing by position override this.
         """
         raise DataError(
-            f"Expected a dataset for `{type(self).__name__}`, which keeps what it computes by an image's position, "
-            "got a stream. Load one with `load_image_dataset`, or train with RPP, PromptSRC, or CoOp with "
-            "`image_cache='none'`."
+            f"Expected a dataset for `{type(self).__name__}` with these settings, got a stream, where no image has "
+            "a position that comes again. Load one with `load_image_dataset`, or train with RPP, PromptSRC, or CoOp "
+            "with `image_cache='none'`; an objective that keeps nothing by position overrides `check_stream`."
         )
 
     def param_groups(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:

@@ -128,7 +128,7 @@ def balanced_shares(counts: Sequence[int], *, images_per_class: int) -> tuple[li
 def count_labels(
     rows: IterableDataset, label_column: str, names: Sequence[str], label_ids: Mapping[str, int] | None
 ) -> list[int]:
-    """Images of each class in a stream; reads all of it once. Of several processes the main one does.
+    """Images of each class in a stream, which is read once: of connected processes, the main one reads it.
 
     Args:
         rows: The stream, best opened with its label column alone.

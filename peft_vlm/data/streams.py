@@ -25,6 +25,8 @@ from peft_vlm.errors import DataError
 from peft_vlm.shapes import Batch
 
 SHARDS = {"parquet": "*.parquet", "webdataset": "*.tar"}
+MEMORY_SHARDS = 240
+"""Shards of a dataset in memory: most numbers of processes and workers divide them evenly."""
 MOST_UNREADABLE = 100
 """Images in a row that cannot be read before a stream is given up."""
 
@@ -247,7 +249,7 @@ def open_stream(
         if not len(source):
             raise DataError("Expected a dataset with rows, got an empty one.")
         rows = source if columns is None else source.select_columns(list(columns))
-        return rows.to_iterable_dataset(num_shards=min(64, len(source)))
+        return rows.to_iterable_dataset(num_shards=min(MEMORY_SHARDS, len(source)))
     options: dict[str, Any] = {"split": split, "streaming": True}
     folder = Path(source)
     if not folder.exists():

@@ -66,7 +66,6 @@ class VLMTrainingArguments(TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When checkpoints are written."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
     logging_steps: float = field(default=0.02, metadata={"help": "Steps per line of log; below 1: share of the run."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Objectives choose their columns."})
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Label column."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every trained tensor is used."})

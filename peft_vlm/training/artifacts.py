@@ -56,14 +56,25 @@ class ArtifactsCallback(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        self._start = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember where the run begins."""
+        self._start = state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save the adapter, `metrics.json`, `training_summary.json`, the card and, with matplotlib, the curve.
 
-        The other processes wait, so that each may read the folder when its `train()` returns.
+        The other processes wait, so that each may read the folder when its `train()` returns. A finished run that is
+        started again, and makes no step, leaves its files as they are.
         """
+        if state.global_step == self._start and (Path(args.output_dir) / SUMMARY_NAME).is_file():
+            wait_for_everyone()
+            return
         self.trainer.save_model(_internal_call=True)
         if args.should_save:
             self.write_reports(args, state)

@@ -42,7 +42,9 @@ class ObjectiveCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Build the caches of the epoch that begins or, after a resume, goes on."""
+        """Build the caches of the epoch that begins or, after a resume, goes on; none where no step is left."""
+        if state.global_step >= state.max_steps:
+            return
         epoch = int((state.epoch or 0.0) + 1e-6)
         self.dataset.set_epoch(epoch)
         with self.autocast():

@@ -17,8 +17,6 @@ from peft_vlm.processes import all_agree, from_main, is_main_process, wait_for_e
 
 MANIFEST_NAME = "manifest.json"
 PREFIX = "checkpoint-"
-#: Behind the names of checkpoints of an earlier run in the same folder.
-EARLIER = "-earlier"
 
 
 @contextmanager
@@ -46,6 +44,8 @@ def written_whole(folder: Path, *, facts: dict[str, Any]) -> Iterator[Path]:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             yield partial
+        except CheckpointError as error:  # of the adapter's files, which has its own advice
+            failure = error.__cause__ if isinstance(error.__cause__, Exception) else error
         except Exception as error:  # of the system, torch and safetensors, each in its own way
             failure = error
         _same_on_all(failure, folder)
@@ -131,30 +131,6 @@ def damage(folder: Path) -> list[str]:
     return found
 
 
-def set_aside(output_dir: Path) -> None:
-    """Rename the checkpoints of an earlier run, so that none of them is taken for one of the run that begins.
-
-    The main process renames; a warning says so. They are removed like others when there are too many.
-
-    Args:
-        output_dir: Folder of the run.
-    """
-    if is_main_process():
-        found = _numbered(output_dir)
-        for folder in found.values():
-            aside = folder.with_name(folder.name + EARLIER)
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-        if found:
-            message = (
-                f"{len(found)} checkpoints of an earlier run in {str(output_dir)!r} are set aside as "
-                f"'{PREFIX}N{EARLIER}', since this run begins anew. To go on with that run instead, rename one back "
-                "and use `resume_from_checkpoint='auto'`."
-            )
-            warnings.warn(message, PeftVLMWarning, stacklevel=3)
-    wait_for_everyone()
-
-
 def last_checkpoint(output_dir: Path) -> Path | None:
     """The newest whole checkpoint, None where there is none at all; damaged ones are named in a warning and passed by.
 
@@ -174,7 +150,7 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 
 def _look(output_dir: Path) -> Path | str | None:
     broken: list[str] = []
-    for _, folder in sorted(_numbered(output_dir).items(), reverse=True):
+    for _, folder in sorted(numbered_checkpoints(output_dir).items(), reverse=True):
         found = damage(folder)
         if not found:
             if broken:
@@ -192,8 +168,12 @@ def _look(output_dir: Path) -> Path | str | None:
     return None
 
 
-def _numbered(output_dir: Path) -> dict[int, Path]:
-    """Checkpoints by their step."""
+def numbered_checkpoints(output_dir: Path) -> dict[int, Path]:
+    """Checkpoints by their step, whole or not.
+
+    Args:
+        output_dir: Folder of the run.
+    """
     return {
         int(path.name.removeprefix(PREFIX)): path
         for path in output_dir.glob(f"{PREFIX}*")
@@ -233,15 +213,17 @@ def moved_into(target: Path) -> Iterator[Path]:
         CheckpointError: If there was no room, or writing failed otherwise.
     """
     partial = target / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True)
         yield partial
-        for path in sorted(partial.rglob("*")):
-            if path.is_file():
-                place = target / path.relative_to(partial)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                _synced(path)
-                path.replace(place)
+        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+        for path in files:  # all of them, before the first one replaces another
+            _synced(path)
+        for path in files:
+            place = target / path.relative_to(partial)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
     except Exception as error:  # of the system, torch and safetensors, each in its own way
         raise CheckpointError(_not_written(error, target)) from error
     finally:

@@ -32,7 +32,7 @@ def check_run(model: nn.Module, objective: Objective, train_dataset: Any, eval_d
     if isinstance(train_dataset, ImageStream):
         objective.check_stream()
     if objective.labels_are_positions:
-        _check_classes(objective, train_dataset, "training images", may_be_fewer=True)
+        _check_places(objective, train_dataset)
     if eval_dataset is None:
         return
     if isinstance(eval_dataset, ImageStream):
@@ -48,22 +48,38 @@ def check_run(model: nn.Module, objective: Objective, train_dataset: Any, eval_d
             f"`{type(objective).__name__}` for free answers, which have no scores. Pass candidates to the objective "
             "(`tokenize_candidates`), or leave out `eval_dataset` and compare generated answers after training."
         )
-    _check_classes(objective, eval_dataset, "an `eval_dataset`", may_be_fewer=False)
-
-
-def _check_classes(objective: Objective, dataset: Any, what: str, *, may_be_fewer: bool) -> None:
-    """Refuse labels that mean other classes in the dataset than in the prompts."""
     if objective.prompts is None:
         return
     expected = [readable(name) for name in objective.prompts.class_names]
-    actual = [readable(name) for name in dataset.class_names]
-    if actual == expected[: len(actual)] and (may_be_fewer or len(actual) == len(expected)):
+    actual = [readable(name) for name in eval_dataset.class_names]
+    if actual == expected:
         return
     pairs = zip(expected, actual, strict=False)
     place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(actual)))
     raise DataError(
-        f"Expected {what} with the class names of the objective's prompts in their order, got "
+        "Expected an `eval_dataset` with the class names of the objective's prompts in their order, got "
         f"{len(actual)} names for {len(expected)}, the first difference at label {place}: "
         f"{actual[place : place + 1]!r} for {expected[place : place + 1]!r}. Labels of one list are wrong in the "
         "other: `restrict` the dataset to the classes of the prompts, or make prompts of its classes."
     )
+
+
+def _check_places(objective: Objective, dataset: Any) -> None:
+    """Refuse training labels that stand for other classes in the prompts; classes may be worded otherwise there."""
+    if objective.prompts is None:
+        return
+    places = {readable(name): place for place, name in enumerate(objective.prompts.class_names)}
+    names = [readable(name) for name in dataset.class_names]
+    moved = [(label, name) for label, name in enumerate(names) if places.get(name, label) != label]
+    if len(names) > len(places):
+        raise DataError(
+            f"Expected training images of at most {len(places)} classes, as the objective's prompts, got "
+            f"{len(names)}. `restrict` the dataset to the classes of the prompts, or make prompts of all its classes."
+        )
+    if moved:
+        (label, name), count = moved[0], len(moved)
+        raise DataError(
+            f"Expected training images whose labels are places in the objective's prompts, got {count} classes that "
+            f"stand elsewhere there: label {label}, {name!r}, is class {places[name]}. Make prompts of the dataset's "
+            "`class_names`."
+        )

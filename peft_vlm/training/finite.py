@@ -35,6 +35,12 @@ class FiniteSteps(TrainerCallback):
         self._in_a_row, self._scaler_skips = 0, 0
         self._left_out = False
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget an earlier run, which may have ended within a step."""
+        self._batches, self._in_a_row, self._scaler_skips = [], 0, 0
+
     def add(self, outputs: dict[str, Tensor], index: Tensor) -> None:
         """Remember a batch until the update.
 

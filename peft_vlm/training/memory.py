@@ -38,7 +38,7 @@ class PeakMemory:
             try:
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
                 _CLEAR_REFS.write_text("5")  # resets VmHWM to the current resident size
-            except OSError:  # another C library, or a container that does not let a process reset it
+            except (OSError, AttributeError):  # another C library, or a container that does not let a process reset it
                 return
             self.baseline = _status_mb("VmRSS")
 

@@ -27,9 +27,9 @@ from peft_vlm.training.checkpoint_folder import (
     check_whole,
     last_checkpoint,
     moved_into,
-    set_aside,
     written_whole,
 )
+from peft_vlm.training.earlier_run import EARLIER
 from peft_vlm.training.interrupt import Interrupt
 
 STATE_NAME, OPTIMIZER_NAME = "trainer_state.json", "optimizer.pt"
@@ -68,6 +68,9 @@ class ResumableTrainer(Trainer):
         """
         if resume_from_checkpoint is True or resume_from_checkpoint == "auto":
             found = last_checkpoint(Path(self.args.output_dir))
+            if found is None and list(Path(self.args.output_dir).glob(f"{EARLIER}{PREFIX}*")):
+                message = f"The run begins anew: {self.args.output_dir!r} has checkpoints of an earlier run only."
+                warnings.warn(message, PeftVLMWarning, stacklevel=2)
             if found is not None or resume_from_checkpoint == "auto":
                 resume_from_checkpoint = None if found is None else str(found)
         elif resume_from_checkpoint:
@@ -76,8 +79,6 @@ class ResumableTrainer(Trainer):
             self._compare(Path(resume_from_checkpoint))
             if self.is_deepspeed_enabled:  # the base class then leaves out `_load_from_checkpoint`
                 load_objective_state(self.objective, Path(resume_from_checkpoint))
-        elif not resume_from_checkpoint:
-            set_aside(Path(self.args.output_dir))
         with self.interrupt.watched(), with_advice(self.args, self.objective.config_dict()):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -98,12 +99,13 @@ class ResumableTrainer(Trainer):
     def _compare(self, checkpoint: Path) -> None:
         """Say so where the resumed run is not the interrupted one."""
         manifest, problems = read_json(checkpoint / MANIFEST_NAME), []
+        found = manifest.get("settings_found", {})  # what training had filled in: an objective may be used again
         for name, now, what in (
             ("order", self._order(), "sees other batches than it would have"),
             ("settings", self._begun_with, "has other settings"),
         ):
             saved = manifest.get(name, {})
-            changed = sorted(key for key in saved if saved[key] != now.get(key))
+            changed = sorted(key for key in saved if now.get(key) not in (saved[key], found.get(key, saved[key])))
             text = ", ".join(f"{key} was {saved[key]!r} and is {now.get(key)!r}" for key in changed)
             problems += [f"{what}: {text}"] if changed else []
         if not (checkpoint / OPTIMIZER_NAME).is_file() and not self.is_deepspeed_enabled:
@@ -121,7 +123,7 @@ class ResumableTrainer(Trainer):
         if self.state.best_global_step and (best == folder or best.is_dir()):
             self.state.best_model_checkpoint = str(best)
         facts = {"peft_vlm": installed_version(), "step": self.state.global_step}
-        facts |= {"order": self._order(), "settings": self._begun_with}
+        facts |= {"order": self._order(), "settings": self._begun_with, "settings_found": self._settings()}
         with written_whole(folder, facts=facts) as partial:
             self.save_model(str(partial), _internal_call=True)
             if not self.args.save_only_model:

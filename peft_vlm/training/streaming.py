@@ -19,15 +19,8 @@ def stream_loader(stream: ImageStream, args: VLMTrainingArguments, *, batch_size
         batch_size: Images per batch of a process.
     """
     stream.divide(batch_size=batch_size, rank=args.process_index, world_size=args.world_size)
-    shards, readers = stream.source.num_shards, args.world_size * max(1, args.dataloader_num_workers)
-    if shards % readers:
-        message = (
-            f"{shards} shards are not divided evenly by {args.world_size} processes with "
-            f"{max(1, args.dataloader_num_workers)} readers each: in an epoch some images come twice and others not, "
-            "and each process may read every row. Write a number of shards that both divide, or change "
-            "`dataloader_num_workers`."
-        )
-        warnings.warn(message, PeftVLMWarning, stacklevel=2)
+    if args.process_index == 0:
+        name_uneven_shards(stream.source.num_shards, args.world_size, args.dataloader_num_workers)
     loader = DataLoader(
         stream,
         batch_size=batch_size,
@@ -38,3 +31,16 @@ def stream_loader(stream: ImageStream, args: VLMTrainingArguments, *, batch_size
     # already divided: by default one process would read for all
     options = {"num_processes": 1, "process_index": 0, "put_on_device": True, "dispatch_batches": False}
     return prepare_data_loader(loader, device=args.device, **options)
+
+
+def name_uneven_shards(shards: int, processes: int, workers: int) -> None:
+    """Warn of shards that readers cannot divide: rows are divided then, which costs time, or, by workers, images."""
+    each, rest = divmod(shards, processes)
+    if rest:
+        message = f"{processes} processes cannot divide {shards} shards evenly, so each of them reads every row. "
+    elif workers > 1 and each % workers:
+        message = f"{workers} workers cannot divide {each} shards evenly: some images come twice, others not at all. "
+    else:
+        return
+    advice = "Write another number of shards, or change the number of processes or `dataloader_num_workers`."
+    warnings.warn(message + advice, PeftVLMWarning, stacklevel=3)

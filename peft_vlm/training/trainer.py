@@ -21,6 +21,7 @@ from peft_vlm.training.artifacts import ArtifactsCallback, describe_adapter
 from peft_vlm.training.batches import ShuffledBatches, train_loader
 from peft_vlm.training.callbacks import ObjectiveCallback
 from peft_vlm.training.checks import check_run
+from peft_vlm.training.earlier_run import EarlierRun
 from peft_vlm.training.exact_metrics import WithLoss, accuracy_metric, classes_and_losses
 from peft_vlm.training.finite import FiniteSteps
 from peft_vlm.training.module import TrainingModule
@@ -82,7 +83,8 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
         )
         first = ObjectiveCallback(self.model, train_dataset, self.accelerator.autocast, self.log)
         self.callback_handler.callbacks[:0] = [RunReport(self), first]
-        for callback in (self._finite, *objective.callbacks(model), self.interrupt, ArtifactsCallback(self)):
+        own = (self._finite, *objective.callbacks(model), EarlierRun(), self.interrupt, ArtifactsCallback(self))
+        for callback in own:
             self.add_callback(callback)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -197,13 +199,14 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
             logs |= self.running_means.take()
         if "train_loss" in logs:
             mean = self.running_means.run_loss()
-            logs["train_loss"] = math.nan if mean is None else mean
+            logs.pop("train_loss")
+            logs |= {} if mean is None else {"train_loss": mean}
         super().log(logs, start_time)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """The base class's ending, its result with the loss that was logged."""
         output = super()._finalize_training(*args, **kwargs)
-        return output._replace(training_loss=output.metrics["train_loss"])
+        return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 
     def prediction_step(
         self,

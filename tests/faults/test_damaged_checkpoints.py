@@ -1,19 +1,23 @@
 """A damaged checkpoint is named, and the one before it is used; a full disk leaves nothing half-written."""
 
+import errno
 import json
 import os
 import resource
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from peft_vlm import VLMTrainer, VLMTrainingArguments
 from peft_vlm.errors import CheckpointError, PeftVLMWarning
-from peft_vlm.training.checkpoint_folder import MANIFEST_NAME, damage, last_checkpoint
+from peft_vlm.training import checkpoint_folder
+from peft_vlm.training.checkpoint_folder import MANIFEST_NAME, damage, last_checkpoint, moved_into
 from tests import forked
-from tests.short_run import train
+from tests.short_run import parts, train
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +77,42 @@ def test_a_new_run_sets_the_checkpoints_of_an_earlier_one_aside(tmp_path: Path, 
     """When the new run dies, `auto` would go on from the earlier one's last step, and call its adapter the result."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     options = {"settings": {"gpa_mean": 2.0, "gpa_std": 1.0}}
-    with pytest.warns(PeftVLMWarning, match="6 checkpoints of an earlier run in .* are set aside"):
+    with pytest.warns(PeftVLMWarning, match="are kept as 'earlier-...': checkpoint-2, .*, checkpoint-12"):
         train(tmp_path, "promptsrc", max_steps=2, **options)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    aside = sorted(path.name for path in tmp_path.glob("checkpoint-*-earlier"))
-    assert aside == sorted(f"checkpoint-{step}-earlier" for step in range(2, 13, 2))
-    assert not damage(tmp_path / "checkpoint-12-earlier")
+    aside = sorted(path.name for path in tmp_path.glob("earlier-*"))
+    assert aside == sorted(f"earlier-checkpoint-{step}" for step in range(2, 13, 2))
+    assert not damage(tmp_path / "earlier-checkpoint-12")
     train(tmp_path, "promptsrc", resume="auto", max_steps=4, save_total_limit=1, **options)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert sorted(path.name for path in tmp_path.glob("earlier-*")) == aside, "rotation leaves them"
+
+
+def test_a_run_that_does_not_start_leaves_earlier_checkpoints(tmp_path: Path, finished: Path) -> None:
+    """A refusal must not cost what there is to go on from."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+
+    def fail(model, objective, dataset) -> None:
+        objective.epoch_start = lambda *arguments: 1 / 0
+
+    options = {"settings": {"gpa_mean": 2.0, "gpa_std": 1.0}}
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, "promptsrc", change=fail, **options)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
+    assert not list(tmp_path.glob("earlier-*"))
+
+
+def test_a_run_that_goes_on_from_an_early_checkpoint_sets_later_ones_aside(tmp_path: Path, finished: Path) -> None:
+    """They are of another branch: an interrupted run would be continued from the wrong one."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    options = {"settings": {"gpa_mean": 2.0, "gpa_std": 1.0}, "save_strategy": "no"}
+    with pytest.warns(PeftVLMWarning, match="'earlier-...': checkpoint-6, .*, checkpoint-12"):
+        train(tmp_path, "promptsrc", resume=str(tmp_path / "checkpoint-4"), max_steps=5, **options)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.warns(PeftVLMWarning, match="begins anew: .* has checkpoints of an earlier run only"):
+        train(tmp_path, "promptsrc", resume="auto", max_steps=1, **options)
 
 
 def test_a_run_goes_on_past_a_damaged_checkpoint_to_the_same_tensors(tmp_path: Path, finished: Path) -> None:
@@ -126,15 +158,24 @@ def test_a_finished_run_that_is_started_again_stays_as_it_is(tmp_path: Path) -> 
     """Ended in mid-epoch, it would make one more step each time, and describe the adapter by the new settings."""
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
     train(tmp_path, "coop", settings={"image_cache": "none"}, **options)
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
-    trainer = train(tmp_path, "coop", resume="auto", settings={"image_cache": "none"}, **options)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert {"metrics.json", "training_summary.json", "README.md"} <= before.keys()
+    with pytest.warns(PeftVLMWarning, match="checkpoint-3, but has other settings: image_cache was 'none'"):
+        trainer = train(tmp_path, "coop", resume="auto", learning_rate=0.5, **options)
     assert trainer.state.global_step == 3
-    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
-    with pytest.warns(
-        PeftVLMWarning, match="goes on from checkpoint-3, but has other settings: image_cache was 'none'"
-    ):
-        train(tmp_path, "coop", resume="auto", **options)
+
+
+def test_model_and_objective_that_go_on_in_the_same_session_are_no_other_settings(tmp_path: Path) -> None:
+    """What training fills in, such as the teacher's name, was not there at the beginning."""
+    model, objective, dataset = parts("promptkd", teacher_cache="views", num_views=2)
+    options = {"save_strategy": "steps", "save_steps": 2, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    for steps in (2, 4):
+        args = VLMTrainingArguments(output_dir=str(tmp_path), max_steps=steps, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PeftVLMWarning)
+            VLMTrainer(model, objective, args, train_dataset=dataset).train(resume_from_checkpoint="auto")
 
 
 def test_a_resume_without_its_optimizer_says_so(tmp_path: Path) -> None:
@@ -152,7 +193,8 @@ def test_the_loss_of_a_resumed_run_is_that_of_its_own_steps(tmp_path: Path) -> N
     own = [entry["loss"] for entry in entries if "loss" in entry and entry["step"] > 8]
     assert len(own) == 4
     assert entries[-1]["train_loss"] == pytest.approx(sum(own) / 4)
-    whole = trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    with pytest.warns(PeftVLMWarning, match="'earlier-...': checkpoint-10, checkpoint-12"):
+        whole = trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert whole.training_loss == whole.metrics["train_loss"] == pytest.approx(sum(own) / 4)
 
 
@@ -207,12 +249,40 @@ def small_disk(tmp_path: Path):
     os.system(f"umount {folder}")
 
 
+def test_a_final_adapter_is_moved_when_all_of_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New weights beside the old configuration are no adapter; leftovers of a killed run are none either."""
+    (tmp_path / ".partial").mkdir()
+    for name in ("a", "b", ".partial/leftover"):
+        (tmp_path / name).write_text("old")
+    synced = []
+
+    def full(path: Path) -> int:
+        synced.append(path.name)
+        if len(synced) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return 0
+
+    def write(*names: str) -> None:
+        with moved_into(tmp_path) as partial:
+            for name in names:
+                (partial / name).write_text("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_folder, "_synced", full)
+        with pytest.raises(CheckpointError, match="Free some room"):
+            write("a", "b")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
+    write("a")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "old"}
+
+
 def test_a_full_disk_is_named_and_leaves_the_earlier_checkpoints(tmp_path: Path, small_disk: Path) -> None:
     """The checkpoint that does not fit must not cost the ones before it."""
     log = tmp_path / "log.txt"
     assert forked.wait(forked.start(log, train, str(small_disk), "skip_tuning", resume="auto"), log) == 1
     printed = log.read_text()
     assert "Free some room, lower `save_total_limit`, or save less often" in printed
+    assert "got CheckpointError" not in printed, "advice within advice"
     whole = sorted(path.name for path in small_disk.glob("checkpoint-*"))
     assert len(whole) >= 1
     assert not any(damage(small_disk / name) for name in whole)

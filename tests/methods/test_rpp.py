@@ -110,13 +110,14 @@ def test_training_images_of_other_classes_are_refused(tmp_path):
     model, dataset = get_peft_model(tiny_clip(), rpp_config()), images()
     args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
     reversed_prompts = class_prompts(list(reversed(dataset.class_names)))
-    with pytest.raises(DataError, match="Expected training images with the class names.*difference at label 0"):
+    with pytest.raises(DataError, match="got 6 classes that stand elsewhere there: label 0, 'red', is class 5"):
         VLMTrainer(model, RPPObjective(reversed_prompts, soft_weight=0), args, train_dataset=dataset)
     fewer = class_prompts(list(dataset.class_names[:3]))
-    with pytest.raises(DataError, match="got 6 names for 3, the first difference at label 3"):
+    with pytest.raises(DataError, match="of at most 3 classes, as the objective's prompts, got 6"):
         VLMTrainer(model, RPPObjective(fewer, soft_weight=0), args, train_dataset=dataset)
-    more = class_prompts([*dataset.class_names, "green house"])
-    VLMTrainer(model, RPPObjective(more, soft_weight=0), args, train_dataset=dataset)
+    worded = class_prompts([f"a {name}" for name in dataset.class_names])
+    for prompts in (class_prompts([*dataset.class_names, "green house"]), worded):
+        VLMTrainer(model, RPPObjective(prompts, soft_weight=0), args, train_dataset=dataset)
 
 
 def test_the_draw_depends_on_seed_epoch_and_images_alone():

@@ -11,7 +11,7 @@ from peft_vlm import RPPObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data import ImageStream
 from peft_vlm.errors import DataError, PeftVLMWarning
 from peft_vlm.training.checks import check_run
-from peft_vlm.training.streaming import stream_loader
+from peft_vlm.training.streaming import name_uneven_shards, stream_loader
 from tests.cases import base_model, class_prompts, rpp_config
 from tests.short_run import parts
 from tests.tiny_streams import stream, table, write_shards
@@ -47,9 +47,9 @@ def test_a_training_on_a_stream_resumes_in_mid_epoch(tmp_path: Path):
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("coop", {}, "by an image's position, got a stream"),
-        ("skip_tuning", {}, "by an image's position, got a stream"),
-        ("promptkd", {}, "by an image's position, got a stream"),
+        ("coop", {}, "got a stream, where no image has a position that comes again"),
+        ("skip_tuning", {}, "got a stream, where no image has a position that comes again"),
+        ("promptkd", {}, "got a stream, where no image has a position that comes again"),
         ("rpp", {"image_sampling": "balanced"}, r"load_image_stream\(..., images_per_class=16\)"),
         ("coop", {"image_cache": "none"}, None),
         ("promptsrc", {}, None),
@@ -74,8 +74,29 @@ def test_validation_images_are_no_stream():
         check_run(model, objective, dataset, stream(table()))
 
 
-def test_shards_that_readers_cannot_divide_evenly_are_named(tmp_path: Path):
-    """Some images would come twice and others not at all."""
+@pytest.mark.parametrize(
+    ("shards", "processes", "workers", "message"),
+    [
+        (3, 1, 2, "2 workers cannot divide 3 shards evenly: some images come twice"),
+        (3, 2, 0, "2 processes cannot divide 3 shards evenly, so each of them reads every row"),
+        (12, 2, 4, "4 workers cannot divide 6 shards evenly"),
+        (3, 1, 1, None),
+        (12, 2, 3, None),
+        (12, 4, 0, None),
+    ],
+)
+def test_shards_that_cannot_be_divided_evenly_are_named(
+    shards: int, processes: int, workers: int, message: str | None
+):
+    """By rows it costs time; by workers images come twice, or not at all."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        name_uneven_shards(shards, processes, workers)
+    assert [str(warning.message)[: len(message or "")] for warning in caught] == ([message] if message else [])
+
+
+def test_a_run_names_the_shards_that_its_workers_cannot_divide(tmp_path: Path):
+    """The check stands where the loader is made."""
     args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=2, report_to="none")
-    with pytest.warns(PeftVLMWarning, match="3 shards are not divided evenly by 1 processes with 2 readers"):
+    with pytest.warns(PeftVLMWarning, match="2 workers cannot divide 3 shards evenly"):
         stream_loader(stream(table().to_iterable_dataset(num_shards=3)), args, batch_size=4)

@@ -4,12 +4,14 @@ import warnings
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_vlm.adapter_files import WEIGHTS_NAME
 from peft_vlm.errors import AdapterError, PeftVLMWarning
 from peft_vlm.methods.rpp.config import RPPConfig
+from peft_vlm.prompting.context import TextContextConfig
 from peft_vlm.prompting.deep_prompt import LearnedTokens
 from peft_vlm.towers import Towers, towers_of
 
@@ -44,7 +46,8 @@ def start_shared_prompts(model: nn.Module, adapter: str | Path) -> None:
         )
     towers, state = towers_of(model), load_file(folder / WEIGHTS_NAME)
     inexact = [] if config.slot_residual == "replaced" else ["the residual rule 'stream' is not theirs"]
-    position = getattr(getattr(model, "active_peft_config", None), "text_position", "end")
+    target = model.active_peft_config if isinstance(model, PeftModel) else None
+    position = target.text_position if isinstance(target, TextContextConfig) else "end"
     if config.depths["text"] and position != "end":
         inexact.append(f"the class name stands at the {position!r} of the context, and at the end of RPP's")
     for tower, depth in config.depths.items():

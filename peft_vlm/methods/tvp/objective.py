@@ -103,6 +103,7 @@ class TVPObjective(Objective):
     ) -> None:
         _check_settings(fca_weight, tse_weight, tse_clip, source_mode)
         self.prompts = ClassNames(prompts.names) if isinstance(prompts, Candidates) else prompts
+        self.labels_are_positions = isinstance(prompts, ClassPrompts)  # else it learns the words of an answer
         self.can_predict = prompts is not None
         self.task: Task = ClassTask(prompts) if isinstance(prompts, ClassPrompts) else AnswerTask(prompts)
         self.fca_weight, self.tse_weight, self.tse_clip = fca_weight, tse_weight, tse_clip

@@ -111,7 +111,7 @@ def plot(results: dict[str, dict[str, float]], models: list[str], path: Path) ->
                 values = [results[f"{name}:{kind}:{count}"][key] for count in counts]
                 axis.plot(counts, values, style, label=f"{name}, {kind if kind == 'plain' else f'K = {kind}'}")
         axis.set(xscale="log", yscale="log", xlabel="classes", ylabel=label)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path)
 
 

@@ -63,7 +63,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "null", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {"byt": 1}}}']
+    "text", ["[]", "null", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {"size": 1}}}']
 )
 def test_a_manifest_that_is_still_json_is_named_too(tmp_path: Path, finished: Path, text: str) -> None:
     """One changed bit in a key would end the run that a resume should save."""

@@ -4,6 +4,7 @@ from peft_vlm.data.class_lists import read_class_list
 from peft_vlm.data.dataset import ImageClassificationDataset, LabelDataset, collate
 from peft_vlm.data.images import read_image
 from peft_vlm.data.load_stream import balanced_shares, load_image_stream
+from peft_vlm.data.open_stream import open_stream
 from peft_vlm.data.question_batches import QuestionCollator
 from peft_vlm.data.question_inputs import check_image_tokens, model_inputs, question_inputs
 from peft_vlm.data.questions import ImageAugmentation, ImageQuestionDataset, RandomCrop
@@ -17,7 +18,7 @@ from peft_vlm.data.splits import (
     few_shot_indices,
     read_zhou_split,
 )
-from peft_vlm.data.streams import ImageStream, open_stream
+from peft_vlm.data.streams import ImageStream
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 from peft_vlm.data.unlabelled import load_unlabelled_images
 

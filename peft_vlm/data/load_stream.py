@@ -10,7 +10,8 @@ from datasets import Dataset as HFDataset
 from datasets import IterableDataset
 
 from peft_vlm.data.class_lists import read_class_list
-from peft_vlm.data.streams import ImageStream, class_labels, label_of, open_stream, undecoded
+from peft_vlm.data.open_stream import class_labels, open_stream, undecoded
+from peft_vlm.data.streams import ImageStream, label_of
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.errors import DataError
 from peft_vlm.processes import from_main, is_main_process, num_processes

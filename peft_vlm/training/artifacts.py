@@ -19,6 +19,7 @@ from peft_vlm.json_files import finite_or_null, write_json
 from peft_vlm.objective import Objective
 from peft_vlm.processes import wait_for_everyone
 from peft_vlm.prompting.config import installed_version
+from peft_vlm.training.checkpoint_folder import MANIFEST_NAME, numbered_checkpoints
 from peft_vlm.training.plots import training_curve_png
 from peft_vlm.training.publishing import write_card
 
@@ -72,12 +73,10 @@ class ArtifactsCallback(TrainerCallback):
         The other processes wait, so that each may read the folder when its `train()` returns. A finished run that is
         started again, and makes no step, leaves its files as they are.
         """
-        if state.global_step == self._start and (Path(args.output_dir) / SUMMARY_NAME).is_file():
-            wait_for_everyone()
-            return
-        self.trainer.save_model(_internal_call=True)
-        if args.should_save:
-            self.write_reports(args, state)
+        if state.global_step > self._start or not was_finished(Path(args.output_dir), state.global_step):
+            self.trainer.save_model(_internal_call=True)
+            if args.should_save:
+                self.write_reports(args, state)
         wait_for_everyone()
 
     def write_reports(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -119,6 +118,19 @@ class ArtifactsCallback(TrainerCallback):
             "metrics": final_metrics(state),
             "environment": environment(),
         }
+
+
+def was_finished(folder: Path, step: int) -> bool:
+    """Whether the reports in a run's folder are those of the run whose last checkpoint lies there: newer than it.
+
+    Args:
+        folder: Folder of the run.
+        step: Its last step.
+    """
+    checkpoint, summary = numbered_checkpoints(folder).get(step), folder / SUMMARY_NAME
+    if checkpoint is None or not summary.is_file():
+        return False
+    return summary.stat().st_mtime >= (checkpoint / MANIFEST_NAME).stat().st_mtime
 
 
 def final_metrics(state: TrainerState) -> dict[str, float]:

@@ -29,6 +29,7 @@ class PeakMemory:
     def start(self) -> None:
         """Begin: everything in use now is the baseline."""
         gc.collect()
+        self.baseline = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)

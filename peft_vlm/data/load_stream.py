@@ -54,13 +54,13 @@ def load_image_stream(
         DataError: If a column is missing, there are no class names, or neither number is given.
     """
     rows = undecoded(open_stream(source, split=split), image_column)
-    _check_first(rows, (image_column, label_column))
+    first = _first_row(rows, (image_column, label_column))
     names = read_class_list(class_names) if isinstance(class_names, str | Path) else class_names
     names = class_labels(rows, label_column) if names is None else names
     if names is None:
         raise DataError(f"The labels in column {label_column!r} have no names. Pass `class_names`.")
     is_mapping = isinstance(names, Mapping)
-    names, label_ids = _numbered(rows, names, label_column)
+    names, label_ids = _numbered(names, first[label_column])
     keep = None
     if images_per_class is not None:
         labels = open_stream(source, split=split, columns=[label_column])
@@ -76,29 +76,27 @@ def load_image_stream(
     return ImageStream(rows, names, label_ids=label_ids, transform=transform, **columns, **order)
 
 
-def _numbered(
-    rows: IterableDataset, names: Sequence[str] | Mapping[str, str], label_column: str
-) -> tuple[list[str], dict[str, int] | None]:
-    """Class names in label order, and the label of each raw label where the column holds texts."""
+def _numbered(names: Sequence[str] | Mapping[str, str], raw_label: Any) -> tuple[list[str], dict[str, int] | None]:
+    """Class names in label order, and the label of each raw label where the column holds texts, as this one."""
     if isinstance(names, Mapping):
         return list(names.values()), {raw: number for number, raw in enumerate(names)}
-    if isinstance(next(iter(rows))[label_column], str):
+    if isinstance(raw_label, str):
         return list(names), {name: number for number, name in enumerate(names)}
     return list(names), None
 
 
-def _check_first(rows: IterableDataset, columns: Sequence[str]) -> None:
-    """Refuse a stream without rows, images or labels."""
+def _first_row(rows: IterableDataset, columns: Sequence[str]) -> dict[str, Any]:
+    """The first row of a stream; one without rows, images or labels is refused."""
     first = next(iter(rows), None)
     if first is None:
         raise DataError("Expected a stream with rows, got none.")
-    there = list(first)
-    missing = [column for column in columns if column not in there]
+    missing = [column for column in columns if column not in first]
     if missing:
         raise DataError(
-            f"Expected the column {missing[0]!r}, got the columns {sorted(there)!r}. Name yours with `image_column` "
+            f"Expected the column {missing[0]!r}, got the columns {sorted(first)!r}. Name yours with `image_column` "
             "and `label_column`; webdataset shards name them by file endings, such as 'jpg' and 'cls'."
         )
+    return first
 
 
 def _with_images(

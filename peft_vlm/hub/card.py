@@ -127,8 +127,7 @@ def settings_of(folder: AdapterFolder) -> dict[str, Any]:
     Args:
         folder: What lies in the folder.
     """
-    shared = {field for field in VLMConfig.__dataclass_fields__}
-    settings = {k: v for k, v in folder.config.to_dict().items() if k not in shared}
+    settings = folder.config.method_settings()
     for part in ("objective", "training"):
         settings |= {k: v for k, v in ((folder.summary or {}).get(part) or {}).items() if k not in settings}
     return {name: value for name, value in settings.items() if value is not None}

@@ -149,6 +149,10 @@ class VLMConfig(PeftConfig):
         text = "".join(f"{name}\n" for name in names or ())
         (Path(save_directory) / CLASSES_NAME).write_text(text, encoding="utf-8")
 
+    def method_settings(self) -> dict[str, Any]:
+        """The settings that only this method has, as JSON values by name."""
+        return {name: value for name, value in self.to_dict().items() if name not in VLMConfig.__dataclass_fields__}
+
     def picture(self, tensors: dict[str, Tensor]) -> Image.Image | None:
         """What the adapter looks like, for methods whose adapter is something to look at; None for the others.
 

@@ -5,12 +5,12 @@ Overrides of Trainer internals about checkpoints live here; those about data, lo
 
 import json
 import warnings
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -32,7 +32,7 @@ from peft_vlm.training.checkpoint_folder import (
 from peft_vlm.training.earlier_run import EARLIER
 from peft_vlm.training.interrupt import Interrupt
 
-STATE_NAME, OPTIMIZER_NAME = "trainer_state.json", "optimizer.pt"
+STATE_NAME = "trainer_state.json"
 #: Settings that decide which images a step sees, and in which order.
 ORDER = (
     *("seed", "data_seed", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -90,10 +90,8 @@ class ResumableTrainer(Trainer):
 
     def _settings(self) -> dict[str, Any]:
         """Those of method and objective, as they are before training fills in what it finds."""
-        config, own = getattr(self.model.model, "active_peft_config", None), {}
-        if isinstance(config, VLMConfig):
-            shared = {field.name for field in fields(VLMConfig)}
-            own = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in shared}
+        config = getattr(self.model.model, "active_peft_config", None)
+        own = config.method_settings() if isinstance(config, VLMConfig) else {}
         return json.loads(json.dumps(own | self.objective.config_dict(), default=str))
 
     def _compare(self, checkpoint: Path) -> None:

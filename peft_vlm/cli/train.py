@@ -33,7 +33,7 @@ settings.yaml has the same names (flags behind the file replace its values):
 DESCRIPTION = """\
 Writes the adapter, training_summary.json, metrics.json and, after classifying the test split, report.json.
 
-A dataset is a folder with train/<class>/*.png and test/<class>/*.png, a CSV file with image and label, or a Hub id.
+A dataset is a folder with train/<class>/*.png and test/<class>/*.png, a CSV file with image, label and split, or a Hub id.
 Settings have three homes: --config is what rebuilds the adapter, --objective what the loss needs (both: see the page
 of the method), and every field of transformers' TrainingArguments is a flag of its own."""
 
@@ -70,12 +70,13 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         PeftVLMError: If no folder is given.
     """
-    settings, args = read_settings(arguments, RunSettings, VLMTrainingArguments)
+    # transformers would switch progress off, since the program keeps its remarks quiet; --json is for scripts
+    defaults = {"disable_tqdm": arguments.json}
+    settings, args = read_settings(arguments, RunSettings, VLMTrainingArguments, defaults=defaults)
     preset = preset_of(settings)
     if preset.training:
-        settings, args = read_settings(arguments, RunSettings, VLMTrainingArguments, defaults=preset.training)
-    if arguments.json:  # standard output is for the result
-        args.disable_tqdm = True
+        defaults |= preset.training
+        settings, args = read_settings(arguments, RunSettings, VLMTrainingArguments, defaults=defaults)
     if args.output_dir == NO_FOLDER:
         raise PeftVLMError("Expected `--output_dir`, the folder of the adapter, got none.")
     scores = run_training(settings, args)

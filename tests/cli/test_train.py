@@ -93,6 +93,22 @@ def test_a_seed_also_gives_the_first_values_of_the_adapter(method, words, tmp_pa
     assert any(not torch.equal(value, states[2][key]) for key, value in states[0].items())
 
 
+def test_a_run_shows_how_far_it_is(words, tmp_path, capsys) -> None:
+    """A terminal that stays empty for an hour looks like a program that hangs; scripts read standard output."""
+    root, flags = words
+    flags = [*flags[:6], "--num_train_epochs", "2", "--use_cpu", "--report_to", "none", "--no_evaluate"]
+    command = ["train", "--method", "coop", *own_words("coop", root), *flags, "--output_dir", str(tmp_path / "run")]
+    assert main(command) == 0
+    progress = capsys.readouterr().err
+    assert "Epoch 1 of 2: loss" in progress
+    assert "Epoch 2 of 2: loss" in progress
+    assert "4/4" in progress, "no bar"
+    assert main([*command[:-1], str(tmp_path / "again"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "Epoch" not in captured.err
+    assert json.loads(captured.out)["scores"] == {}
+
+
 def test_flags_replace_what_a_file_says_and_the_adapter_is_measured(words, tmp_path, capsys) -> None:
     """Base-to-new: two of four classes are trained on; the base model stands beside the result."""
     root, flags = words

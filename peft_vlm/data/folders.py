@@ -10,6 +10,9 @@ from peft_vlm.errors import DataError
 #: Rows {"image": path, "label": folder name or cell}, and the raw labels of all splits in the order of their ids.
 Rows = list[dict[str, str]]
 
+#: Column of a CSV file that names the split of each row.
+SPLIT_COLUMN = "split"
+
 
 def read_image_folder(root: Path, *, split: str) -> tuple[Rows, list[str]]:
     """Images of `root/<split>/<class>/...`, or of `root/<class>/...`, which has the split `train` only.
@@ -46,16 +49,20 @@ def read_image_folder(root: Path, *, split: str) -> tuple[Rows, list[str]]:
     return rows, raw_labels
 
 
-def read_csv(path: Path, *, image_column: str, label_column: str) -> tuple[Rows, list[str]]:
+def read_csv(path: Path, *, split: str, image_column: str, label_column: str) -> tuple[Rows, list[str]]:
     """Rows of a CSV file with a header; image paths are relative to the file.
+
+    A column `split` says to which part a row belongs; a file without it is the split `train`. The classes are those of
+    all splits together.
 
     Args:
         path: The file, UTF-8, separated by commas.
+        split: Name of the part.
         image_column: Column of the image paths.
         label_column: Column of the labels: numbers, or names.
 
     Raises:
-        DataError: If a column is not there, a cell is empty, or images are missing.
+        DataError: If a column or the split is not there, a cell is empty, or images are missing.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -65,15 +72,19 @@ def read_csv(path: Path, *, image_column: str, label_column: str) -> tuple[Rows,
                 f"Expected the columns {[image_column, label_column]!r} in {str(path)!r}, got {columns!r}. Add a "
                 "header line, or name the columns with `image_column` and `label_column`."
             )
-        cells = [(row[image_column], row[label_column]) for row in reader]
+        cells = [(row[image_column], row[label_column], row.get(SPLIT_COLUMN, "train")) for row in reader]
     if not cells:
         raise DataError(f"{str(path)!r} has a header and no rows.")
-    empty = [number for number, (image, label) in enumerate(cells, start=2) if not image or not label]
+    empty = [number for number, row in enumerate(cells, start=2) if not all(row)]
     if empty:
-        raise DataError(f"Line {empty[0]} of {str(path)!r} has no image or no label.")
-    rows = [{"image": str(path.parent / image), "label": label} for image, label in cells]
+        raise DataError(f"Line {empty[0]} of {str(path)!r} has no image, no label or no split.")
+    splits = sorted({part for _, _, part in cells})
+    if split not in splits:
+        advice = "" if SPLIT_COLUMN in columns else f" A column {SPLIT_COLUMN!r} says to which split a row belongs."
+        raise DataError(f"{str(path)!r} has the splits {splits!r}, got `split`={split!r}.{advice}")
+    rows = [{"image": str(path.parent / image), "label": label} for image, label, part in cells if part == split]
     check_files_exist([row["image"] for row in rows])
-    return rows, sort_labels({row["label"] for row in rows})
+    return rows, sort_labels({label for _, label, _ in cells})
 
 
 def check_files_exist(paths: Sequence[str]) -> None:

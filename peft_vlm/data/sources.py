@@ -38,10 +38,11 @@ def load_image_dataset(
             - a folder with one folder of images per class, or `<split>/<class>/` folders,
             - a folder with `<split>.parquet` or `<split>-*.parquet` (also in its folder `data`), or one written by
               `save_to_disk`,
-            - a `.csv` file with a header; image paths are relative to it,
+            - a `.csv` file with a header; image paths are relative to it; a column `split` names the parts,
+              without one all rows are the split `train`,
             - a `datasets.Dataset`, or a `DatasetDict` or other mapping of splits,
             - the id of a dataset on the Hub, which is the only case that uses the network.
-        split: Part to read; ignored for a single `Dataset` and a CSV file.
+        split: Part to read; ignored for a single `Dataset`.
         image_column: Column of the image.
         label_column: Column of the label: ids, or names.
         class_names: A list in the order of the ids, a mapping from raw labels (folder names, cells, old names) to
@@ -63,7 +64,7 @@ def load_image_dataset(
             raise DataError(f"`where` needs a dataset with columns, got {str(path)!r}, with images and labels only.")
         _check_exists(path)
         if path.suffix == ".csv":
-            rows, raw_labels = read_csv(path, image_column=image_column, label_column=label_column)
+            rows, raw_labels = read_csv(path, split=split, image_column=image_column, label_column=label_column)
         else:
             rows, raw_labels = read_image_folder(path, split=split)
         ids, labels = _name_raw_labels(raw_labels, names)

@@ -190,11 +190,28 @@ def test_csv_ids_index_the_class_names(tmp_path: Path) -> None:
     assert (dataset.class_names, dataset.labels) == (tuple(NAMES), [2, 0])
 
 
+def test_a_csv_file_without_splits_is_not_a_test_set(tmp_path: Path) -> None:
+    """Training images that answer to the name "test" would be scored as if they had not been seen."""
+    write_images(tmp_path, "a.png", "b.png", "c.png")
+    rows = (("image", "label"), ("a.png", "cat"), ("b.png", "dog"))
+    path = write_csv(tmp_path / "list.csv", *rows)
+    assert load_image_dataset(path).labels == [0, 1]
+    with pytest.raises(DataError, match=r"has the splits \['train'\], got `split`='test'. A column 'split' says"):
+        load_image_dataset(path, split="test")
+    rows = (("image", "label", "split"), ("a.png", "dog", "train"), ("b.png", "cat", "train"), ("c.png", "dog", "test"))
+    path = write_csv(tmp_path / "parts.csv", *rows)
+    assert load_image_dataset(path, split="train").labels == [1, 0]
+    test = load_image_dataset(path, split="test")
+    assert (test.class_names, test.labels) == (("cat", "dog"), [1])
+    with pytest.raises(DataError, match=r"has the splits \['test', 'train'\], got `split`='val'.$"):
+        load_image_dataset(path, split="val")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ((("a.png", "cat"),), r"columns \['image', 'label'\] in .*got \['a.png', 'cat'\]. Add a header"),
-        ((("image", "label"), ("a.png", "")), "Line 2 of .* has no image or no label"),
+        ((("image", "label"), ("a.png", "")), "Line 2 of .* has no image, no label or no split"),
         ((("image", "label"), ("a.png", "cat"), ("b.png", "cat")), "1 of 2 image files are missing.*b.png"),
         ((("image", "label"),), "no rows"),
     ],

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from peft_vlm.adapter_files import BASELINE_NAME
+from peft_vlm.evaluation.report import EvalReport
+from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
 from tests.readme_blocks import NO_RUN, fenced_blocks, run_outside_repository, runnable_code
 from tests.source_tree import ROOT
 
@@ -20,11 +23,23 @@ def shell_lines(page: Path) -> list[str]:
 
 
 def test_the_readme_example_runs(tmp_path: Path) -> None:
-    """The first code a reader tries must work as printed, in a folder that is not the repository."""
+    """The first code a reader tries must work as printed, outside the repository, and must learn something."""
     code = runnable_code(README)
     assert code.strip(), "README.md has no runnable ```python block"
     result = run_outside_repository(code, folder=tmp_path)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    evaluation = EvaluationArguments(
+        protocol="few-shot",
+        dataset=["examples/assets/emoji"],
+        adapter=str(tmp_path / "outputs" / "readme"),
+        model=str(ROOT / "examples/assets/clip_student"),
+        output_dir=str(tmp_path / "evaluation"),
+        split=["test"],
+        baseline=True,
+    )
+    scores = run_evaluation(evaluation).scores
+    zero_shot = EvalReport.load(tmp_path / "evaluation" / BASELINE_NAME).scores
+    assert scores["accuracy"] >= zero_shot["accuracy"] + 5, (scores, zero_shot)
 
 
 def test_the_first_readme_example_is_short() -> None:

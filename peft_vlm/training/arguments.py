@@ -32,7 +32,7 @@ class VLMTrainingArguments(TrainingArguments):
             0.5 lr (1 + cos(pi (e - warmup_epochs) / num_train_epochs)). The period is not shortened by the warm-up,
             as in the Dassl toolbox of the official codes, so the last rate is not 0. `"transformers"` uses
             `lr_scheduler_type`.
-        warmup_epochs: Epochs at the warm-up rate.
+        warmup_epochs: Epochs at the warm-up rate, 0 by default; the official presets set 1. A run must be longer.
         warmup_learning_rate: Constant rate of the warm-up epochs, the same for every parameter group.
         non_finite: A step with a loss or gradient that is not finite: `"error"` names its images and stops, `"skip"`
             leaves the update out and counts it.
@@ -48,7 +48,7 @@ class VLMTrainingArguments(TrainingArguments):
     vision_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of vision parameters."})
     momentum: float = field(default=0.9, metadata={"help": "Momentum of optim='sgd'."})
     lr_schedule: str = field(default="epoch_cosine", metadata={"help": "'epoch_cosine' or 'transformers'."})
-    warmup_epochs: int = field(default=1, metadata={"help": "Epochs at the constant warm-up rate."})
+    warmup_epochs: int = field(default=0, metadata={"help": "Epochs at the constant warm-up rate."})
     warmup_learning_rate: float = field(default=1e-5, metadata={"help": "Rate of the warm-up epochs."})
     hub_license: str | None = field(default=None, metadata={"help": "Licence of the published adapter."})
 

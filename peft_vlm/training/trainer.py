@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streams import ImageStream
+from peft_vlm.errors import PeftVLMError
 from peft_vlm.objective import Objective
 from peft_vlm.processes import num_processes
 from peft_vlm.training.arguments import VLMTrainingArguments
@@ -160,10 +161,17 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             steps = self.steps_per_epoch or num_training_steps
+            num_epochs = math.ceil(num_training_steps / steps)
+            if self.args.warmup_epochs >= num_epochs and not self.control.should_training_stop:
+                raise PeftVLMError(
+                    f"Expected a run longer than its warm-up, got {num_epochs} epoch{'s' * (num_epochs > 1)} and "
+                    f"`warmup_epochs`={self.args.warmup_epochs}: every step would be made at the warm-up rate "
+                    f"{self.args.warmup_learning_rate:g}. Train longer, or set `warmup_epochs` to 0."
+                )
             self.lr_scheduler = epoch_cosine_scheduler(
                 optimizer or self.optimizer,
                 steps_per_epoch=steps,
-                num_epochs=math.ceil(num_training_steps / steps),
+                num_epochs=num_epochs,
                 warmup_epochs=self.args.warmup_epochs,
                 warmup_rate=self.args.warmup_learning_rate,
             )

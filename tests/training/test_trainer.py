@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from peft_vlm import CoOpConfig, CoOpObjective, VLMTrainer, VLMTrainingArguments
-from peft_vlm.errors import DataError
+from peft_vlm.errors import DataError, PeftVLMError
 from tests.cases import WORD_A, base_model, class_prompts, images
 from tests.tiny import colour_names
 
@@ -76,6 +76,16 @@ def test_an_objective_may_bring_its_own_optimizer(tmp_path):
     trainer = trainer_of(CoOpObjective(class_prompts()), tmp_path)
     trainer.create_optimizer()
     assert trainer.optimizer.param_groups[0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("length", [{"num_train_epochs": 1}, {"num_train_epochs": 5, "max_steps": 2}])
+def test_a_run_that_never_leaves_its_warm_up_is_refused(tmp_path, length):
+    """Every step at the warm-up rate of 1e-5 trains nothing, and the log looks like that of any other run."""
+    options = {"warmup_epochs": 1, "per_device_train_batch_size": 3} | length
+    trainer = trainer_of(CoOpObjective(class_prompts()), tmp_path, arguments=options)
+    with pytest.raises(PeftVLMError, match="got 1 epoch and `warmup_epochs`=1: .* rate 1e-05.* set `warmup_epochs` to 0"):
+        trainer.train()
+    assert VLMTrainingArguments(str(tmp_path), use_cpu=True).warmup_epochs == 0
 
 
 def test_a_short_run_has_a_training_curve(tmp_path):

@@ -19,7 +19,7 @@ from transformers import CLIPModel, set_seed
 
 import peft_vlm
 from peft_vlm.experiment import Experiment
-from peft_vlm.json_files import write_json
+from peft_vlm.files import write_json
 from peft_vlm.methods.rpp import PRESETS
 from peft_vlm.pretraining_experiment import (
     Start,

@@ -19,8 +19,9 @@ from peft import get_peft_model
 from transformers import CLIPModel, set_seed
 
 import peft_vlm
+from peft_vlm.distributed import is_main_process
 from peft_vlm.experiment import Experiment
-from peft_vlm.json_files import write_json
+from peft_vlm.files import write_json
 from peft_vlm.methods.rpp import PRESETS
 from peft_vlm.pretraining_experiment import (
     Start,
@@ -31,7 +32,6 @@ from peft_vlm.pretraining_experiment import (
     pretrain,
     transfer,
 )
-from peft_vlm.processes import is_main_process
 
 ASSETS = Path(__file__).parent / "assets"
 TEMPLATE = "a photo of a {}."

@@ -3,6 +3,20 @@
 All errors are `ValueError`s, so that callers who know nothing of us still catch them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
 
 class PeftVLMError(ValueError):
     """Base class of the errors a caller may want to catch."""
@@ -34,3 +48,71 @@ class HubError(PeftVLMError):
 
 class PeftVLMWarning(UserWarning):
     """Something the user asked for is not done, or not done as asked."""
+
+
+LOG_IN = "Log in with `hf auth login`, set HF_TOKEN, or pass `token=`"
+BY_STATUS = {
+    400: "the Hub found the request or the card invalid.",
+    401: f"the Hub does not know you. {LOG_IN}.",
+    403: "your token may not write there. Use a repository of your own, or a token with write permission.",
+    404: "there is no such repository, or it is private and your token may not see it.",
+    409: "something else is changing the repository, or a name is taken. Call again in a moment.",
+    412: "the repository has changed in the meantime. Call again.",
+    429: "the Hub asks for fewer requests. Wait some minutes, then call again.",
+}
+
+
+def explain(error: BaseException) -> str | None:
+    """The reason of a failure in words, None if it has nothing to do with a hub.
+
+    Args:
+        error: The error as it reached us; its causes are looked through, and the first one that says something counts.
+    """
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    reason = next((text for text in map(_reason, reversed(causes)) if text), None)
+    if reason is None and (failed := [cause for cause in causes if isinstance(cause, HTTPError)]):
+        reason = f"the connection failed ({type(failed[-1]).__name__}). Call again."
+    return reason
+
+
+def _reason(error: BaseException) -> str | None:
+    if isinstance(error, OfflineModeIsEnabled):
+        return "offline mode is on (HF_HUB_OFFLINE), and the file is not in the cache."
+    if isinstance(error, HFValidationError):
+        return f"this is no Hub id ({error})."
+    if isinstance(error, RevisionNotFoundError):
+        return "there is no such revision (branch, tag or commit)."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no such repository, or it is private. {LOG_IN} if it is."
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the file is not in the cache, and the Hub could not be reached."
+    if isinstance(error, EntryNotFoundError):
+        return "the repository has no such file."
+    if isinstance(error, HfHubHTTPError):
+        status, said = error.response.status_code, (error.server_message or "").strip()
+        advice = BY_STATUS.get(status, "the Hub has a problem. Call again later." if status >= 500 else "refused.")
+        return f"{advice} ({status}{': ' + said if said else ''})"
+    return None
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn failures of requests to a hub into a `HubError` that says what to do; other errors pass unchanged.
+
+    Args:
+        what: Beginning of the message, for example "'user/adapter' was not published".
+
+    Raises:
+        HubError: If a request fails.
+    """
+    try:
+        yield
+    except PeftVLMError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        reason = explain(error)
+        if reason is None:
+            raise
+        raise HubError(f"{what}: {reason}") from error

@@ -21,10 +21,10 @@ from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.sources import load_image_dataset
 from peft_vlm.data.splits import base_and_new_classes, few_shot
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
+from peft_vlm.distributed import is_main_process, local_index
 from peft_vlm.evaluation.metrics import harmonic_mean
-from peft_vlm.json_files import write_json
+from peft_vlm.files import write_json
 from peft_vlm.learners import Learner, Split
-from peft_vlm.processes import is_main_process, local_index
 from peft_vlm.text.prompts import ClassPrompts, check_same_vocabulary, tokenize_classes
 from peft_vlm.training.memory import PeakMemory
 

@@ -67,7 +67,7 @@ class ObjectiveOutput:
             losses, a row per answer token and a column per entry of the vocabulary.
         labels: Column of `logits` that is right for each row. It differs from the batch's labels when the objective
             works on a subset of the classes.
-        terms_are_shared: Whether the terms are already this process's parts (`peft_vlm.processes.share_of`) of means
+        terms_are_shared: Whether the terms are already this process's parts (`peft_vlm.distributed.share_of`) of means
             over all processes; needed where a term is the mean of something else than the rows of `labels`.
     """
 

@@ -10,7 +10,6 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, PrinterCallback, set_seed
 
-from peft_vlm.adapter_files import BASELINE_NAME
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
 from peft_vlm.data.sources import load_image_dataset
@@ -22,6 +21,7 @@ from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
 from peft_vlm.figures import has_matplotlib
+from peft_vlm.files import BASELINE_NAME
 from peft_vlm.named_settings import accepted, build, named_values
 from peft_vlm.objective import Objective
 from peft_vlm.presets import Preset

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCall
 
 from peft_vlm.data.question_batches import QuestionCollator
 from peft_vlm.data.questions import ImageQuestionDataset
+from peft_vlm.distributed import is_main_process, wait_for_everyone
 from peft_vlm.errors import DataError
 from peft_vlm.evaluation.mllm import PromptEffect, Score, evaluate_prompt, likelihood_accuracy
 from peft_vlm.evaluation.transfer import (
@@ -22,9 +23,8 @@ from peft_vlm.evaluation.transfer import (
     transfer_png,
     transfer_table,
 )
-from peft_vlm.json_files import write_json
+from peft_vlm.files import write_json
 from peft_vlm.objective import Objective
-from peft_vlm.processes import is_main_process, wait_for_everyone
 from peft_vlm.prompting.prompt_picture import remove_prompts, show_prompted
 from peft_vlm.text.candidates import Candidates, tokenize_candidates
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments

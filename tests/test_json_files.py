@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_vlm.json_files import finite_or_null, write_json
+from peft_vlm.files import finite_or_null, write_json
 
 
 def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path: Path) -> None:

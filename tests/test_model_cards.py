@@ -7,7 +7,6 @@ import pytest
 from huggingface_hub import ModelCard
 
 from peft_vlm import PromptedClassifier
-from peft_vlm.adapter_files import REPORT_NAME, TRANSFER_NAME, weights_sha256
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.sources import load_image_dataset
 from peft_vlm.data.splits import base_and_new_classes
@@ -15,6 +14,7 @@ from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.evaluation.classify import TextClassifier, classify
 from peft_vlm.evaluation.loading import load_model
 from peft_vlm.evaluation.report import EvalReport
+from peft_vlm.files import REPORT_NAME, TRANSFER_NAME, weights_sha256
 from peft_vlm.hub import AdapterFolder, write_folder
 from peft_vlm.registry import METHODS
 from tests.hub.card_rules import card_problems

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from peft_vlm.adapter_files import BASELINE_NAME
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
+from peft_vlm.files import BASELINE_NAME
 from tests.readme_blocks import NO_RUN, fenced_blocks, run_outside_repository, runnable_code
 from tests.source_tree import ROOT
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.adapter_files import CONVERSION_NAME
 from peft_vlm.cli.command import add_command, print_json
 from peft_vlm.conversion.clip_folder import convert_clip
 from peft_vlm.conversion.clip_names import is_clip
@@ -13,6 +12,7 @@ from peft_vlm.conversion.formats import FORMATS, convert, export, recognise
 from peft_vlm.conversion.official_file import OfficialFile
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.evaluation.loading import load_model
+from peft_vlm.files import CONVERSION_NAME
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import tokenize_for_model
 from peft_vlm.towers import towers_of

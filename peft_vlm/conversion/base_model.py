@@ -11,12 +11,10 @@ from torch import Tensor
 from transformers import AutoModel, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from peft_vlm.adapter_files import CONVERSION_NAME
 from peft_vlm.conversion.clip_names import to_openai_names
-from peft_vlm.conversion.new_folder import new_folder
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError, UnsupportedModelError
-from peft_vlm.json_files import write_json
+from peft_vlm.files import CONVERSION_NAME, new_folder, write_json
 
 ADAPTER_PREFIX = "base_model.model."
 """What PEFT puts in front of every name in an adapter's weights file."""

@@ -7,9 +7,9 @@ from typing import Any
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from peft_vlm.conversion.clip_names import HEAD_WIDTH, NOT_WEIGHTS, clip_config, to_hf_names
-from peft_vlm.conversion.new_folder import new_folder
 from peft_vlm.conversion.official_file import OfficialFile
 from peft_vlm.errors import AdapterError
+from peft_vlm.files import new_folder
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 """What open_clip's repositories hold beside the weights."""

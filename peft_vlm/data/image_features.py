@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from peft_vlm.data.dataset import ImageClassificationDataset, collate
-from peft_vlm.processes import gather_rows, num_processes, part_of, process_index
+from peft_vlm.distributed import gather_rows, num_processes, part_of, process_index
 from peft_vlm.towers import image_features
 
 

@@ -13,8 +13,8 @@ from peft_vlm.data.class_lists import read_class_list
 from peft_vlm.data.open_stream import class_labels, open_stream, undecoded
 from peft_vlm.data.streams import ImageStream, label_of
 from peft_vlm.data.transforms import ImageTransform
+from peft_vlm.distributed import from_main, is_main_process, num_processes
 from peft_vlm.errors import DataError
-from peft_vlm.processes import from_main, is_main_process, num_processes
 
 logger = logging.getLogger(__name__)
 

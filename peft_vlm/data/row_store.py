@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from peft_vlm.distributed import all_agree, from_main, local_place, part_of, wait_for_everyone
 from peft_vlm.errors import AdapterError, DataError
-from peft_vlm.processes import all_agree, from_main, local_place, part_of, wait_for_everyone
 
 logger = logging.getLogger(__name__)
 

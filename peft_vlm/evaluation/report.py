@@ -12,7 +12,7 @@ from peft_vlm.errors import DataError
 from peft_vlm.evaluation.classify import EvalResult
 from peft_vlm.evaluation.metrics import harmonic_mean
 from peft_vlm.evaluation.protocols import ProtocolResult
-from peft_vlm.json_files import write_json
+from peft_vlm.files import write_json
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.adapter_files import BASELINE_NAME, REPORT_NAME, weights_sha256
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.sources import load_image_dataset
 from peft_vlm.data.transforms import EvalTransform
@@ -18,6 +17,7 @@ from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png
 from peft_vlm.evaluation.protocols import ProtocolResult
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.figures import require_matplotlib
+from peft_vlm.files import BASELINE_NAME, REPORT_NAME, weights_sha256
 
 #: Protocols on one dataset, and on several named ones.
 SINGLE: dict[str, Callable[..., ProtocolResult]] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.json_files import write_json
+from peft_vlm.files import write_json
 from peft_vlm.serving.card import METADATA_KEY
 from peft_vlm.serving.plain import PlainClassifier
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from peft_vlm.adapter_files import (
+from peft_vlm.errors import AdapterError
+from peft_vlm.files import (
     CONFIG_NAME,
     REPORT_NAME,
     SUMMARY_NAME,
@@ -18,7 +19,6 @@ from peft_vlm.adapter_files import (
     WEIGHTS_NAME,
     weights_sha256,
 )
-from peft_vlm.errors import AdapterError
 from peft_vlm.hub.scores import Evaluation, read_evaluation
 from peft_vlm.prompting.config import VLMConfig, check_adapter_file, read_config
 

@@ -9,7 +9,8 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 
-from peft_vlm.adapter_files import (
+from peft_vlm.errors import AdapterError, HubError, explained
+from peft_vlm.files import (
     BASELINE_NAME,
     CARD_NAME,
     CLASSES_NAME,
@@ -21,10 +22,8 @@ from peft_vlm.adapter_files import (
     TRANSFER_NAME,
     WEIGHTS_NAME,
 )
-from peft_vlm.errors import AdapterError, HubError
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.card import render_card
-from peft_vlm.hub_errors import explained
 from peft_vlm.prompting.config import VLMConfig
 
 #: What is copied as it is, where it exists; configuration, class names, picture and card are written anew.

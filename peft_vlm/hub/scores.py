@@ -6,10 +6,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
-from peft_vlm.adapter_files import BASELINE_NAME, REPORT_NAME, TRANSFER_NAME
 from peft_vlm.errors import AdapterError
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.evaluation.transfer import TransferReport
+from peft_vlm.files import BASELINE_NAME, REPORT_NAME, TRANSFER_NAME
 
 TITLES = {"accuracy": "accuracy", "base": "base accuracy", "new": "new accuracy", "h": "harmonic mean"}
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
-from peft_vlm.adapter_files import CLASSES_NAME
 from peft_vlm.errors import AdapterError
+from peft_vlm.files import CLASSES_NAME
 
 FORMAT_VERSION = 1
 """Layout of adapter folders that this release writes. Raised when an older release could misread a newer folder."""

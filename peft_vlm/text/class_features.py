@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from peft_vlm.distributed import divided, num_processes
 from peft_vlm.errors import AdapterError, ClassNameError
-from peft_vlm.processes import divided, num_processes
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.text.reserve import reserve_slots
 from peft_vlm.towers import text_features, towers_of

@@ -9,15 +9,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_vlm.adapter_files import CURVE_NAME, METRICS_NAME, SUMMARY_NAME
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streams import ImageStream
 from peft_vlm.data.transforms import ImageTransform
+from peft_vlm.distributed import wait_for_everyone
 from peft_vlm.figures import has_matplotlib
+from peft_vlm.files import CURVE_NAME, METRICS_NAME, SUMMARY_NAME, finite_or_null, write_json
 from peft_vlm.hub.publish import saved_adapter
-from peft_vlm.json_files import finite_or_null, write_json
 from peft_vlm.objective import Objective
-from peft_vlm.processes import wait_for_everyone
 from peft_vlm.prompting.config import installed_version
 from peft_vlm.training.checkpoint_folder import MANIFEST_NAME, numbered_checkpoints
 from peft_vlm.training.plots import training_curve_png

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
+from peft_vlm.distributed import num_processes, part_of, process_index
 from peft_vlm.objective import EpochBatchSampler
-from peft_vlm.processes import num_processes, part_of, process_index
 
 FILLER = "is_filler"
 """Column of a batch that only fills a place: the step has fewer images than processes."""

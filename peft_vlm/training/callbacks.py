@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_vlm.processes import from_all
+from peft_vlm.distributed import from_all
 from peft_vlm.training.module import TrainingModule
 
 

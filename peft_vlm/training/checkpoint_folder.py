@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft_vlm.distributed import all_agree, from_main, is_main_process, wait_for_everyone
 from peft_vlm.errors import CheckpointError, PeftVLMWarning
-from peft_vlm.json_files import write_json
-from peft_vlm.processes import all_agree, from_main, is_main_process, wait_for_everyone
+from peft_vlm.files import write_json
 
 MANIFEST_NAME = "manifest.json"
 PREFIX = "checkpoint-"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_vlm.distributed import is_main_process, wait_for_everyone
 from peft_vlm.errors import PeftVLMWarning
-from peft_vlm.processes import is_main_process, wait_for_everyone
 from peft_vlm.training.checkpoint_folder import numbered_checkpoints
 
 EARLIER = "earlier-"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_vlm.processes import all_agree, from_all
+from peft_vlm.distributed import all_agree, from_all
 
 logger = logging.getLogger(__name__)
 

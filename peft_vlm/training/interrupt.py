@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_vlm.processes import all_agree, from_all, is_main_process
+from peft_vlm.distributed import all_agree, from_all, is_main_process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO_SECONDS = 3.0

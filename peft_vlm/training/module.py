@@ -5,8 +5,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from peft_vlm.distributed import left_out, num_processes, share_of
 from peft_vlm.objective import Objective
-from peft_vlm.processes import left_out, num_processes, share_of
 from peft_vlm.shapes import Batch
 from peft_vlm.towers import unwrap
 from peft_vlm.training.batches import FILLER

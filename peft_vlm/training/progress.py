@@ -10,8 +10,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_vlm.distributed import all_agree, is_main_process, num_processes
 from peft_vlm.errors import PeftVLMError, PeftVLMWarning
-from peft_vlm.processes import all_agree, is_main_process, num_processes
 from peft_vlm.training.advice import what_to_lower
 from peft_vlm.training.memory_estimate import estimate_memory, free_memory, in_words
 from peft_vlm.training.running_means import RunningMeans

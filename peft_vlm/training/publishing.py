@@ -8,7 +8,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from peft_vlm.adapter_files import CARD_NAME
+from peft_vlm.files import CARD_NAME
 from peft_vlm.hub.adapter_folder import AdapterFolder
 from peft_vlm.hub.card import render_card
 from peft_vlm.hub.publish import Published, publish, saved_adapter

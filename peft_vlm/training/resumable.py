@@ -16,7 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from peft_vlm.data.streams import ImageStream
 from peft_vlm.errors import PeftVLMWarning
-from peft_vlm.json_files import read_json
+from peft_vlm.files import read_json
 from peft_vlm.objective import Objective
 from peft_vlm.prompting.config import VLMConfig, installed_version
 from peft_vlm.training.advice import with_advice

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from peft_vlm.processes import num_processes, sum_over_processes
+from peft_vlm.distributed import num_processes, sum_over_processes
 
 
 class RunningMeans:

@@ -14,9 +14,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streams import ImageStream
+from peft_vlm.distributed import num_processes
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.objective import Objective
-from peft_vlm.processes import num_processes
 from peft_vlm.training.arguments import VLMTrainingArguments
 from peft_vlm.training.artifacts import ArtifactsCallback, describe_adapter
 from peft_vlm.training.batches import ShuffledBatches, train_loader

@@ -198,7 +198,12 @@ def test_a_csv_file_without_splits_is_not_a_test_set(tmp_path: Path) -> None:
     assert load_image_dataset(path).labels == [0, 1]
     with pytest.raises(DataError, match=r"has the splits \['train'\], got `split`='test'. A column 'split' says"):
         load_image_dataset(path, split="test")
-    rows = (("image", "label", "split"), ("a.png", "dog", "train"), ("b.png", "cat", "train"), ("c.png", "dog", "test"))
+    rows = (
+        ("image", "label", "split"),
+        ("a.png", "dog", "train"),
+        ("b.png", "cat", "train"),
+        ("c.png", "dog", "test"),
+    )
     path = write_csv(tmp_path / "parts.csv", *rows)
     assert load_image_dataset(path, split="train").labels == [1, 0]
     test = load_image_dataset(path, split="test")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from peft_vlm.processes import process_index
+from peft_vlm.distributed import process_index
 from peft_vlm.towers import unwrap
 from peft_vlm.training import artifacts, resumable
 from tests import forked

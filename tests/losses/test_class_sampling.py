@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from peft_vlm.losses.class_sampling import false_negatives, local_correction, sample_negatives, sampled_logits
-from peft_vlm.losses.soft_labels import soft_label_loss
+from peft_vlm.losses import false_negatives, local_correction, sample_negatives, sampled_logits, soft_label_loss
 
 LABELS, NEGATIVES = torch.tensor([2, 0]), torch.tensor([2, 1, 3])
 

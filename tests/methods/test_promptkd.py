@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from peft_vlm import PromptKDConfig, PromptKDObjective
 from peft_vlm.errors import AdapterError, UnsupportedModelError
-from peft_vlm.losses.distillation import average_teachers, distillation_loss
+from peft_vlm.losses import average_teachers, distillation_loss
 from peft_vlm.methods.promptkd import preset_for
 from peft_vlm.methods.promptkd.presets import batchmean_weight
 from peft_vlm.text import encode_classes

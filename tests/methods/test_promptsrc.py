@@ -9,7 +9,7 @@ from transformers import pipeline
 from peft_vlm import PromptedClassifier, PromptSRCConfig, PromptSRCObjective
 from peft_vlm.data.dataset import ImageClassificationDataset, collate
 from peft_vlm.data.transforms import TrainTransform
-from peft_vlm.losses.self_consistency import feature_distance
+from peft_vlm.losses import feature_distance
 from peft_vlm.methods.promptsrc import OFFICIAL_TEMPLATES
 from peft_vlm.text import encode_classes, reserve_slots, tokenize_classes
 from tests.cases import CASES as ALL_CASES

@@ -13,7 +13,7 @@ from peft_vlm import SkipTuningObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data.dataset import collate
 from peft_vlm.data.row_store import RowStore
 from peft_vlm.errors import AdapterError
-from peft_vlm.losses.class_skipping import kept_classes, num_top_classes, rank_classes, rank_keep_probability
+from peft_vlm.losses import kept_classes, num_top_classes, rank_classes, rank_keep_probability
 from peft_vlm.methods.skip_tuning.presets import preset_for
 from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
 from peft_vlm.text.prompts import tokenize_classes

@@ -6,8 +6,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.testing import assert_close
 
-from peft_vlm.losses.feature_consistency import feature_consistency
-from peft_vlm.losses.semantic_enhancement import semantic_enhancement
+from peft_vlm.losses import feature_consistency, semantic_enhancement
 from peft_vlm.methods.tvp import NormalizedGradient
 
 MASK = torch.tensor([[1.0, 0.0], [1.0, 1.0]])

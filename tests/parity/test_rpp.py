@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from peft_vlm import CoOpConfig, RPPObjective
-from peft_vlm.losses.class_sampling import false_negatives, local_correction, sample_negatives, sampled_logits
+from peft_vlm.losses import false_negatives, local_correction, sample_negatives, sampled_logits
 from peft_vlm.text import ClassPrompts
 from peft_vlm.towers import towers_of
 from tests.parity.recorded import assert_close_to_max, facts, recorded_clip, tensors

@@ -83,7 +83,9 @@ def test_a_run_that_never_leaves_its_warm_up_is_refused(tmp_path, length):
     """Every step at the warm-up rate of 1e-5 trains nothing, and the log looks like that of any other run."""
     options = {"warmup_epochs": 1, "per_device_train_batch_size": 3} | length
     trainer = trainer_of(CoOpObjective(class_prompts()), tmp_path, arguments=options)
-    with pytest.raises(PeftVLMError, match="got 1 epoch and `warmup_epochs`=1: .* rate 1e-05.* set `warmup_epochs` to 0"):
+    with pytest.raises(
+        PeftVLMError, match="got 1 epoch and `warmup_epochs`=1: .* rate 1e-05.* set `warmup_epochs` to 0"
+    ):
         trainer.train()
     assert VLMTrainingArguments(str(tmp_path), use_cpu=True).warmup_epochs == 0
 

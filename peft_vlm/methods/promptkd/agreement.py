@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from peft_vlm.distributed import sum_over_processes
 from peft_vlm.errors import ClassNameError
-from peft_vlm.processes import sum_over_processes
 from peft_vlm.text.templates import readable
 
 

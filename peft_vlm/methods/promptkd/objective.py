@@ -12,7 +12,7 @@ from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.row_store import RowStore
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.losses.distillation import distillation_loss
+from peft_vlm.losses import distillation_loss
 from peft_vlm.methods.promptkd.agreement import Agreement
 from peft_vlm.methods.promptkd.classes import stored_classes
 from peft_vlm.methods.promptkd.model import check_stored, store_classes

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from peft_vlm.losses.distillation import REDUCTIONS, TEACHER_WEIGHTINGS
+from peft_vlm.losses import REDUCTIONS, TEACHER_WEIGHTINGS
 
 _CHOICES = {
     "reduction": REDUCTIONS,

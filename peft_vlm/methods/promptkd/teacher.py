@@ -11,7 +11,7 @@ from transformers import BaseImageProcessor
 
 from peft_vlm.data.transforms import mean_and_std_of
 from peft_vlm.errors import ClassNameError, DataError
-from peft_vlm.losses.distillation import average_teachers
+from peft_vlm.losses import average_teachers
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.towers import towers_of, unwrap

@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.row_store import RowStore, divided_pass
+from peft_vlm.distributed import apart
 from peft_vlm.methods.promptkd.projector import Projector
-from peft_vlm.processes import apart
 from peft_vlm.text.class_features import evaluation_mode
 from peft_vlm.towers import towers_of
 

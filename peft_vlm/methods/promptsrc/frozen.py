@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from peft_vlm.processes import divided
+from peft_vlm.distributed import divided
 from peft_vlm.text.class_features import evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.towers import towers_of

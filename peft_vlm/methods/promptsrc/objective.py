@@ -13,8 +13,7 @@ from transformers import TrainerCallback
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.image_features import all_image_features
 from peft_vlm.data.streams import ImageStream
-from peft_vlm.losses.distillation import distillation_loss
-from peft_vlm.losses.self_consistency import feature_distance
+from peft_vlm.losses import distillation_loss, feature_distance
 from peft_vlm.methods.promptsrc.aggregation import PromptAggregation
 from peft_vlm.methods.promptsrc.frozen import frozen_class_features
 from peft_vlm.objective import ObjectiveOutput, Paper

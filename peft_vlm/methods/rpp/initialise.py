@@ -8,8 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peft_vlm.adapter_files import WEIGHTS_NAME
 from peft_vlm.errors import AdapterError, PeftVLMWarning
+from peft_vlm.files import WEIGHTS_NAME
 from peft_vlm.methods.rpp.config import RPPConfig
 from peft_vlm.prompting.context import TextContextConfig
 from peft_vlm.prompting.deep_prompt import LearnedTokens

@@ -16,19 +16,20 @@ from transformers import CLIPModel
 
 from peft_vlm.data.balanced import BalancedBatches
 from peft_vlm.data.row_store import RowStore
+from peft_vlm.distributed import gather_rows
 from peft_vlm.errors import DataError, UnsupportedModelError
-from peft_vlm.losses.class_sampling import (
+from peft_vlm.losses import (
     CORRECTIONS,
+    FORMS,
     false_negatives,
     local_correction,
     sample_negatives,
     sampled_logits,
+    soft_label_loss,
 )
-from peft_vlm.losses.soft_labels import FORMS, soft_label_loss
 from peft_vlm.methods.rpp.paper import PAPER
 from peft_vlm.methods.rpp.teacher import ZeroShotTeacher, check_same_classes, stream_class_features
 from peft_vlm.objective import EpochBatchSampler, ObjectiveOutput
-from peft_vlm.processes import gather_rows
 from peft_vlm.prompting.context import trained_towers
 from peft_vlm.shapes import Batch
 from peft_vlm.text.compact import CompactPrompts

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.row_store import RowStore
-from peft_vlm.losses.class_skipping import kept_classes, num_top_classes, rank_classes, rank_keep_probability
+from peft_vlm.distributed import gather_rows
+from peft_vlm.losses import kept_classes, num_top_classes, rank_classes, rank_keep_probability
 from peft_vlm.methods.skip_tuning.feature_cache import fill, initial_prototypes, text_hidden_states
 from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
 from peft_vlm.objective import ObjectiveOutput, Paper
-from peft_vlm.processes import gather_rows
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import evaluation_mode
 from peft_vlm.text.prompt_objective import PromptObjective

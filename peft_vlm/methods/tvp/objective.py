@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft_vlm.data.question_batches import check_shrinking
-from peft_vlm.losses.feature_consistency import feature_consistency
-from peft_vlm.losses.semantic_enhancement import semantic_enhancement
+from peft_vlm.distributed import shared_mean
+from peft_vlm.losses import feature_consistency, semantic_enhancement
 from peft_vlm.methods.tvp.clean_tokens import CleanTokens
 from peft_vlm.methods.tvp.frozen import batch_at, hold_still
 from peft_vlm.methods.tvp.guide import ClipGuide
@@ -21,7 +21,6 @@ from peft_vlm.methods.tvp.optimizer import NormalizedGradient
 from peft_vlm.methods.tvp.sources import Source, check_same_images, share_once
 from peft_vlm.methods.tvp.tasks import AnswerTask, ClassTask, Task, TaskOutput
 from peft_vlm.objective import ClassNames, Objective, ObjectiveOutput, Paper
-from peft_vlm.processes import shared_mean
 from peft_vlm.prompting.prompt_picture import active_name, prompt_layer_of
 from peft_vlm.shapes import Batch
 from peft_vlm.text.candidates import Candidates

@@ -1,1 +1,0 @@
-"""Pure tensor functions of the objectives: one idea per file, with paper, shapes and reduction."""

@@ -102,7 +102,7 @@ def ours(student: Any, teacher: Any, pixels: torch.Tensor, variant: str) -> Call
 
 def student_only(student: Any, teacher: Any, pixels: torch.Tensor, variant: str) -> Callable[[], torch.Tensor]:
     """The student's forward pass to a scalar; the last layer computes the class token only."""
-    from peft_vlm.towers import towers_of
+    from peft_vlm.models.towers import towers_of
 
     towers = towers_of(student)
     return lambda: towers.finish_image(towers.embed_image(pixels), 0).square().mean()

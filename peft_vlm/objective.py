@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from peft_vlm.errors import AdapterError, DataError
+from peft_vlm.models.towers import unwrap
 from peft_vlm.shapes import Batch
-from peft_vlm.towers import unwrap
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
 from peft_vlm.figures import has_matplotlib
 from peft_vlm.files import BASELINE_NAME
+from peft_vlm.models.towers import FAMILIES
 from peft_vlm.named_settings import accepted, build, named_values
 from peft_vlm.objective import Objective
 from peft_vlm.presets import Preset
@@ -30,7 +31,6 @@ from peft_vlm.registry import METHODS, RECIPES
 from peft_vlm.text.candidates import tokenize_candidates
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import check_same_vocabulary, tokenize_for_model
-from peft_vlm.towers import FAMILIES
 from peft_vlm.training.arguments import VLMTrainingArguments
 from peft_vlm.training.trainer import VLMTrainer
 from peft_vlm.transfer_experiment import ImageTextModel

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from peft_vlm.towers import image_features, text_features, towers_of
+from peft_vlm.models.towers import image_features, text_features, towers_of
 from tests.tiny import tiny_clip, tiny_siglip
 
 PROMPTS = torch.tensor([[512, 3, 9, 513, 513, 513], [512, 4, 5, 6, 7, 513], [512, 1, 513, 8, 2, 513]])

@@ -13,9 +13,9 @@ from peft_vlm.conversion.official_file import OfficialFile
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.evaluation.loading import load_model
 from peft_vlm.files import CONVERSION_NAME
+from peft_vlm.models.towers import towers_of
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import tokenize_for_model
-from peft_vlm.towers import towers_of
 
 EXAMPLES = """
   peft-vlm convert prompt_learner/model.pth.tar-50 --base_model clip-vit-base-patch16 --class_position end \\

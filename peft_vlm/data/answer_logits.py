@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peft_vlm.data.question_inputs import IGNORED
 from peft_vlm.errors import DataError
-from peft_vlm.towers import unwrap
+from peft_vlm.models.towers import unwrap
 
 
 def answers_of(batch: Mapping[str, Tensor]) -> Int[Tensor, "batch tokens"]:

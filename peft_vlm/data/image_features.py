@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from peft_vlm.data.dataset import ImageClassificationDataset, collate
 from peft_vlm.distributed import gather_rows, num_processes, part_of, process_index
-from peft_vlm.towers import image_features
+from peft_vlm.models.towers import image_features
 
 
 @torch.no_grad()

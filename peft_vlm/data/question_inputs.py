@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vlm.errors import DataError, UnsupportedModelError
-from peft_vlm.towers import unwrap
+from peft_vlm.models.towers import unwrap
 
 #: Columns of a batch that are no inputs of the model.
 NOT_INPUTS = ("labels", "index", "token_labels", "clip_pixel_values")

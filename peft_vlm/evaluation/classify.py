@@ -15,9 +15,9 @@ from peft_vlm.data.dataset import ImageClassificationDataset, collate
 from peft_vlm.data.transforms import TrainTransform
 from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.evaluation.metrics import accuracy, confusion_matrix, expected_calibration_error, per_class_accuracy
+from peft_vlm.models.towers import image_features, similarity_logits
 from peft_vlm.text.class_features import ClassFeatureCache, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts, tokenize_for_model
-from peft_vlm.towers import image_features, similarity_logits
 
 #: Pixels of a batch, on any device -> scaled logits over a fixed class list.
 LogitsFn = Callable[[Float[Tensor, "batch channels rows cols"]], Float[Tensor, "batch classes"]]

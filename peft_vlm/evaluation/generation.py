@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 from peft_vlm.data.question_batches import QuestionCollator
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
 from peft_vlm.errors import DataError
+from peft_vlm.models.towers import unwrap
 from peft_vlm.text.class_features import evaluation_mode
-from peft_vlm.towers import unwrap
 
 
 def collator_of(dataset: ImageQuestionDataset) -> QuestionCollator:

@@ -18,8 +18,8 @@ from transformers import (
 
 from peft_vlm.data.transforms import image_size_of, mean_and_std_of
 from peft_vlm.errors import AdapterError, explain, explained
+from peft_vlm.models.towers import towers_of
 from peft_vlm.prompting.config import VLMConfig, read_config
-from peft_vlm.towers import towers_of
 
 
 @dataclass(frozen=True)

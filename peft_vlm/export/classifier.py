@@ -15,13 +15,13 @@ from peft_vlm.errors import ClassNameError, DataError, PeftVLMError
 from peft_vlm.evaluation.classify import cosine_logits
 from peft_vlm.evaluation.loading import load_model
 from peft_vlm.export.tower import copy_tower
+from peft_vlm.models.towers import towers_of, unwrap
 from peft_vlm.prompting.config import installed_version
 from peft_vlm.serving.card import ClassifierCard
 from peft_vlm.serving.pictures import Preprocessing
 from peft_vlm.serving.plain import PlainClassifier
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import tokenize_for_model
-from peft_vlm.towers import towers_of, unwrap
 
 #: Largest difference of a logit that an export may show against its model, in float32.
 TOLERANCE = 1e-3

@@ -12,13 +12,13 @@ from torch.nn.functional import interpolate
 from transformers import CLIPModel
 
 from peft_vlm.errors import UnsupportedModelError
+from peft_vlm.models.towers import towers_of
 from peft_vlm.prompting.deep_prompt import DeepTokens, VisionTokens
 from peft_vlm.prompting.layer import PromptLayer
 from peft_vlm.prompting.pixel_prompt import PixelPrompt, resized_prompt, window_of
 from peft_vlm.prompting.projection_prompt import ProjectionPrompts, SlotProjection
 from peft_vlm.prompting.slot_tokens import VisionSlots
 from peft_vlm.serving import tower as plain_towers
-from peft_vlm.towers import towers_of
 
 LAYER_PARTS = {
     **{f"attention.{name}": f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")},

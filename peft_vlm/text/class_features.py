@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from peft_vlm.distributed import divided, num_processes
 from peft_vlm.errors import AdapterError, ClassNameError
+from peft_vlm.models.towers import text_features, towers_of
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.text.reserve import reserve_slots
-from peft_vlm.towers import text_features, towers_of
 
 _SIGNED_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

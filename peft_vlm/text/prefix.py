@@ -20,7 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from peft_vlm.errors import UnsupportedModelError
-from peft_vlm.towers import unwrap
+from peft_vlm.models.towers import unwrap
 
 #: Models whose own forward pass always wants an image; what follows the question goes to their language model.
 _QFORMER_MODELS = (Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration)

@@ -3,11 +3,11 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from peft_vlm.models.towers import image_features, towers_of
 from peft_vlm.objective import Objective
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import ClassFeatureCache
 from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.towers import image_features, towers_of
 
 
 class PromptObjective(Objective):

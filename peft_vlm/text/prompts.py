@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from peft_vlm.errors import ClassNameError
+from peft_vlm.models.towers import towers_of
 from peft_vlm.slots import Slots
 from peft_vlm.text.templates import check_template, fill, readable
-from peft_vlm.towers import towers_of
 from peft_vlm.vocabulary import has_vocabulary
 
 

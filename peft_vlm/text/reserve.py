@@ -7,9 +7,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from peft_vlm.errors import ClassNameError
+from peft_vlm.models.towers import towers_of
 from peft_vlm.slots import Slots
 from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.towers import towers_of
 
 
 def slots_of(model: nn.Module) -> Slots | None:

@@ -21,9 +21,9 @@ from transformers import CLIPModel
 
 from peft_vlm.data.row_store import free_ram
 from peft_vlm.distributed import local_place
-from peft_vlm.language_layers import is_multimodal, language_layers_of
+from peft_vlm.models.language_layers import is_multimodal, language_layers_of
+from peft_vlm.models.towers import FAMILIES, towers_of, unwrap
 from peft_vlm.objective import Objective
-from peft_vlm.towers import FAMILIES, towers_of, unwrap
 
 FROZEN_WIDTHS, TRAINED_WIDTHS, LAST_WIDTHS = 14, 20, 4
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_vlm.distributed import left_out, num_processes, share_of
+from peft_vlm.models.towers import unwrap
 from peft_vlm.objective import Objective
 from peft_vlm.shapes import Batch
-from peft_vlm.towers import unwrap
 from peft_vlm.training.batches import FILLER
 
 

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from peft_vlm.conversion.formats import convert
 from peft_vlm.errors import AdapterError
-from peft_vlm.towers import image_features, similarity_logits, text_features
+from peft_vlm.models.towers import image_features, similarity_logits, text_features
 from tests.conversion.official_files import adapter, official, official_tensors
 from tests.parity.recorded import recorded_clip, tensors
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from peft_vlm.distributed import process_index
-from peft_vlm.towers import unwrap
+from peft_vlm.models.towers import unwrap
 from peft_vlm.training import artifacts, resumable
 from tests import forked
 from tests.short_run import MEMORY, QUESTION_RUNS, RUNS, train

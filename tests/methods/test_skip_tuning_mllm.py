@@ -13,9 +13,9 @@ from transformers import (
 from peft_vlm import SkipTuningAnswerObjective, SkipTuningConfig, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data.question_inputs import model_inputs
 from peft_vlm.errors import AdapterError, UnsupportedModelError
-from peft_vlm.language_layers import language_layers_of
 from peft_vlm.methods.skip_tuning import answer_states
 from peft_vlm.methods.skip_tuning.answer_states import AnswerStates
+from peft_vlm.models.language_layers import language_layers_of
 from peft_vlm.text.candidates import tokenize_candidates
 from tests.tiny import noise_image
 from tests.tiny_mllm import ARCHITECTURES, IMAGE, blip, mllm_tokenizer, tiny_mllm

@@ -19,7 +19,7 @@ from peft_vlm.methods.tvp import (
     share_prompt,
     without_prompt,
 )
-from peft_vlm.patch_embedding import input_size_of, patch_embedding_of
+from peft_vlm.models.patch_embedding import input_size_of, patch_embedding_of
 from peft_vlm.prompting.pixel_prompt import PixelSettings, prompted_images, window_of
 from tests.cases import class_prompts, pixels
 from tests.tiny import clip_processor, siglip_processor, tiny_clip, tiny_siglip

@@ -15,9 +15,9 @@ from peft_vlm.errors import AdapterError, DataError
 from peft_vlm.evaluation import evaluate_prompt
 from peft_vlm.methods.tvp import TVPObjective, prompt_layer_of, prompt_of, without_prompt
 from peft_vlm.methods.tvp.clean_tokens import CACHES
+from peft_vlm.models.towers import image_features
+from peft_vlm.models.visual_tokens import encode_visual_tokens
 from peft_vlm.text import encode_classes, tokenize_classes
-from peft_vlm.towers import image_features
-from peft_vlm.visual_tokens import encode_visual_tokens
 from tests.cases import class_prompts, images
 from tests.methods.tvp_models import (
     batch,

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.models.towers import unwrap
 from peft_vlm.prompting.deep_prompt import LearnedTokens
-from peft_vlm.towers import unwrap
 
 FOLDER = Path(__file__).parent / "reference"
 

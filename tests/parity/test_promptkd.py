@@ -11,9 +11,9 @@ from torch.testing import assert_close
 from peft_vlm import PromptKDConfig, PromptKDObjective, PromptSRCConfig, VLMTrainer, VLMTrainingArguments
 from peft_vlm.evaluation.classify import TextClassifier
 from peft_vlm.methods.promptkd import preset_for
+from peft_vlm.models.towers import image_features
 from peft_vlm.objective import EpochBatchSampler
 from peft_vlm.text.prompts import tokenize_for_model
-from peft_vlm.towers import image_features
 from peft_vlm.training.schedule import epoch_cosine
 from tests.parity.recorded import (
     RecordedImages,

@@ -12,9 +12,9 @@ from peft_vlm import PromptSRCConfig, PromptSRCObjective, VLMTrainer, VLMTrainin
 from peft_vlm.methods.promptsrc import preset_for
 from peft_vlm.methods.promptsrc.aggregation import gaussian_log_weights
 from peft_vlm.methods.promptsrc.frozen import frozen_class_features
+from peft_vlm.models.towers import image_features
 from peft_vlm.objective import EpochBatchSampler
 from peft_vlm.text import encode_classes, reserve_slots, tokenize_for_model
-from peft_vlm.towers import image_features
 from peft_vlm.training.schedule import epoch_cosine
 from tests.parity.recorded import (
     RecordedImages,

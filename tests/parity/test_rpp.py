@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from peft_vlm import CoOpConfig, RPPObjective
 from peft_vlm.losses import false_negatives, local_correction, sample_negatives, sampled_logits
+from peft_vlm.models.towers import towers_of
 from peft_vlm.text import ClassPrompts
-from peft_vlm.towers import towers_of
 from tests.parity.recorded import assert_close_to_max, facts, recorded_clip, tensors
 
 FORMS = {"ln": "local_correction_ln", "log10": "local_correction_log10", "none": "no_correction"}

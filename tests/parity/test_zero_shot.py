@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from peft_vlm.models.towers import image_features, similarity_logits, text_features
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.towers import image_features, similarity_logits, text_features
 from tests.parity.recorded import facts, recorded_clip, tensors
 
 

@@ -13,9 +13,9 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from peft_vlm import PromptSRCConfig, RPPConfig
 from peft_vlm.errors import PeftVLMWarning
+from peft_vlm.models.towers import towers_of
 from peft_vlm.prompting.projection_prompt import PARTS, ProjectionPrompts, dead_queries
 from peft_vlm.text import reserve_slots
-from peft_vlm.towers import towers_of
 from tests.cases import class_prompts, perturb, pixels, rpp_config
 from tests.tiny import tiny_clip
 

@@ -14,6 +14,7 @@ from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.image_features import all_image_features
 from peft_vlm.data.streams import ImageStream
 from peft_vlm.errors import AdapterError
+from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.prompting.context import trained_towers
 from peft_vlm.shapes import Batch
@@ -21,7 +22,6 @@ from peft_vlm.text.class_features import evaluation_mode
 from peft_vlm.text.prompt_objective import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.text.reserve import reserve_slots
-from peft_vlm.towers import towers_of
 
 logger = logging.getLogger(__name__)
 

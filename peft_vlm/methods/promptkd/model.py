@@ -15,13 +15,13 @@ from peft_vlm.methods.promptkd.classes import StoredClasses, StoredClassText, st
 from peft_vlm.methods.promptkd.config import PromptKDConfig
 from peft_vlm.methods.promptkd.projector import Projector
 from peft_vlm.methods.promptkd.teacher import Teacher
+from peft_vlm.models.towers import LEAVES_OF_A_LAYER, towers_of
 from peft_vlm.prompting.context import learned_token_pattern, learned_tokens
 from peft_vlm.prompting.layer import PromptLayer
 from peft_vlm.prompting.layer_copy import LayerCopy
 from peft_vlm.prompting.tuner import VLMTuner
 from peft_vlm.text.prompts import tokenize_for_model
 from peft_vlm.text.templates import readable
-from peft_vlm.towers import LEAVES_OF_A_LAYER, towers_of
 
 HEADS = {"visual_projection": Projector, "text_projection": StoredClasses, "text_model": StoredClassText}
 

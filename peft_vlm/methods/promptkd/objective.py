@@ -20,11 +20,11 @@ from peft_vlm.methods.promptkd.paper import PAPER
 from peft_vlm.methods.promptkd.settings import check_settings
 from peft_vlm.methods.promptkd.teacher import Teacher, Teachers
 from peft_vlm.methods.promptkd.views import ViewCache, align_projector, projector_of, student_features
+from peft_vlm.models.towers import image_features, towers_of, unwrap
 from peft_vlm.objective import Objective, ObjectiveOutput, check_other_model
 from peft_vlm.shapes import Batch
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.text.templates import readable
-from peft_vlm.towers import image_features, towers_of, unwrap
 
 
 class PromptKDObjective(Objective):

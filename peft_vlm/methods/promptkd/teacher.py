@@ -12,9 +12,9 @@ from transformers import BaseImageProcessor
 from peft_vlm.data.transforms import mean_and_std_of
 from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.losses import average_teachers
+from peft_vlm.models.towers import towers_of, unwrap
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.towers import towers_of, unwrap
 
 
 class Teacher:

@@ -12,8 +12,8 @@ from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.row_store import RowStore, divided_pass
 from peft_vlm.distributed import apart
 from peft_vlm.methods.promptkd.projector import Projector
+from peft_vlm.models.towers import towers_of
 from peft_vlm.text.class_features import evaluation_mode
-from peft_vlm.towers import towers_of
 
 #: Pixels of a batch -> a row of features per image.
 Encoder = Callable[[Float[Tensor, "batch channels rows cols"]], Float[Tensor, "batch dim"]]

@@ -5,9 +5,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from peft_vlm.distributed import divided
+from peft_vlm.models.towers import towers_of
 from peft_vlm.text.class_features import evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.towers import towers_of
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from peft_vlm.data.streams import ImageStream
 from peft_vlm.losses import distillation_loss, feature_distance
 from peft_vlm.methods.promptsrc.aggregation import PromptAggregation
 from peft_vlm.methods.promptsrc.frozen import frozen_class_features
+from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.prompting.context import trained_towers
 from peft_vlm.shapes import Batch
@@ -23,7 +24,6 @@ from peft_vlm.text.class_features import encode_classes, evaluation_mode
 from peft_vlm.text.prompt_objective import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.text.reserve import reserve_slots
-from peft_vlm.towers import towers_of
 
 PAPER = Paper(
     title="Self-regulating Prompts: Foundational Model Adaptation without Forgetting",

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from peft_vlm.methods.rpp.config import RPPConfig
+from peft_vlm.models.towers import towers_of
 from peft_vlm.prompting.config import architecture_of
 from peft_vlm.prompting.context import complete_context, learned_token_pattern
 from peft_vlm.prompting.layer import PromptLayer
@@ -12,7 +13,6 @@ from peft_vlm.prompting.projection_prompt import ProjectionPrompts
 from peft_vlm.prompting.slot_tokens import TextSlots, VisionSlots
 from peft_vlm.prompting.tuner import VLMTuner
 from peft_vlm.prompting.word_start import start_from_words
-from peft_vlm.towers import towers_of
 
 
 class RPPModel(VLMTuner):

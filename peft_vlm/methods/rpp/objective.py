@@ -29,6 +29,7 @@ from peft_vlm.losses import (
 )
 from peft_vlm.methods.rpp.paper import PAPER
 from peft_vlm.methods.rpp.teacher import ZeroShotTeacher, check_same_classes, stream_class_features
+from peft_vlm.models.towers import Towers, towers_of
 from peft_vlm.objective import EpochBatchSampler, ObjectiveOutput
 from peft_vlm.prompting.context import trained_towers
 from peft_vlm.shapes import Batch
@@ -36,7 +37,6 @@ from peft_vlm.text.compact import CompactPrompts
 from peft_vlm.text.prompt_objective import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.text.reserve import reserve_slots
-from peft_vlm.towers import Towers, towers_of
 
 SAMPLINGS = ("natural", "balanced")
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from peft_vlm.data.row_store import RowStore
 from peft_vlm.distributed import local_place, part_of
 from peft_vlm.errors import ClassNameError, DataError
+from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import check_other_model
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.towers import towers_of
 
 
 def stream_class_features(model: nn.Module, prompts: ClassPrompts, *, storage: str, chunk_size: int) -> RowStore:

@@ -11,7 +11,7 @@ from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.data.row_store import RowStore, check_room, divided_pass
 from peft_vlm.distributed import from_all, local_place, part_of
 from peft_vlm.errors import AdapterError, UnsupportedModelError
-from peft_vlm.language_layers import LanguageLayers
+from peft_vlm.models.language_layers import LanguageLayers
 from peft_vlm.text.class_features import evaluation_mode
 
 STATES = "hidden_states"

@@ -11,9 +11,9 @@ from peft_vlm.data.answer_logits import answer_logits, answers_of
 from peft_vlm.data.question_inputs import check_image_tokens, model_inputs, question_inputs
 from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.errors import AdapterError
-from peft_vlm.language_layers import language_layers_of
 from peft_vlm.methods.skip_tuning.answer_states import STATES, AnswerStates
 from peft_vlm.methods.skip_tuning.objective import PAPER
+from peft_vlm.models.language_layers import language_layers_of
 from peft_vlm.objective import ClassNames, Objective, ObjectiveOutput
 from peft_vlm.shapes import Batch
 from peft_vlm.text.candidates import Candidates, candidate_scores

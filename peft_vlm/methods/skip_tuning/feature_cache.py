@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.row_store import RowStore, divided_pass
 from peft_vlm.distributed import divided
-from peft_vlm.towers import Towers
+from peft_vlm.models.towers import Towers
 
 
 def fill(

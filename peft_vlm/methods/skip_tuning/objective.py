@@ -18,12 +18,12 @@ from peft_vlm.distributed import gather_rows
 from peft_vlm.losses import kept_classes, num_top_classes, rank_classes, rank_keep_probability
 from peft_vlm.methods.skip_tuning.feature_cache import fill, initial_prototypes, text_hidden_states
 from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
+from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import evaluation_mode
 from peft_vlm.text.prompt_objective import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.towers import towers_of
 
 PAPER = Paper(
     title="Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from peft_vlm.methods.tvp.config import TVPConfig
 from peft_vlm.methods.tvp.normalization import choose_normalization
-from peft_vlm.patch_embedding import input_size_of, patch_embedding_of
+from peft_vlm.models.patch_embedding import input_size_of, patch_embedding_of
 from peft_vlm.prompting.config import VLMConfig
 from peft_vlm.prompting.layer import PromptLayer
 from peft_vlm.prompting.pixel_prompt import PackedPixelPrompt, PixelPrompt

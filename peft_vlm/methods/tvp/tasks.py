@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from peft_vlm.data.answer_logits import answer_logits, answers_of
 from peft_vlm.data.question_inputs import check_image_tokens, model_inputs, question_inputs
 from peft_vlm.errors import AdapterError
+from peft_vlm.models.towers import towers_of
+from peft_vlm.models.visual_tokens import encode_visual_tokens, record_visual_tokens, visual_tokens_per_row
 from peft_vlm.text.candidates import Candidates, candidate_scores
 from peft_vlm.text.class_features import ClassFeatureCache
 from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.towers import towers_of
-from peft_vlm.visual_tokens import encode_visual_tokens, record_visual_tokens, visual_tokens_per_row
 
 
 @dataclass

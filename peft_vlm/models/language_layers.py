@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft_vlm.errors import UnsupportedModelError
-from peft_vlm.towers import unwrap
+from peft_vlm.models.towers import unwrap
 
 VISION_COLUMNS = ("pixel_values", "pixel_attention_mask", "image_sizes")
 """Inputs that only the vision side reads. `image_grid_thw` is not among them: Qwen2-VL's positions come from it."""

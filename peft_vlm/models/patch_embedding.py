@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from peft_vlm.errors import UnsupportedModelError
-from peft_vlm.towers import unwrap
+from peft_vlm.models.towers import unwrap
 
 RGB = 3
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from peft_vlm.errors import UnsupportedModelError
-from peft_vlm.towers import unwrap
+from peft_vlm.models.towers import unwrap
 
 _METHOD = "get_image_features"
 

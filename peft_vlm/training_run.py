@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, PrinterCallback, set_seed
 
+from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
 from peft_vlm.data.sources import load_image_dataset
@@ -26,7 +27,6 @@ from peft_vlm.models.towers import FAMILIES
 from peft_vlm.named_settings import accepted, build, named_values
 from peft_vlm.objective import Objective
 from peft_vlm.presets import Preset
-from peft_vlm.prompting.config import VLMConfig
 from peft_vlm.registry import METHODS, RECIPES
 from peft_vlm.text.candidates import tokenize_candidates
 from peft_vlm.text.class_features import encode_classes

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
 
+from peft_vlm.adapters.pixel_prompt import remove_prompts, show_prompted
 from peft_vlm.data.question_batches import QuestionCollator
 from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.distributed import is_main_process, wait_for_everyone
@@ -25,7 +26,6 @@ from peft_vlm.evaluation.transfer import (
 )
 from peft_vlm.files import write_json
 from peft_vlm.objective import Objective
-from peft_vlm.prompting.prompt_picture import remove_prompts, show_prompted
 from peft_vlm.text.candidates import Candidates, tokenize_candidates
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
 

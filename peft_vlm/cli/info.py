@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peft_vlm.adapters.config import VLMConfig, read_config
 from peft_vlm.cli.command import add_command, print_json
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.files import BASELINE_NAME, REPORT_NAME, SUMMARY_NAME, WEIGHTS_NAME
-from peft_vlm.prompting.config import VLMConfig, read_config
 from peft_vlm.registry import ABOUT, METHODS, RECIPES
 from peft_vlm.serving.plain import load_exported
 from peft_vlm.training.artifacts import environment

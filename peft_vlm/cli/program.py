@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from transformers.utils import logging as transformers_logging
 
 import peft_vlm  # noqa: F401 - registers the methods
+from peft_vlm.adapters.config import installed_version
 from peft_vlm.cli import convert, evaluate, export, info, predict, publish, train
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.prompting.config import installed_version
 
 #: In the order of the help text.
 COMMANDS = (train, evaluate, predict, convert, publish, export, info)

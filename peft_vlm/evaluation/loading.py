@@ -16,10 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from peft_vlm.adapters.config import VLMConfig, read_config
 from peft_vlm.data.transforms import image_size_of, mean_and_std_of
 from peft_vlm.errors import AdapterError, explain, explained
 from peft_vlm.models.towers import towers_of
-from peft_vlm.prompting.config import VLMConfig, read_config
 
 
 @dataclass(frozen=True)

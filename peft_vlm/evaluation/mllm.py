@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of, without_prompt
 from peft_vlm.data.corruptions import CORRUPTIONS, LEVELS, Corruption
 from peft_vlm.data.question_batches import check_shrinking
 from peft_vlm.data.question_inputs import question_inputs
@@ -24,7 +25,6 @@ from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.evaluation.answers import exact_match
 from peft_vlm.evaluation.classify import EvalResult
 from peft_vlm.evaluation.generation import collator_of, generate_answers
-from peft_vlm.prompting.prompt_picture import active_name, prompt_layer_of, without_prompt
 from peft_vlm.text.candidates import Candidates, candidate_scores, tokenize_candidates
 
 #: Model and questions -> a figure in percent, the higher the better.

@@ -11,12 +11,12 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
+from peft_vlm.adapters.pixel_prompt import active_name, draw_prompt, prompt_layer_of, prompt_of
 from peft_vlm.errors import DataError
 from peft_vlm.evaluation.mllm import PromptEffect
 from peft_vlm.evaluation.plots import bars_png
 from peft_vlm.evaluation.report import summarize
 from peft_vlm.files import write_json
-from peft_vlm.prompting.prompt_picture import active_name, draw_prompt, prompt_layer_of, prompt_of
 
 #: Conditions of `PromptEffect` as tables and plots name them.
 CONDITIONS = {"full_size": "full size", "shrunken": "shrunken, no prompt", "prompted": "prompted"}

@@ -10,13 +10,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
+from peft_vlm.adapters.config import installed_version
 from peft_vlm.data.transforms import image_size_of, mean_and_std_of
 from peft_vlm.errors import ClassNameError, DataError, PeftVLMError
 from peft_vlm.evaluation.classify import cosine_logits
 from peft_vlm.evaluation.loading import load_model
 from peft_vlm.export.tower import copy_tower
 from peft_vlm.models.towers import towers_of, unwrap
-from peft_vlm.prompting.config import installed_version
 from peft_vlm.serving.card import ClassifierCard
 from peft_vlm.serving.pictures import Preprocessing
 from peft_vlm.serving.plain import PlainClassifier

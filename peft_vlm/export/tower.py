@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import CLIPModel
 
+from peft_vlm.adapters.layer import PromptLayer
+from peft_vlm.adapters.learned_tokens import DeepTokens, VisionSlots, VisionTokens
+from peft_vlm.adapters.pixel_prompt import PixelPrompt, resized_prompt, window_of
+from peft_vlm.adapters.qkv_prompt import ProjectionPrompts, SlotProjection
 from peft_vlm.errors import UnsupportedModelError
 from peft_vlm.models.towers import towers_of
-from peft_vlm.prompting.deep_prompt import DeepTokens, VisionTokens
-from peft_vlm.prompting.layer import PromptLayer
-from peft_vlm.prompting.pixel_prompt import PixelPrompt, resized_prompt, window_of
-from peft_vlm.prompting.projection_prompt import ProjectionPrompts, SlotProjection
-from peft_vlm.prompting.slot_tokens import VisionSlots
 from peft_vlm.serving import tower as plain_towers
 
 LAYER_PARTS = {

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from peft_vlm.adapters.config import VLMConfig, check_adapter_file, read_config
 from peft_vlm.errors import AdapterError
 from peft_vlm.files import (
     CONFIG_NAME,
@@ -20,7 +21,6 @@ from peft_vlm.files import (
     weights_sha256,
 )
 from peft_vlm.hub.scores import Evaluation, read_evaluation
-from peft_vlm.prompting.config import VLMConfig, check_adapter_file, read_config
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 

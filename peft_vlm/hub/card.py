@@ -5,10 +5,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.files import PICTURE_NAME, WEIGHTS_NAME
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.scores import index_entries, score_table
-from peft_vlm.prompting.config import VLMConfig
 from peft_vlm.registry import ABOUT
 
 TEMPLATE = resources.files("peft_vlm.hub").joinpath("card_template.md")

@@ -10,8 +10,8 @@ from typing import Any
 
 from peft import PeftModel
 
+from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.hub.publish import push_model
-from peft_vlm.prompting.config import VLMConfig
 
 
 def extend_push_to_hub() -> None:

@@ -9,6 +9,7 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 
+from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.errors import AdapterError, HubError, explained
 from peft_vlm.files import (
     BASELINE_NAME,
@@ -24,7 +25,6 @@ from peft_vlm.files import (
 )
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.card import render_card
-from peft_vlm.prompting.config import VLMConfig
 
 #: What is copied as it is, where it exists; configuration, class names, picture and card are written anew.
 REPORTS = (

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from peft_vlm.adapters.context import TextContextConfig
+from peft_vlm.adapters.layer import PromptLayer
+from peft_vlm.adapters.learned_tokens import INIT_STD
+from peft_vlm.adapters.qkv_prompt import PARTS, ProjectionPrompts
 from peft_vlm.models.towers import towers_of
-from peft_vlm.prompting.context import TextContextConfig
-from peft_vlm.prompting.deep_prompt import INIT_STD
-from peft_vlm.prompting.layer import PromptLayer
-from peft_vlm.prompting.projection_prompt import PARTS, ProjectionPrompts
 
 #: Standard deviation of an initial prompt that only its layer's norm reads: far above the root of the norm's epsilon
 #: (0.003), so that its function stays, and near that of embedded words.

@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_vlm.adapters.config import installed_version
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streams import ImageStream
 from peft_vlm.data.transforms import ImageTransform
@@ -17,7 +18,6 @@ from peft_vlm.figures import has_matplotlib
 from peft_vlm.files import CURVE_NAME, METRICS_NAME, SUMMARY_NAME, finite_or_null, write_json
 from peft_vlm.hub.publish import saved_adapter
 from peft_vlm.objective import Objective
-from peft_vlm.prompting.config import installed_version
 from peft_vlm.training.checkpoint_folder import MANIFEST_NAME, numbered_checkpoints
 from peft_vlm.training.plots import training_curve_png
 from peft_vlm.training.publishing import write_card

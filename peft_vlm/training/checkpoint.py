@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
 
+from peft_vlm.adapters.config import check_adapter_file
 from peft_vlm.errors import AdapterError
 from peft_vlm.objective import Objective
-from peft_vlm.prompting.config import check_adapter_file
 from peft_vlm.training.module import TrainingModule
 
 OBJECTIVE_STATE_NAME = "objective_state.safetensors"

@@ -14,11 +14,11 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
+from peft_vlm.adapters.config import VLMConfig, installed_version
 from peft_vlm.data.streams import ImageStream
 from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.files import read_json
 from peft_vlm.objective import Objective
-from peft_vlm.prompting.config import VLMConfig, installed_version
 from peft_vlm.training.advice import with_advice
 from peft_vlm.training.checkpoint import load_objective_state, load_weights, save_objective_state, save_weights
 from peft_vlm.training.checkpoint_folder import (

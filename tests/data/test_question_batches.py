@@ -5,11 +5,11 @@ import pickle
 import pytest
 import torch
 
+from peft_vlm.adapters.pixel_prompt import PixelSettings
 from peft_vlm.data import ImageQuestionDataset, QuestionCollator, check_image_tokens, model_inputs, question_inputs
 from peft_vlm.data.question_batches import check_shrinking
 from peft_vlm.data.shrink import ShrinkingProcessor
 from peft_vlm.errors import DataError, UnsupportedModelError
-from peft_vlm.prompting.pixel_prompt import PixelSettings
 from peft_vlm.sequences import answer_token_ids, last_positions, resolve_end_token
 from tests.tiny import clip_processor, noise_image
 from tests.tiny_mllm import ARCHITECTURES, BOS, EOS, IMAGE, PAD, VOCAB_SIZE, mllm_tokenizer, tiny_mllm

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from peft_vlm.adapters.pixel_prompt import prompt_layer_of, show_prompted, window_of
 from peft_vlm.errors import DataError
 from peft_vlm.evaluation import (
     PromptEffect,
@@ -18,8 +19,6 @@ from peft_vlm.evaluation import (
     transfer_table,
 )
 from peft_vlm.methods.tvp import render_prompt
-from peft_vlm.prompting.pixel_prompt import window_of
-from peft_vlm.prompting.prompt_picture import prompt_layer_of, show_prompted
 from tests.evaluation.test_mllm import prompted_llava
 
 

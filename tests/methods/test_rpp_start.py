@@ -10,10 +10,10 @@ from peft import get_peft_model
 from torch.testing import assert_close
 
 from peft_vlm import CoOpConfig, PromptSRCConfig, RPPConfig
+from peft_vlm.adapters.config import read_config
 from peft_vlm.errors import AdapterError, PeftVLMWarning
 from peft_vlm.methods.rpp import start_shared_prompts
 from peft_vlm.models.towers import towers_of
-from peft_vlm.prompting.config import read_config
 from peft_vlm.text import encode_classes
 from tests.cases import class_prompts, perturb, pixels, rpp_config
 from tests.tiny import tiny_clip

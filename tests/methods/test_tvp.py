@@ -9,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel, CLIPImageProcessor
 
+from peft_vlm.adapters.pixel_prompt import PixelSettings, prompted_images, window_of
 from peft_vlm.errors import AdapterError, DataError, PeftVLMWarning, UnsupportedModelError
 from peft_vlm.methods.tvp import (
     TVPConfig,
@@ -20,7 +21,6 @@ from peft_vlm.methods.tvp import (
     without_prompt,
 )
 from peft_vlm.models.patch_embedding import input_size_of, patch_embedding_of
-from peft_vlm.prompting.pixel_prompt import PixelSettings, prompted_images, window_of
 from tests.cases import class_prompts, pixels
 from tests.tiny import clip_processor, siglip_processor, tiny_clip, tiny_siglip
 

@@ -5,10 +5,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from peft_vlm.adapters.pixel_prompt import shrink_into_window
 from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.methods.tvp import TVPConfig, prompt_of, set_normalization, without_prompt
 from peft_vlm.models.patch_embedding import patch_embedding_of
-from peft_vlm.prompting.pixel_prompt import shrink_into_window
 from tests.tiny import noise_image
 from tests.tiny_mllm import ARCHITECTURES, TinyMLLM, tiny_mllm
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from peft_vlm.adapters.learned_tokens import LearnedTokens
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.models.towers import unwrap
-from peft_vlm.prompting.deep_prompt import LearnedTokens
 
 FOLDER = Path(__file__).parent / "reference"
 

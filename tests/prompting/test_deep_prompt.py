@@ -6,9 +6,9 @@ from peft import get_peft_model
 from torch.testing import assert_close
 
 from peft_vlm import CoOpConfig, PromptSRCConfig
+from peft_vlm.adapters.context import trained_towers
+from peft_vlm.adapters.learned_tokens import DeepTokens, TextContext, VisionTokens
 from peft_vlm.errors import AdapterError, UnsupportedModelError
-from peft_vlm.prompting.context import trained_towers
-from peft_vlm.prompting.deep_prompt import DeepTokens, TextContext, VisionTokens
 from peft_vlm.text import reserve_slots
 from tests.cases import class_prompts, pixels
 from tests.tiny import tiny_clip, tiny_siglip, tiny_tokenizer

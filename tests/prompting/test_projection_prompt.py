@@ -12,9 +12,9 @@ from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from peft_vlm import PromptSRCConfig, RPPConfig
+from peft_vlm.adapters.qkv_prompt import PARTS, ProjectionPrompts, dead_queries
 from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.models.towers import towers_of
-from peft_vlm.prompting.projection_prompt import PARTS, ProjectionPrompts, dead_queries
 from peft_vlm.text import reserve_slots
 from tests.cases import class_prompts, perturb, pixels, rpp_config
 from tests.tiny import tiny_clip

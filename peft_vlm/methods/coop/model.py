@@ -2,10 +2,10 @@
 
 from torch import nn
 
+from peft_vlm.adapters.context import complete_context, learned_token_pattern, learned_tokens, read_context_words
+from peft_vlm.adapters.layer import PromptLayer
+from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.methods.coop.config import CoOpConfig
-from peft_vlm.prompting.context import complete_context, learned_token_pattern, learned_tokens, read_context_words
-from peft_vlm.prompting.layer import PromptLayer
-from peft_vlm.prompting.tuner import VLMTuner
 
 
 class CoOpModel(VLMTuner):

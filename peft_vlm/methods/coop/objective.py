@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from peft_vlm.adapters.context import trained_towers
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.image_features import all_image_features
 from peft_vlm.data.streams import ImageStream
 from peft_vlm.errors import AdapterError
 from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import ObjectiveOutput, Paper
-from peft_vlm.prompting.context import trained_towers
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import evaluation_mode
 from peft_vlm.text.prompt_objective import PromptObjective

@@ -5,9 +5,9 @@ from typing import no_type_check
 
 from peft import PeftType
 
+from peft_vlm.adapters.config import VLMConfig
+from peft_vlm.adapters.context import check_count
 from peft_vlm.errors import AdapterError
-from peft_vlm.prompting.config import VLMConfig
-from peft_vlm.prompting.context import check_count
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("PROMPTKD")

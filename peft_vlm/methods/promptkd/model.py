@@ -10,16 +10,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
+from peft_vlm.adapters.context import learned_token_pattern, learned_tokens
+from peft_vlm.adapters.layer import PromptLayer
+from peft_vlm.adapters.layer_copy import LayerCopy
+from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.errors import AdapterError, ClassNameError, PeftVLMWarning, UnsupportedModelError
 from peft_vlm.methods.promptkd.classes import StoredClasses, StoredClassText, stored_classes
 from peft_vlm.methods.promptkd.config import PromptKDConfig
 from peft_vlm.methods.promptkd.projector import Projector
 from peft_vlm.methods.promptkd.teacher import Teacher
 from peft_vlm.models.towers import LEAVES_OF_A_LAYER, towers_of
-from peft_vlm.prompting.context import learned_token_pattern, learned_tokens
-from peft_vlm.prompting.layer import PromptLayer
-from peft_vlm.prompting.layer_copy import LayerCopy
-from peft_vlm.prompting.tuner import VLMTuner
 from peft_vlm.text.prompts import tokenize_for_model
 from peft_vlm.text.templates import readable
 

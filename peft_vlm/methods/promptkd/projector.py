@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from peft_vlm.adapters.layer import PromptLayer
 from peft_vlm.distributed import is_left_out, num_processes, sum_over_processes
 from peft_vlm.methods.promptkd.config import MAX_PROJECTOR_DEPTH
-from peft_vlm.prompting.layer import PromptLayer
 
 
 class Projector(PromptLayer):

@@ -5,7 +5,7 @@ from typing import no_type_check
 
 from peft import PeftType
 
-from peft_vlm.prompting.context import TextContextConfig, check_count
+from peft_vlm.adapters.context import TextContextConfig, check_count
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("PROMPTSRC")

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from peft_vlm.adapters.context import trained_towers
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.image_features import all_image_features
 from peft_vlm.data.streams import ImageStream
@@ -18,7 +19,6 @@ from peft_vlm.methods.promptsrc.aggregation import PromptAggregation
 from peft_vlm.methods.promptsrc.frozen import frozen_class_features
 from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import ObjectiveOutput, Paper
-from peft_vlm.prompting.context import trained_towers
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import encode_classes, evaluation_mode
 from peft_vlm.text.prompt_objective import PromptObjective

@@ -6,9 +6,9 @@ from typing import no_type_check
 
 from peft import PeftType
 
+from peft_vlm.adapters.context import TextContextConfig, check_count
+from peft_vlm.adapters.qkv_prompt import RESIDUALS, SHARING, dead_queries
 from peft_vlm.errors import PeftVLMWarning
-from peft_vlm.prompting.context import TextContextConfig, check_count
-from peft_vlm.prompting.projection_prompt import RESIDUALS, SHARING, dead_queries
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("RPP")

@@ -8,12 +8,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from peft_vlm.adapters.context import TextContextConfig
+from peft_vlm.adapters.learned_tokens import LearnedTokens
 from peft_vlm.errors import AdapterError, PeftVLMWarning
 from peft_vlm.files import WEIGHTS_NAME
 from peft_vlm.methods.rpp.config import RPPConfig
 from peft_vlm.models.towers import Towers, towers_of
-from peft_vlm.prompting.context import TextContextConfig
-from peft_vlm.prompting.deep_prompt import LearnedTokens
 
 #: One prompt (slots, width) per layer, from the first on.
 Prompts = list[Tensor]

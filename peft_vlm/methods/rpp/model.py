@@ -4,15 +4,15 @@ from typing import Any
 
 from torch import nn
 
+from peft_vlm.adapters.config import architecture_of
+from peft_vlm.adapters.context import complete_context, learned_token_pattern
+from peft_vlm.adapters.layer import PromptLayer
+from peft_vlm.adapters.learned_tokens import TextSlots, VisionSlots
+from peft_vlm.adapters.qkv_prompt import ProjectionPrompts
+from peft_vlm.adapters.tuner import VLMTuner
+from peft_vlm.adapters.word_start import start_from_words
 from peft_vlm.methods.rpp.config import RPPConfig
 from peft_vlm.models.towers import towers_of
-from peft_vlm.prompting.config import architecture_of
-from peft_vlm.prompting.context import complete_context, learned_token_pattern
-from peft_vlm.prompting.layer import PromptLayer
-from peft_vlm.prompting.projection_prompt import ProjectionPrompts
-from peft_vlm.prompting.slot_tokens import TextSlots, VisionSlots
-from peft_vlm.prompting.tuner import VLMTuner
-from peft_vlm.prompting.word_start import start_from_words
 
 
 class RPPModel(VLMTuner):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPModel
 
+from peft_vlm.adapters.context import trained_towers
 from peft_vlm.data.balanced import BalancedBatches
 from peft_vlm.data.row_store import RowStore
 from peft_vlm.distributed import gather_rows
@@ -31,7 +32,6 @@ from peft_vlm.methods.rpp.paper import PAPER
 from peft_vlm.methods.rpp.teacher import ZeroShotTeacher, check_same_classes, stream_class_features
 from peft_vlm.models.towers import Towers, towers_of
 from peft_vlm.objective import EpochBatchSampler, ObjectiveOutput
-from peft_vlm.prompting.context import trained_towers
 from peft_vlm.shapes import Batch
 from peft_vlm.text.compact import CompactPrompts
 from peft_vlm.text.prompt_objective import PromptObjective

@@ -5,7 +5,7 @@ from typing import no_type_check
 
 from peft import PeftType
 
-from peft_vlm.prompting.config import VLMConfig, check_dtype_name
+from peft_vlm.adapters.config import VLMConfig, check_dtype_name
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("SKIP_TUNING")

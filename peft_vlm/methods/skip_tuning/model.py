@@ -7,12 +7,12 @@ import re
 
 from torch import nn
 
+from peft_vlm.adapters.layer import PromptLayer
+from peft_vlm.adapters.layer_copy import LayerCopy
+from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
 from peft_vlm.models.language_layers import is_multimodal, language_layers_of
 from peft_vlm.models.towers import LEAVES_OF_A_LAYER, towers_of
-from peft_vlm.prompting.layer import PromptLayer
-from peft_vlm.prompting.layer_copy import LayerCopy
-from peft_vlm.prompting.tuner import VLMTuner
 
 
 class SkipTuningModel(VLMTuner):

@@ -1,5 +1,6 @@
 """TVP (CVPR 2024): one learned picture on every image, trained on one multimodal model, used on others."""
 
+from peft_vlm.adapters.pixel_prompt import prompt_layer_of, prompt_of, render_prompt, show_prompted, without_prompt
 from peft_vlm.methods.tvp.config import TVPConfig
 from peft_vlm.methods.tvp.convert import convert_checkpoint, export_checkpoint
 from peft_vlm.methods.tvp.guide import ClipGuide
@@ -11,7 +12,6 @@ from peft_vlm.methods.tvp.presets import preset_for
 from peft_vlm.methods.tvp.sharing import share_prompt
 from peft_vlm.methods.tvp.sources import Source
 from peft_vlm.objective import About
-from peft_vlm.prompting.prompt_picture import prompt_layer_of, prompt_of, render_prompt, show_prompted, without_prompt
 from peft_vlm.registry import Recipe, register_method
 
 register_method(

@@ -7,11 +7,10 @@ from peft import PeftType
 from PIL import Image
 from torch import Tensor
 
+from peft_vlm.adapters.config import VLMConfig
+from peft_vlm.adapters.context import check_count
+from peft_vlm.adapters.pixel_prompt import SHAPES, SHRINKS, PixelSettings, draw_prompt
 from peft_vlm.data.shrink import normalization_of
-from peft_vlm.prompting.config import VLMConfig
-from peft_vlm.prompting.context import check_count
-from peft_vlm.prompting.pixel_prompt import SHAPES, SHRINKS, PixelSettings
-from peft_vlm.prompting.prompt_picture import draw_prompt
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("TVP")

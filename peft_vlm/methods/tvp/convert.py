@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from peft_vlm.adapters.pixel_prompt import prompt_of
 from peft_vlm.conversion.export import save_whole
 from peft_vlm.conversion.formats import OfficialFormat, register_export, register_format
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.files import CONVERSION_NAME, new_folder, write_json
 from peft_vlm.methods.tvp.config import TVPConfig
-from peft_vlm.prompting.prompt_picture import prompt_of
 
 KIND = "TVP"
 OFFICIAL_KEY = "perturbation"

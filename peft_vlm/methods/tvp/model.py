@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_vlm.adapters.config import VLMConfig
+from peft_vlm.adapters.layer import PromptLayer
+from peft_vlm.adapters.pixel_prompt import PackedPixelPrompt, PixelPrompt
+from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.methods.tvp.config import TVPConfig
 from peft_vlm.methods.tvp.normalization import choose_normalization
 from peft_vlm.models.patch_embedding import input_size_of, patch_embedding_of
-from peft_vlm.prompting.config import VLMConfig
-from peft_vlm.prompting.layer import PromptLayer
-from peft_vlm.prompting.pixel_prompt import PackedPixelPrompt, PixelPrompt
-from peft_vlm.prompting.tuner import VLMTuner
 
 logger = logging.getLogger(__name__)
 

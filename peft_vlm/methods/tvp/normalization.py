@@ -8,11 +8,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoImageProcessor
 
+from peft_vlm.adapters.config import architecture_of
+from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of
 from peft_vlm.data.shrink import normalization_of
 from peft_vlm.errors import AdapterError, PeftVLMWarning
 from peft_vlm.methods.tvp.config import TVPConfig
-from peft_vlm.prompting.config import architecture_of
-from peft_vlm.prompting.prompt_picture import active_name, prompt_layer_of
 
 
 def choose_normalization(config: TVPConfig, model: nn.Module, model_config: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of
 from peft_vlm.data.question_batches import check_shrinking
 from peft_vlm.distributed import shared_mean
 from peft_vlm.losses import feature_consistency, semantic_enhancement
@@ -21,7 +22,6 @@ from peft_vlm.methods.tvp.optimizer import NormalizedGradient
 from peft_vlm.methods.tvp.sources import Source, check_same_images, share_once
 from peft_vlm.methods.tvp.tasks import AnswerTask, ClassTask, Task, TaskOutput
 from peft_vlm.objective import ClassNames, Objective, ObjectiveOutput, Paper
-from peft_vlm.prompting.prompt_picture import active_name, prompt_layer_of
 from peft_vlm.shapes import Batch
 from peft_vlm.text.candidates import Candidates
 from peft_vlm.text.prompts import ClassPrompts

@@ -5,8 +5,8 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of
 from peft_vlm.methods.tvp.config import TVPConfig
-from peft_vlm.prompting.prompt_picture import active_name, prompt_layer_of
 
 KEPT_FIELDS = ("canvas_size", "border", "shape", "patch_size", "shrink", "clamp")
 """What makes a prompt what it is, on whatever model."""

@@ -7,12 +7,12 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of, remove_prompts
 from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.errors import DataError
 from peft_vlm.methods.tvp.frozen import recomputes
 from peft_vlm.methods.tvp.sharing import share_prompt
 from peft_vlm.models.towers import unwrap
-from peft_vlm.prompting.prompt_picture import active_name, prompt_layer_of, remove_prompts
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft_vlm.prompting.deep_prompt import INIT_STD
-from peft_vlm.prompting.layer import StandInLayer
+from peft_vlm.adapters.layer import StandInLayer
+from peft_vlm.adapters.learned_tokens import INIT_STD
 
 PARTS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 SHARING = ("none", "all")

@@ -6,10 +6,10 @@ from typing import Any, no_type_check
 
 from torch import nn
 
+from peft_vlm.adapters.config import VLMConfig
+from peft_vlm.adapters.learned_tokens import DeepTokens, LearnedTokens, TextContext, VisionTokens
 from peft_vlm.errors import UnsupportedModelError
 from peft_vlm.models.towers import Towers, towers_of
-from peft_vlm.prompting.config import VLMConfig
-from peft_vlm.prompting.deep_prompt import DeepTokens, LearnedTokens, TextContext, VisionTokens
 from peft_vlm.slots import POSITIONS, Slots
 from peft_vlm.vocabulary import tokenizer_of
 

@@ -10,9 +10,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from peft_vlm.adapters.config import VLMConfig, architecture_of, check_architecture
+from peft_vlm.adapters.layer import PromptLayer
 from peft_vlm.errors import AdapterError
-from peft_vlm.prompting.config import VLMConfig, architecture_of, check_architecture
-from peft_vlm.prompting.layer import PromptLayer
 
 
 class VLMTuner(BaseTuner):

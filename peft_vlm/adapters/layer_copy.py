@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from peft_vlm.adapters.config import DTYPES
+from peft_vlm.adapters.layer import PromptLayer, replaced
 from peft_vlm.errors import AdapterError, UnsupportedModelError
-from peft_vlm.prompting.config import DTYPES
-from peft_vlm.prompting.layer import PromptLayer, replaced
 
 
 def is_rms_norm(layer: nn.Module) -> bool:

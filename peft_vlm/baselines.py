@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from peft_vlm.models.towers import image_features, text_features, towers_of
 from peft_vlm.objective import ObjectiveOutput
 from peft_vlm.shapes import Batch
-from peft_vlm.text.prompt_objective import PromptObjective
+from peft_vlm.text.class_features import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts
 
 

@@ -28,7 +28,7 @@ from peft_vlm.named_settings import accepted, build, named_values
 from peft_vlm.objective import Objective
 from peft_vlm.presets import Preset
 from peft_vlm.registry import METHODS, RECIPES
-from peft_vlm.text.candidates import tokenize_candidates
+from peft_vlm.text.answers import tokenize_candidates
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import check_same_vocabulary, tokenize_for_model
 from peft_vlm.training.arguments import VLMTrainingArguments

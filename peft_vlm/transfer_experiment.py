@@ -26,7 +26,7 @@ from peft_vlm.evaluation.transfer import (
 )
 from peft_vlm.files import write_json
 from peft_vlm.objective import Objective
-from peft_vlm.text.candidates import Candidates, tokenize_candidates
+from peft_vlm.text.answers import Candidates, tokenize_candidates
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
 
 #: Training images that `prompted_images.png` shows, with and without the prompt.

@@ -25,8 +25,7 @@ from peft_vlm import (
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.objective import Objective
-from peft_vlm.text.prompts import ClassPrompts, tokenize_classes
-from peft_vlm.text.reserve import reserve_slots
+from peft_vlm.text.prompts import ClassPrompts, reserve_slots, tokenize_classes
 from tests.case import Case
 from tests.tiny import CONTEXT_LENGTH, clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 

@@ -5,7 +5,7 @@ from peft import get_peft_model
 from transformers import AutoTokenizer, CLIPModel
 
 from peft_vlm import CoOpConfig
-from peft_vlm.vocabulary import has_vocabulary, tokenizer_of
+from peft_vlm.text.prompts import has_vocabulary, tokenizer_of
 from tests.tiny import tiny_clip, tiny_tokenizer
 
 

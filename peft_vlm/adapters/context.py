@@ -10,8 +10,8 @@ from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.adapters.learned_tokens import DeepTokens, LearnedTokens, TextContext, VisionTokens
 from peft_vlm.errors import UnsupportedModelError
 from peft_vlm.models.towers import Towers, towers_of
-from peft_vlm.slots import POSITIONS, Slots
-from peft_vlm.vocabulary import tokenizer_of
+from peft_vlm.text.prompts import tokenizer_of
+from peft_vlm.text.slots import POSITIONS, Slots
 
 
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too

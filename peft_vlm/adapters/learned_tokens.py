@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peft_vlm.adapters.layer import LearnedPrompt, StandInLayer
 from peft_vlm.errors import AdapterError
-from peft_vlm.slots import Slots, slot_mask
+from peft_vlm.text.slots import Slots, slot_mask
 
 
 class TextSlots(StandInLayer):

@@ -16,7 +16,7 @@ from peft_vlm.data.question_inputs import IGNORED, TOKEN_COLUMNS
 from peft_vlm.data.questions import QuestionItem
 from peft_vlm.data.shrink import ShrinkingProcessor
 from peft_vlm.errors import DataError
-from peft_vlm.sequences import answer_token_ids, check_right_padding, last_positions, resolve_end_token
+from peft_vlm.text.answers import answer_token_ids, check_right_padding, last_positions, resolve_end_token
 
 
 class QuestionCollator:

@@ -25,7 +25,7 @@ from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.evaluation.answers import exact_match
 from peft_vlm.evaluation.classify import EvalResult
 from peft_vlm.evaluation.generation import collator_of, generate_answers
-from peft_vlm.text.candidates import Candidates, candidate_scores, tokenize_candidates
+from peft_vlm.text.answers import Candidates, candidate_scores, tokenize_candidates
 
 #: Model and questions -> a figure in percent, the higher the better.
 Score = Callable[[nn.Module, ImageQuestionDataset], float]

@@ -1,18 +1,93 @@
-"""Class names and templates as token ids, cut to the longest prompt."""
+"""The tokenizer of a model, if there is one."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_vlm.errors import ClassNameError
 from peft_vlm.models.towers import towers_of
-from peft_vlm.slots import Slots
-from peft_vlm.text.templates import check_template, fill, readable
-from peft_vlm.vocabulary import has_vocabulary
+from peft_vlm.text.slots import Slots
+
+
+def has_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer knows more than its special tokens.
+
+    Where a folder has no vocabulary files, transformers 5 builds a tokenizer all the same, and it gives ids.
+
+    Args:
+        tokenizer: Any tokenizer.
+    """
+    return bool(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+
+
+def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model's weights; None where its folder or repository has none.
+
+    Args:
+        model: Model of transformers, which knows where it came from.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    except (OSError, ValueError, TypeError):
+        return None
+    return tokenizer if has_vocabulary(tokenizer) else None
+
+
+#: Seven prompts that OpenAI found to do almost as well on ImageNet as its list of 80 (notebook
+#: `Prompt_Engineering_for_ImageNet.ipynb` of openai/CLIP). Average their features: pass the tuple as the template.
+IMAGENET_ENSEMBLE = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+
+
+def check_template(template: str) -> None:
+    """Refuse a template that does not have its place for the class name.
+
+    Args:
+        template: Text with `{}`.
+
+    Raises:
+        ClassNameError: If `{}` is not there exactly once.
+    """
+    count = template.count("{}")
+    if count != 1:
+        raise ClassNameError(
+            f"Expected `{{}}` exactly once in the template, got {template!r} with {count}. "
+            "Write it where the class name goes, as in 'a photo of a {}.'."
+        )
+
+
+def readable(class_name: str) -> str:
+    """The class name as a text shows it: underscores become spaces, outer and doubled spaces go away."""
+    return " ".join(class_name.replace("_", " ").split())
+
+
+def fill(template: str, class_name: str) -> str:
+    """Put a class name into a template.
+
+    Args:
+        template: Text with `{}` exactly once; other braces stay as they are.
+        class_name: Underscores become spaces, as in CoOp's code.
+
+    Returns:
+        The prompt, for example `"a photo of a golden retriever."`.
+
+    Raises:
+        ClassNameError: If `{}` is not there exactly once.
+    """
+    check_template(template)
+    return template.replace("{}", readable(class_name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,3 +264,62 @@ def _check_distinct(rows: list[list[int]], names: tuple[str, ...], templates: tu
                     f"Classes {first!r} and {name!r} have the same tokens in template "
                     f"{templates[start // len(names)]!r} (upper and lower case may count as one). Rename one of them."
                 )
+
+
+def slots_of(model: nn.Module) -> Slots | None:
+    """The slots that the active adapter fills; None without learned context, or while adapters are switched off."""
+    return getattr(towers_of(model).token_embedding, "slots", None)
+
+
+def reserve_slots(model: nn.Module, prompts: ClassPrompts) -> ClassPrompts:
+    """Class prompts as the model with its active adapter takes them.
+
+    Args:
+        model: CLIP-like model, with or without adapters.
+        prompts: Plain class prompts, or prompts that already have this adapter's slots.
+
+    Returns:
+        `prompts` itself when the active adapter has no learned context.
+
+    Raises:
+        ClassNameError: If a prompt gets too long, was tokenised with other slots, or its template has no room.
+    """
+    slots = slots_of(model)
+    if prompts.slots == slots:
+        return prompts
+    if prompts.slots is not None:
+        raise ClassNameError(
+            f"Expected plain class prompts or ones with {slots!r}, got prompts with {prompts.slots!r}. "
+            "Pass what `tokenize_classes` gave; the slots of the active adapter are added where they are needed."
+        )
+    assert slots is not None
+    ids = _with_slots(prompts, slots)
+    limit = towers_of(model).model.config.text_config.max_position_embeddings
+    if ids.shape[1] > limit:
+        raise ClassNameError(
+            f"The longest of the class prompts needs {ids.shape[1]} tokens with the {slots.num_tokens} context "
+            f"tokens of the adapter, the limit of the text tower is {limit}. Shorten class names or template."
+        )
+    return dataclasses.replace(prompts, input_ids=ids, slots=slots)
+
+
+def _with_slots(prompts: ClassPrompts, slots: Slots) -> Int[Tensor, "prompts tokens"]:
+    """Token ids with the slots reserved."""
+    ids, count = prompts.input_ids, slots.num_tokens
+    places = torch.full((len(ids), count), slots.placeholder_id, dtype=ids.dtype, device=ids.device)
+    if slots.position == "end":
+        words = torch.tensor(slots.initial_ids or (), dtype=ids.dtype, device=ids.device)
+        spelled = 0 < len(words) == count and bool((ids[:, 1 : 1 + count] == words).all())
+        return torch.cat([ids[:, :1], places, ids[:, 1 + (count if spelled else 0) :]], dim=1)
+    if prompts.name_lengths is None or not all(text.startswith("{}") for text in prompts.templates):
+        raise ClassNameError(
+            f"Expected a template that begins with the class name, such as '{{}}.', for context in the "
+            f"{slots.position!r} position, got {list(prompts.templates)!r}. Change the template."
+        )
+    before = count // 2 if slots.position == "middle" else 0
+    lengths = prompts.name_lengths * len(prompts.templates)
+    rows = [
+        torch.cat([row[:1], place[:before], row[1 : 1 + length], place[before:], row[1 + length :]])
+        for row, place, length in zip(ids, places, lengths, strict=True)
+    ]
+    return torch.stack(rows)

@@ -7,7 +7,7 @@ from torch import nn
 from peft_vlm.data.streams import ImageStream
 from peft_vlm.errors import DataError, PeftVLMError
 from peft_vlm.objective import Objective
-from peft_vlm.text.templates import readable
+from peft_vlm.text.prompts import readable
 
 
 def check_run(model: nn.Module, objective: Objective, train_dataset: Any, eval_dataset: Any) -> None:

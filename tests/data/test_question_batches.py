@@ -10,7 +10,7 @@ from peft_vlm.data import ImageQuestionDataset, QuestionCollator, check_image_to
 from peft_vlm.data.question_batches import check_shrinking
 from peft_vlm.data.shrink import ShrinkingProcessor
 from peft_vlm.errors import DataError, UnsupportedModelError
-from peft_vlm.sequences import answer_token_ids, last_positions, resolve_end_token
+from peft_vlm.text.answers import answer_token_ids, last_positions, resolve_end_token
 from tests.tiny import clip_processor, noise_image
 from tests.tiny_mllm import ARCHITECTURES, BOS, EOS, IMAGE, PAD, VOCAB_SIZE, mllm_tokenizer, tiny_mllm
 from tests.tiny_questions import NUM_IMAGE_TOKENS, QUESTION, colour_questions, llava_processor, tiny_llava

@@ -19,7 +19,7 @@ from peft_vlm.data import (
     read_zhou_split,
 )
 from peft_vlm.errors import DataError
-from peft_vlm.text.templates import fill
+from peft_vlm.text.prompts import fill
 from tests.tiny import colour_names, colour_rows, noise_image
 
 LABELS = [2, 0, 2, 1, 0, 2, 0, 1, 2, 0]

@@ -17,7 +17,7 @@ from transformers import (
 
 from peft_vlm.errors import UnsupportedModelError
 from peft_vlm.registry import METHODS
-from peft_vlm.text.reserve import reserve_slots
+from peft_vlm.text.prompts import reserve_slots
 from tests.cases import CASES, class_prompts, pixels
 from tests.tiny import noise_image, tiny_clip, tiny_siglip
 from tests.tiny_mllm import ARCHITECTURES, BOS, EOS, IMAGE, PAD, blip, tiny_mllm

@@ -22,7 +22,7 @@ from peft_vlm.errors import AdapterError, ClassNameError, DataError, Unsupported
 from peft_vlm.losses import distillation_loss
 from peft_vlm.models.towers import image_features, similarity_logits, towers_of
 from peft_vlm.text import ClassPrompts, encode_classes, reserve_slots
-from peft_vlm.text.compact import CompactPrompts
+from peft_vlm.text.class_features import CompactPrompts
 from tests.cases import class_prompts, images, perturb, rpp_config
 from tests.tiny import tiny_clip, tiny_siglip
 

@@ -16,7 +16,7 @@ from peft_vlm.errors import AdapterError, UnsupportedModelError
 from peft_vlm.methods.skip_tuning import answer_states
 from peft_vlm.methods.skip_tuning.answer_states import AnswerStates
 from peft_vlm.models.language_layers import language_layers_of
-from peft_vlm.text.candidates import tokenize_candidates
+from peft_vlm.text.answers import tokenize_candidates
 from tests.tiny import noise_image
 from tests.tiny_mllm import ARCHITECTURES, IMAGE, blip, mllm_tokenizer, tiny_mllm
 from tests.tiny_questions import colour_questions, tiny_llava

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from transformers import CLIPModel
 
 from peft_vlm.adapters.qkv_prompt import PARTS, ProjectionPrompts
-from peft_vlm.adapters.word_start import WORD_STD, word_states
 from peft_vlm.errors import PeftVLMWarning
+from peft_vlm.methods.rpp.initialise import WORD_STD, word_states
 from peft_vlm.models.towers import towers_of
 from peft_vlm.text import reserve_slots
 from tests.cases import WORD_A, class_prompts, pixels, rpp_config

@@ -18,7 +18,7 @@ from peft_vlm.conversion.formats import OfficialFormat, register_export, registe
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.coop.config import CoOpConfig
-from peft_vlm.vocabulary import tokenizer_of
+from peft_vlm.text.prompts import tokenizer_of
 
 CONTEXT = "text_model.embeddings.token_embedding.coop_prompt"
 COOP_TENSORS = {"ctx", "token_prefix", "token_suffix"}

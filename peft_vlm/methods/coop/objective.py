@@ -18,10 +18,8 @@ from peft_vlm.errors import AdapterError
 from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.shapes import Batch
-from peft_vlm.text.class_features import evaluation_mode
-from peft_vlm.text.prompt_objective import PromptObjective
-from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.text.reserve import reserve_slots
+from peft_vlm.text.class_features import PromptObjective, evaluation_mode
+from peft_vlm.text.prompts import ClassPrompts, reserve_slots
 
 logger = logging.getLogger(__name__)
 

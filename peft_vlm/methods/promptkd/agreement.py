@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peft_vlm.distributed import sum_over_processes
 from peft_vlm.errors import ClassNameError
-from peft_vlm.text.templates import readable
+from peft_vlm.text.prompts import readable
 
 
 class Agreement:

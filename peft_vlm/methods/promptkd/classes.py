@@ -15,8 +15,7 @@ from peft_vlm.adapters.layer import PromptLayer, StandInLayer
 from peft_vlm.errors import AdapterError, ClassNameError
 from peft_vlm.methods.promptkd.config import PromptKDConfig
 from peft_vlm.models.towers import towers_of
-from peft_vlm.text.prompts import check_class_names
-from peft_vlm.text.templates import readable
+from peft_vlm.text.prompts import check_class_names, readable
 
 
 class StoredClassText(StandInLayer):

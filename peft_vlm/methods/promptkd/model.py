@@ -20,8 +20,7 @@ from peft_vlm.methods.promptkd.config import PromptKDConfig
 from peft_vlm.methods.promptkd.projector import Projector
 from peft_vlm.methods.promptkd.teacher import Teacher
 from peft_vlm.models.towers import LEAVES_OF_A_LAYER, towers_of
-from peft_vlm.text.prompts import tokenize_for_model
-from peft_vlm.text.templates import readable
+from peft_vlm.text.prompts import readable, tokenize_for_model
 
 HEADS = {"visual_projection": Projector, "text_projection": StoredClasses, "text_model": StoredClassText}
 

@@ -23,8 +23,7 @@ from peft_vlm.methods.promptkd.views import ViewCache, align_projector, projecto
 from peft_vlm.models.towers import image_features, towers_of, unwrap
 from peft_vlm.objective import Objective, ObjectiveOutput, check_other_model
 from peft_vlm.shapes import Batch
-from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.text.templates import readable
+from peft_vlm.text.prompts import ClassPrompts, readable
 
 
 class PromptKDObjective(Objective):

@@ -29,7 +29,7 @@ from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.promptsrc.config import PromptSRCConfig
 from peft_vlm.methods.promptsrc.model import PromptSRCModel
-from peft_vlm.vocabulary import tokenizer_of
+from peft_vlm.text.prompts import tokenizer_of
 
 KIND = "PromptSRC or IVLP"
 BUFFERS = "prompt_learner.token"

@@ -20,10 +20,8 @@ from peft_vlm.methods.promptsrc.frozen import frozen_class_features
 from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.shapes import Batch
-from peft_vlm.text.class_features import encode_classes, evaluation_mode
-from peft_vlm.text.prompt_objective import PromptObjective
-from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.text.reserve import reserve_slots
+from peft_vlm.text.class_features import PromptObjective, encode_classes, evaluation_mode
+from peft_vlm.text.prompts import ClassPrompts, reserve_slots
 
 PAPER = Paper(
     title="Self-regulating Prompts: Foundational Model Adaptation without Forgetting",

@@ -10,8 +10,8 @@ from peft_vlm.adapters.layer import PromptLayer
 from peft_vlm.adapters.learned_tokens import TextSlots, VisionSlots
 from peft_vlm.adapters.qkv_prompt import ProjectionPrompts
 from peft_vlm.adapters.tuner import VLMTuner
-from peft_vlm.adapters.word_start import start_from_words
 from peft_vlm.methods.rpp.config import RPPConfig
+from peft_vlm.methods.rpp.initialise import start_from_words
 from peft_vlm.models.towers import towers_of
 
 

@@ -33,10 +33,8 @@ from peft_vlm.methods.rpp.teacher import ZeroShotTeacher, check_same_classes, st
 from peft_vlm.models.towers import Towers, towers_of
 from peft_vlm.objective import EpochBatchSampler, ObjectiveOutput
 from peft_vlm.shapes import Batch
-from peft_vlm.text.compact import CompactPrompts
-from peft_vlm.text.prompt_objective import PromptObjective
-from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.text.reserve import reserve_slots
+from peft_vlm.text.class_features import CompactPrompts, PromptObjective
+from peft_vlm.text.prompts import ClassPrompts, reserve_slots
 
 SAMPLINGS = ("natural", "balanced")
 

@@ -16,7 +16,7 @@ from peft_vlm.methods.skip_tuning.objective import PAPER
 from peft_vlm.models.language_layers import language_layers_of
 from peft_vlm.objective import ClassNames, Objective, ObjectiveOutput
 from peft_vlm.shapes import Batch
-from peft_vlm.text.candidates import Candidates, candidate_scores
+from peft_vlm.text.answers import Candidates, candidate_scores
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,7 @@ from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
 from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.shapes import Batch
-from peft_vlm.text.class_features import evaluation_mode
-from peft_vlm.text.prompt_objective import PromptObjective
+from peft_vlm.text.class_features import PromptObjective, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts
 
 PAPER = Paper(

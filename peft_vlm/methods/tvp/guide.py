@@ -13,8 +13,7 @@ from peft_vlm.methods.tvp.sources import share_once
 from peft_vlm.models.patch_embedding import input_size_of
 from peft_vlm.models.towers import towers_of
 from peft_vlm.text.class_features import encode_classes
-from peft_vlm.text.prompts import ClassPrompts
-from peft_vlm.text.templates import readable
+from peft_vlm.text.prompts import ClassPrompts, readable
 
 
 class ClipGuide:

@@ -23,7 +23,7 @@ from peft_vlm.methods.tvp.sources import Source, check_same_images, share_once
 from peft_vlm.methods.tvp.tasks import AnswerTask, ClassTask, Task, TaskOutput
 from peft_vlm.objective import ClassNames, Objective, ObjectiveOutput, Paper
 from peft_vlm.shapes import Batch
-from peft_vlm.text.candidates import Candidates
+from peft_vlm.text.answers import Candidates
 from peft_vlm.text.prompts import ClassPrompts
 
 PAPER = Paper(

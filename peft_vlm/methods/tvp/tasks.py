@@ -13,7 +13,7 @@ from peft_vlm.data.question_inputs import check_image_tokens, model_inputs, ques
 from peft_vlm.errors import AdapterError
 from peft_vlm.models.towers import towers_of
 from peft_vlm.models.visual_tokens import encode_visual_tokens, record_visual_tokens, visual_tokens_per_row
-from peft_vlm.text.candidates import Candidates, candidate_scores
+from peft_vlm.text.answers import Candidates, candidate_scores
 from peft_vlm.text.class_features import ClassFeatureCache
 from peft_vlm.text.prompts import ClassPrompts
 

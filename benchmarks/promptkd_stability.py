@@ -23,8 +23,8 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PrinterCallback, set_seed
 
 from peft_vlm import PromptKDConfig, PromptKDObjective, VLMTrainer, VLMTrainingArguments
-from peft_vlm.data.image_features import all_image_features
-from peft_vlm.data.sources import load_image_dataset
+from peft_vlm.data.feature_store import all_image_features
+from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.splits import base_and_new_classes
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.evaluation.metrics import harmonic_mean

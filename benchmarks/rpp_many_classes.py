@@ -84,7 +84,7 @@ def child(variant: str, steps: int) -> dict[str, float]:
 
 def random_store(count: int, dim: int) -> Any:
     """Class features of the teacher: computing them once is no part of a step."""
-    from peft_vlm.data.row_store import RowStore
+    from peft_vlm.data.feature_store import RowStore
 
     store = RowStore("disk", name="class features")
     store.allocate((count, dim), torch.float32)

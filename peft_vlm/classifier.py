@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from peft_vlm.data.images import read_image
+from peft_vlm.data.dataset import read_image
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import ClassNameError
 from peft_vlm.evaluation.classify import LogitsFn, TextClassifier

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, set_seed
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.sources import load_image_dataset
+from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.splits import base_and_new_classes, few_shot
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 from peft_vlm.distributed import is_main_process, local_index

@@ -11,7 +11,7 @@ from transformers import PrinterCallback
 
 from peft_vlm.baselines import LinearProbe
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.image_features import all_image_features
+from peft_vlm.data.feature_store import all_image_features
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.evaluation.classify import evaluate_classifier

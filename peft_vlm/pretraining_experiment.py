@@ -10,11 +10,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import PrinterCallback
 
-from peft_vlm.data.class_lists import read_class_list
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.load_stream import load_image_stream
-from peft_vlm.data.sources import load_image_dataset
-from peft_vlm.data.streams import ImageStream
+from peft_vlm.data.loading import load_image_dataset, read_class_list
+from peft_vlm.data.streaming import ImageStream, load_image_stream
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.evaluation.classify import evaluate_classifier
 from peft_vlm.experiment import Experiment, Task

@@ -12,8 +12,8 @@ from transformers import AutoConfig, PrinterCallback, set_seed
 
 from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
-from peft_vlm.data.sources import load_image_dataset
 from peft_vlm.data.splits import base_and_new_classes, few_shot
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform, mean_and_std_of
 from peft_vlm.errors import PeftVLMError

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
 
 from peft_vlm.adapters.pixel_prompt import remove_prompts, show_prompted
-from peft_vlm.data.question_batches import QuestionCollator
+from peft_vlm.data.question_collator import QuestionCollator
 from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.distributed import is_main_process, wait_for_everyone
 from peft_vlm.errors import DataError

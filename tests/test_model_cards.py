@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from peft_vlm import PromptedClassifier
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.sources import load_image_dataset
+from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.splits import base_and_new_classes
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.evaluation.classify import TextClassifier, classify

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft_vlm.classifier import Prediction, PromptedClassifier
 from peft_vlm.cli.command import add_command, print_json
-from peft_vlm.data.images import IMAGE_EXTENSIONS
+from peft_vlm.data.dataset import IMAGE_EXTENSIONS
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.serving.plain import load_exported
 

@@ -1,14 +1,9 @@
 """Datasets, few-shot and base/new splits, transforms."""
 
-from peft_vlm.data.class_lists import read_class_list
-from peft_vlm.data.dataset import ImageClassificationDataset, LabelDataset, collate
-from peft_vlm.data.images import read_image
-from peft_vlm.data.load_stream import balanced_shares, load_image_stream
-from peft_vlm.data.open_stream import open_stream
-from peft_vlm.data.question_batches import QuestionCollator
-from peft_vlm.data.question_inputs import check_image_tokens, model_inputs, question_inputs
+from peft_vlm.data.dataset import ImageClassificationDataset, LabelDataset, collate, read_image
+from peft_vlm.data.loading import load_image_dataset, load_unlabelled_images, read_class_list, read_class_names
+from peft_vlm.data.question_collator import QuestionCollator, check_image_tokens, model_inputs, question_inputs
 from peft_vlm.data.questions import ImageAugmentation, ImageQuestionDataset, RandomCrop
-from peft_vlm.data.sources import load_image_dataset, read_class_names
 from peft_vlm.data.specs import SKIP_TUNING_TEMPLATES, SPECS, DatasetSpec
 from peft_vlm.data.splits import (
     BaseToNewSplit,
@@ -18,9 +13,8 @@ from peft_vlm.data.splits import (
     few_shot_indices,
     read_zhou_split,
 )
-from peft_vlm.data.streams import ImageStream
+from peft_vlm.data.streaming import ImageStream, balanced_shares, load_image_stream, open_stream
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
-from peft_vlm.data.unlabelled import load_unlabelled_images
 
 __all__ = [
     "SKIP_TUNING_TEMPLATES",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from peft_vlm.data.question_batches import QuestionCollator
+from peft_vlm.data.question_collator import QuestionCollator
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
 from peft_vlm.errors import DataError
 from peft_vlm.models.towers import unwrap

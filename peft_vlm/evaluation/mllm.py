@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 
 from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of, without_prompt
 from peft_vlm.data.corruptions import CORRUPTIONS, LEVELS, Corruption
-from peft_vlm.data.question_batches import check_shrinking
-from peft_vlm.data.question_inputs import question_inputs
+from peft_vlm.data.question_collator import check_shrinking, question_inputs
 from peft_vlm.data.questions import Collator, ImageQuestionDataset
 from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.evaluation.answers import exact_match

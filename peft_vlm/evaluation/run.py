@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.sources import load_image_dataset
+from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import DataError
 from peft_vlm.evaluation import protocols

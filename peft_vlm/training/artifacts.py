@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peft_vlm.adapters.config import installed_version
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.streams import ImageStream
+from peft_vlm.data.streaming import ImageStream
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.distributed import wait_for_everyone
 from peft_vlm.figures import has_matplotlib

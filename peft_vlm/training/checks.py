@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_vlm.data.streams import ImageStream
+from peft_vlm.data.streaming import ImageStream
 from peft_vlm.errors import DataError, PeftVLMError
 from peft_vlm.objective import Objective
 from peft_vlm.text.prompts import readable

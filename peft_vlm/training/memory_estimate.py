@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel
 
-from peft_vlm.data.row_store import free_ram
+from peft_vlm.data.feature_store import free_ram
 from peft_vlm.distributed import local_place
 from peft_vlm.models.language_layers import is_multimodal, language_layers_of
 from peft_vlm.models.towers import FAMILIES, towers_of, unwrap

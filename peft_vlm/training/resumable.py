@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from peft_vlm.adapters.config import VLMConfig, installed_version
-from peft_vlm.data.streams import ImageStream
+from peft_vlm.data.streaming import ImageStream
 from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.files import read_json
 from peft_vlm.objective import Objective

@@ -5,7 +5,7 @@ import warnings
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
-from peft_vlm.data.streams import ImageStream
+from peft_vlm.data.streaming import ImageStream
 from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.training.arguments import VLMTrainingArguments
 

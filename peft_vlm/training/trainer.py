@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.streams import ImageStream
+from peft_vlm.data.streaming import ImageStream
 from peft_vlm.distributed import num_processes
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.objective import Objective

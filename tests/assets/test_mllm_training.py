@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_questions import COLOURS, Questions, QuestionTokens, draw_images
-from peft_vlm.data.question_batches import QuestionCollator
+from peft_vlm.data.question_collator import QuestionCollator
 from peft_vlm.data.questions import ImageQuestionDataset
 from pretraining_data import load_smoke
 from run_log import RunLog

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evaluate_clip import load
 from evaluate_mllm import colours, evaluate, sample
-from peft_vlm.data.question_batches import QuestionCollator
+from peft_vlm.data.question_collator import QuestionCollator
 from peft_vlm.evaluation.mllm import likelihood_accuracy
 from tests.source_tree import ROOT
 

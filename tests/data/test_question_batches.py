@@ -7,7 +7,7 @@ import torch
 
 from peft_vlm.adapters.pixel_prompt import PixelSettings
 from peft_vlm.data import ImageQuestionDataset, QuestionCollator, check_image_tokens, model_inputs, question_inputs
-from peft_vlm.data.question_batches import check_shrinking
+from peft_vlm.data.question_collator import check_shrinking
 from peft_vlm.data.shrink import ShrinkingProcessor
 from peft_vlm.errors import DataError, UnsupportedModelError
 from peft_vlm.text.answers import answer_token_ids, last_positions, resolve_end_token

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_vlm.data import row_store
-from peft_vlm.data.row_store import RowStore
+from peft_vlm.data.feature_store import RowStore
 from peft_vlm.errors import DataError
 
 ROWS = (2**40, 2**10)  # 4 PB in float32

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch.utils.data import DataLoader
 
 from peft_vlm.data import open_stream, read_class_list
-from peft_vlm.data.load_stream import count_labels
+from peft_vlm.data.streaming import count_labels
 from peft_vlm.errors import DataError
 from tests.tiny import colour_rows
 from tests.tiny_streams import NAMES, stream, table, write_shards

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from peft_vlm import PromptedClassifier
-from peft_vlm.data.sources import load_image_dataset
+from peft_vlm.data.loading import load_image_dataset
 from tests.scripts import Finished, run_script
 from tests.source_tree import ROOT
 

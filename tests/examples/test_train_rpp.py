@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_vlm import PromptedClassifier
-from peft_vlm.data.sources import load_image_dataset
+from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.pretraining_experiment import load_pretraining_images
 from tests.scripts import run_script, start_script

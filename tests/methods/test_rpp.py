@@ -16,8 +16,8 @@ from peft_vlm import (
     VLMTrainer,
     VLMTrainingArguments,
 )
-from peft_vlm.data.balanced import BalancedBatches
 from peft_vlm.data.dataset import collate
+from peft_vlm.data.splits import BalancedBatches
 from peft_vlm.errors import AdapterError, ClassNameError, DataError, UnsupportedModelError
 from peft_vlm.losses import distillation_loss
 from peft_vlm.models.towers import image_features, similarity_logits, towers_of

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from peft_vlm import SkipTuningObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data.dataset import collate
-from peft_vlm.data.row_store import RowStore
+from peft_vlm.data.feature_store import RowStore
 from peft_vlm.errors import AdapterError
 from peft_vlm.losses import kept_classes, num_top_classes, rank_classes, rank_keep_probability
 from peft_vlm.methods.skip_tuning.presets import preset_for

@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from peft_vlm import SkipTuningAnswerObjective, SkipTuningConfig, VLMTrainer, VLMTrainingArguments
-from peft_vlm.data.question_inputs import model_inputs
+from peft_vlm.data.question_collator import model_inputs
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 from peft_vlm.methods.skip_tuning import answer_states
 from peft_vlm.methods.skip_tuning.answer_states import AnswerStates

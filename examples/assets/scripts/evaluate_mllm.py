@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from evaluate_clip import load
 from mllm_questions import COLOURS
-from peft_vlm.data.question_batches import QuestionCollator
+from peft_vlm.data.question_collator import QuestionCollator
 from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.data.shrink import shrunken_image
 from peft_vlm.evaluation.mllm import generation_accuracy, likelihood_accuracy

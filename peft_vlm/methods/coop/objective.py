@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from peft_vlm.adapters.context import trained_towers
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.image_features import all_image_features
-from peft_vlm.data.streams import ImageStream
+from peft_vlm.data.feature_store import all_image_features
+from peft_vlm.data.streaming import ImageStream
 from peft_vlm.errors import AdapterError
 from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import ObjectiveOutput, Paper

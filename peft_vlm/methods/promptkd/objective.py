@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.row_store import RowStore
+from peft_vlm.data.feature_store import RowStore
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.losses import distillation_loss

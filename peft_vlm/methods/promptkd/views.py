@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.row_store import RowStore, divided_pass
+from peft_vlm.data.feature_store import RowStore, divided_pass
 from peft_vlm.distributed import apart
 from peft_vlm.methods.promptkd.projector import Projector
 from peft_vlm.models.towers import towers_of

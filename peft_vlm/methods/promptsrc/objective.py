@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from peft_vlm.adapters.context import trained_towers
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.image_features import all_image_features
-from peft_vlm.data.streams import ImageStream
+from peft_vlm.data.feature_store import all_image_features
+from peft_vlm.data.streaming import ImageStream
 from peft_vlm.losses import distillation_loss, feature_distance
 from peft_vlm.methods.promptsrc.aggregation import PromptAggregation
 from peft_vlm.methods.promptsrc.frozen import frozen_class_features

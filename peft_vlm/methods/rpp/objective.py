@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPModel
 
 from peft_vlm.adapters.context import trained_towers
-from peft_vlm.data.balanced import BalancedBatches
-from peft_vlm.data.row_store import RowStore
+from peft_vlm.data.feature_store import RowStore
+from peft_vlm.data.splits import BalancedBatches
 from peft_vlm.distributed import gather_rows
 from peft_vlm.errors import DataError, UnsupportedModelError
 from peft_vlm.losses import (

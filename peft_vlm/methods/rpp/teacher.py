@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft_vlm.data.row_store import RowStore
+from peft_vlm.data.feature_store import RowStore
 from peft_vlm.distributed import local_place, part_of
 from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.models.towers import towers_of

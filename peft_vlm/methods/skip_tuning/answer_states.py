@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from peft_vlm.data.question_inputs import IGNORED, TOKEN_COLUMNS, model_inputs
+from peft_vlm.data.feature_store import RowStore, check_room, divided_pass
+from peft_vlm.data.question_collator import IGNORED, TOKEN_COLUMNS, model_inputs
 from peft_vlm.data.questions import ImageQuestionDataset
-from peft_vlm.data.row_store import RowStore, check_room, divided_pass
 from peft_vlm.distributed import from_all, local_place, part_of
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 from peft_vlm.models.language_layers import LanguageLayers

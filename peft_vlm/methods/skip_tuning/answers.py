@@ -7,8 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft_vlm.data.answer_logits import answer_logits, answers_of
-from peft_vlm.data.question_inputs import check_image_tokens, model_inputs, question_inputs
+from peft_vlm.data.question_collator import (
+    answer_logits,
+    answers_of,
+    check_image_tokens,
+    model_inputs,
+    question_inputs,
+)
 from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.skip_tuning.answer_states import STATES, AnswerStates

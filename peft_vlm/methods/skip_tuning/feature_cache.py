@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.row_store import RowStore, divided_pass
+from peft_vlm.data.feature_store import RowStore, divided_pass
 from peft_vlm.distributed import divided
 from peft_vlm.models.towers import Towers
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.row_store import RowStore
+from peft_vlm.data.feature_store import RowStore
 from peft_vlm.distributed import gather_rows
 from peft_vlm.losses import kept_classes, num_top_classes, rank_classes, rank_keep_probability
 from peft_vlm.methods.skip_tuning.feature_cache import fill, initial_prototypes, text_hidden_states

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_vlm.adapters.pixel_prompt import without_prompt
-from peft_vlm.data.row_store import STORAGES, RowStore, divided_pass
+from peft_vlm.data.feature_store import STORAGES, RowStore, divided_pass
 from peft_vlm.errors import DataError
 from peft_vlm.methods.tvp.frozen import hold_still, on_device
 from peft_vlm.methods.tvp.tasks import Task

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of
-from peft_vlm.data.question_batches import check_shrinking
+from peft_vlm.data.question_collator import check_shrinking
 from peft_vlm.distributed import shared_mean
 from peft_vlm.losses import feature_consistency, semantic_enhancement
 from peft_vlm.methods.tvp.clean_tokens import CleanTokens

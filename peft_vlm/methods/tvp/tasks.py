@@ -8,8 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from peft_vlm.data.answer_logits import answer_logits, answers_of
-from peft_vlm.data.question_inputs import check_image_tokens, model_inputs, question_inputs
+from peft_vlm.data.question_collator import (
+    answer_logits,
+    answers_of,
+    check_image_tokens,
+    model_inputs,
+    question_inputs,
+)
 from peft_vlm.errors import AdapterError
 from peft_vlm.models.towers import towers_of
 from peft_vlm.models.visual_tokens import encode_visual_tokens, record_visual_tokens, visual_tokens_per_row

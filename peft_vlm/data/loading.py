@@ -1,7 +1,10 @@
-"""One function that opens whatever holds labelled images, and says what is wrong when it cannot."""
+"""Labelled images on disk: a folder per class, or a CSV file."""
 
+import csv
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,119 @@ import datasets
 from datasets import ClassLabel, load_dataset, load_from_disk
 from datasets import Dataset as HFDataset
 
-from peft_vlm.data.dataset import ImageClassificationDataset, check_columns
-from peft_vlm.data.folders import read_csv, read_image_folder, sort_labels
+from peft_vlm.data.dataset import IMAGE_EXTENSIONS, ImageClassificationDataset, check_columns
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.errors import DataError
+
+#: Rows {"image": path, "label": folder name or cell}, and the raw labels of all splits in the order of their ids.
+Rows = list[dict[str, str]]
+
+#: Column of a CSV file that names the split of each row.
+SPLIT_COLUMN = "split"
+
+
+def read_image_folder(root: Path, *, split: str) -> tuple[Rows, list[str]]:
+    """Images of `root/<split>/<class>/...`, or of `root/<class>/...`, which has the split `train` only.
+
+    Files and classes are in sorted order (numerically when all class folders are numbers); hidden files and files that
+    are no images by their extension are left out. The classes are those of all splits together.
+
+    Args:
+        root: The folder.
+        split: Name of the part.
+
+    Raises:
+        DataError: If there is no such split, or no class folder with images.
+    """
+    splits = {folder.name: folder for folder in _folders(root) if _is_split(folder)}
+    if splits and split not in splits:
+        raise DataError(f"{str(root)!r} has the splits {sorted(splits)!r}, got `split`={split!r}.")
+    if not splits and split != "train":
+        raise DataError(
+            f"{str(root)!r} has no split folders, so all of it is the split 'train'; got `split`={split!r}. "
+            f"Make the folders {str(root / 'train')!r} and {str(root / split)!r}, each with one folder per class."
+        )
+    raw_labels = sort_labels({folder.name for part in splits.values() or [root] for folder in _folders(part)})
+    rows = [
+        {"image": str(file), "label": label}
+        for label in raw_labels
+        for file in sorted((splits.get(split, root) / label).rglob("*"))
+        if file.suffix.lower() in IMAGE_EXTENSIONS and not file.name.startswith(".")
+    ]
+    if not rows:
+        raise DataError(
+            f"No images in {str(splits.get(split, root))!r}. Expected one folder per class with images in it."
+        )
+    return rows, raw_labels
+
+
+def read_csv(path: Path, *, split: str, image_column: str, label_column: str) -> tuple[Rows, list[str]]:
+    """Rows of a CSV file with a header; image paths are relative to the file.
+
+    A column `split` says to which part a row belongs; a file without it is the split `train`. The classes are those of
+    all splits together.
+
+    Args:
+        path: The file, UTF-8, separated by commas.
+        split: Name of the part.
+        image_column: Column of the image paths.
+        label_column: Column of the labels: numbers, or names.
+
+    Raises:
+        DataError: If a column or the split is not there, a cell is empty, or images are missing.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or [])
+        if not {image_column, label_column} <= set(columns):
+            raise DataError(
+                f"Expected the columns {[image_column, label_column]!r} in {str(path)!r}, got {columns!r}. Add a "
+                "header line, or name the columns with `image_column` and `label_column`."
+            )
+        cells = [(row[image_column], row[label_column], row.get(SPLIT_COLUMN, "train")) for row in reader]
+    if not cells:
+        raise DataError(f"{str(path)!r} has a header and no rows.")
+    empty = [number for number, row in enumerate(cells, start=2) if not all(row)]
+    if empty:
+        raise DataError(f"Line {empty[0]} of {str(path)!r} has no image, no label or no split.")
+    splits = sorted({part for _, _, part in cells})
+    if split not in splits:
+        advice = "" if SPLIT_COLUMN in columns else f" A column {SPLIT_COLUMN!r} says to which split a row belongs."
+        raise DataError(f"{str(path)!r} has the splits {splits!r}, got `split`={split!r}.{advice}")
+    rows = [{"image": str(path.parent / image), "label": label} for image, label, part in cells if part == split]
+    check_files_exist([row["image"] for row in rows])
+    return rows, sort_labels({label for _, label, _ in cells})
+
+
+def check_files_exist(paths: Sequence[str]) -> None:
+    """Refuse a list with missing files before hours of work reach them.
+
+    Args:
+        paths: Image files.
+
+    Raises:
+        DataError: Naming the first and counting all.
+    """
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(paths)} image files are missing, the first is {missing[0]!r}. "
+            "Check the folder that relative paths start from."
+        )
+
+
+def sort_labels(labels: set[str]) -> list[str]:
+    """Labels in the order of their ids: numerically when all are numbers (as ImageNet-V2's folders), else as text."""
+    return sorted(labels, key=(lambda label: (int(label), label)) if all(x.isdecimal() for x in labels) else None)
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _is_split(folder: Path) -> bool:
+    return folder.name in {"train", "val", "valid", "validation", "test"} and bool(_folders(folder))
+
 
 Source = str | Path | HFDataset | Mapping[str, HFDataset]
 ClassNames = Sequence[str] | Mapping[str, str] | str | Path
@@ -227,3 +339,116 @@ def _check_covered(raw_labels: Sequence[str], names: Mapping[str, str]) -> None:
     missing = [raw for raw in raw_labels if raw not in names]
     if missing:
         raise DataError(f"The mapping of class names lacks {len(missing)} labels, the first is {missing[0]!r}.")
+
+
+def load_unlabelled_images(
+    source: str | Path | HFDataset,
+    class_names: Sequence[str],
+    *,
+    image_column: str = "image",
+    transform: ImageTransform | None = None,
+    seed: int = 0,
+) -> ImageClassificationDataset:
+    """A dataset whose labels are all -1. Training on it reports no accuracy, and it cannot be evaluated on.
+
+    Args:
+        source: A folder, searched with all its subfolders (whose names mean nothing), or a `datasets.Dataset`, whose
+            other columns are not read.
+        class_names: Classes that the model is to tell apart, in the order of its prompts.
+        image_column: Column of the image.
+        transform: Makes the pixels.
+        seed: Seed of a random transform.
+
+    Raises:
+        DataError: If the folder does not exist or holds no images.
+    """
+    if isinstance(source, HFDataset):
+        rows: HFDataset | list[dict[str, str]] = source
+    else:
+        rows = [{image_column: str(file)} for file in _images_below(Path(source))]
+    return ImageClassificationDataset(
+        rows, class_names, transform=transform, image_column=image_column, label_column=None, seed=seed
+    )
+
+
+def _images_below(root: Path) -> list[Path]:
+    """Image files in sorted order; hidden ones are left out."""
+    if not root.is_dir():
+        raise DataError(f"There is no folder {str(root)!r}. Relative paths start from {str(Path.cwd())!r}.")
+    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file()]
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    if not files:
+        raise DataError(f"No images in {str(root)!r} or its subfolders.")
+    return files
+
+
+logger = logging.getLogger(__name__)
+
+_ID_LINE = re.compile(r"(n\d{8})[\t ]+(.+)")
+_NOUN_LINE = re.compile(r"(\d{8}) \d{2} n ([0-9a-f]{2}) (.+)")
+
+
+def read_class_list(path: str | Path) -> list[str] | dict[str, str]:
+    """Names in label order, or by WordNet id, all different.
+
+    Args:
+        path: A file that `read_class_names` reads; lines `n01440764<tab or space>tench, Tinca tinca` (ImageNet's
+            `words.txt`), of which the first word counts; or WordNet's `data.noun`.
+
+    Returns:
+        A list, or a mapping from WordNet id to name. Of several classes with one name, such as the bird and the
+        machine called crane, each gets its second word in brackets, or its id where it has no other word.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        return read_class_names(path)
+    lines = [line.rstrip() for line in path.read_text(encoding="utf-8-sig").splitlines()] if path.is_file() else []
+    words = _noun_words(lines) or _id_words(lines)
+    return distinct_names(words) if words else read_class_names(path)
+
+
+def _id_words(lines: list[str]) -> dict[str, list[str]]:
+    """Words by id where every line is `id words`; empty otherwise."""
+    pairs = [_ID_LINE.fullmatch(line) for line in lines if line]
+    if not pairs or not all(pairs):
+        return {}
+    return {pair[1]: [word.strip().replace("_", " ") for word in pair[2].split(",")] for pair in pairs if pair}
+
+
+def _noun_words(lines: list[str]) -> dict[str, list[str]]:
+    """Words by id from WordNet's `data.noun`: empty for other files.
+
+    A line is offset, file number, type, number of words in hex, words; the licence text in front is indented.
+    """
+    entries = [_NOUN_LINE.match(line) for line in lines if line and not line.startswith("  ")]
+    if not entries or not all(entries):
+        return {}
+    words = {}
+    for entry in entries:
+        if entry is not None:
+            cells = entry[3].split(" ")[: 2 * int(entry[2], 16) : 2]
+            words[f"n{entry[1]}"] = [cell.replace("_", " ") for cell in cells]
+    return words
+
+
+def distinct_names(words: Mapping[str, list[str]]) -> dict[str, str]:
+    """A different name for each class, the first of its words where no other class has it.
+
+    Args:
+        words: Words of each class by its id, the commonest first.
+    """
+    first = Counter(entry[0].lower() for entry in words.values())
+    names, changed = {}, 0
+    for key, entry in words.items():
+        name = entry[0]
+        if first[name.lower()] > 1:
+            changed += 1
+            name = f"{name} ({entry[1] if len(entry) > 1 else key})"
+        names[key] = name
+    taken = Counter(name.lower() for name in names.values())
+    for key, name in names.items():
+        if taken[name.lower()] > 1:
+            names[key] = f"{name} ({key})"
+    if changed:
+        logger.info("%d of %d classes share their first word and got a second in brackets.", changed, len(words))
+    return names

@@ -14,7 +14,7 @@ from peft_vlm.errors import PeftVLMError
 from peft_vlm.files import BASELINE_NAME, REPORT_NAME, SUMMARY_NAME, WEIGHTS_NAME
 from peft_vlm.registry import ABOUT, METHODS, RECIPES
 from peft_vlm.serving.plain import load_exported
-from peft_vlm.training.artifacts import environment
+from peft_vlm.training.reports import environment
 
 EXAMPLES = """
   peft-vlm info                                    versions and methods

@@ -1,11 +1,83 @@
-"""Trainer callbacks: the objective's epoch hooks, and the files that a finished run leaves behind."""
+"""What to do about errors of the machine: too little memory, a worker that died."""
 
+import logging
+import resource
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_vlm.distributed import from_all
+from peft_vlm.distributed import all_agree, from_all, is_main_process, num_processes
+from peft_vlm.errors import PeftVLMError, PeftVLMWarning
+from peft_vlm.training.memory_estimate import estimate_memory, free_memory, in_words
+from peft_vlm.training.metrics import RunningMeans
 from peft_vlm.training.module import TrainingModule
+
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+CACHES = ("image_cache", "state_cache", "fca_cache", "cache_storage")
+
+
+@contextmanager
+def with_advice(args: Any, settings: dict[str, Any]) -> Iterator[None]:
+    """Errors of the machine leave this with a message that says what to change.
+
+    Args:
+        args: Settings of the run.
+        settings: Those of the objective, for caches that could lie elsewhere.
+
+    Raises:
+        MemoryError: In place of what torch raises.
+        PeftVLMError: If a worker died.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        first = str(error).partition("\n")[0] or "Out of memory."
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if is_memory or any(words in str(error).lower() for words in OUT_OF_MEMORY):
+            raise MemoryError(f"{first} {what_to_lower(args, settings)}") from error
+        if "DataLoader worker" in str(error):
+            raise PeftVLMError(
+                f"A process that reads images died: {first} The system usually ends it for want of memory. Lower "
+                f"`dataloader_num_workers` (now {args.dataloader_num_workers}) or the objective's `num_workers`, give "
+                "a container more shared memory (`--shm-size`), and go on with `resume_from_checkpoint='auto'`."
+            ) from error
+        raise
+
+
+def what_to_lower(args: Any, settings: dict[str, Any]) -> str:
+    """How the same training takes less memory.
+
+    Args:
+        args: Settings of the run.
+        settings: Those of the objective.
+    """
+    size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    advice = []
+    if size > 1:
+        advice.append(
+            f"`per_device_train_batch_size={size // 2}` with `gradient_accumulation_steps={2 * accumulation}` (now "
+            f"{size} and {accumulation}) takes half of the images' activations"
+        )
+    if not args.activation_checkpointing:
+        advice.append("`gradient_checkpointing=True` recomputes them")
+    if not (args.bf16 or args.fp16):
+        advice.append("`bf16=True` halves them")
+    for name in CACHES:
+        if settings.get(name) == "ram":
+            advice.append(f"the objective's `{name}='ram'` holds features in memory, 'disk' and 'none' do not")
+    advice.append("fewer classes per run shorten the text side")
+    return f"Lower what the run needs: {'; '.join(advice)}. Then go on with `resume_from_checkpoint='auto'`."
 
 
 class ObjectiveCallback(TrainerCallback):
@@ -60,3 +132,288 @@ class ObjectiveCallback(TrainerCallback):
             metrics["unreadable_images"] = float(len(unreadable))
         if metrics:
             self.log(metrics)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO_SECONDS = 3.0
+"""A launcher passes on what its processes got from the terminal too: within this time a signal is the same one."""
+
+
+class Interrupt(TrainerCallback):
+    """Ends a run after the step in which the first signal came; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._since = 0.0
+        self._ending = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within this, signals are taken; only the main thread of a process can."""
+        self._signal, self._ending = None, False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._take) for number in SIGNALS}
+        try:
+            yield
+            if not all_agree(self._signal is None):  # it came when no step was left
+                number = next(number for number in from_all(self._signal) if number is not None)
+                _end(number, "Stopped after the last step; the run had finished and its results are written.")
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is None:
+            self._signal, self._since = number, time.monotonic()
+            message = "\nInterrupted: this step is finished and a checkpoint written. Once more: stop at once.\n"
+            sys.stderr.write(message if is_main_process() else "")
+        elif time.monotonic() - self._since > ECHO_SECONDS:
+            _end(number, "Stopped at once; the last checkpoint is as it was.")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a checkpoint, on all processes, when a signal has reached one of them."""
+        if not self._ending and not all_agree(self._signal is None):
+            self._ending = control.should_save = True
+            self._signal = next(number for number in from_all(self._signal) if number is not None)
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End the run after the checkpoint."""
+        if self._ending and self._signal is not None:
+            _end(
+                self._signal,
+                f"Stopped after step {state.global_step} of {state.max_steps}; checkpoint-{state.global_step} is in "
+                f"{args.output_dir!r}. Go on with `resume_from_checkpoint='auto'`.",
+            )
+
+
+def _end(number: int, message: str) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt(message)
+    if is_main_process():
+        sys.stderr.write(message + "\n")
+    raise SystemExit(128 + number)
+
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_A_ROW = 10
+"""After so many steps left out one after the other the weights are broken, and the run stops."""
+MAX_SCALER_SKIPS = 30
+"""The same for a loss scaler, which halves its factor of 65,536 each time: no gradient is too large after so many."""
+
+
+class FiniteSteps(TrainerCallback):
+    """Looks at loss and gradient of all processes before each update; all of them decide alike.
+
+    Under a loss scaler a gradient that overflows is nothing special: the scaler leaves the step out and lowers its
+    factor. Such steps are counted too, and stop the run where lowering does not help.
+
+    Args:
+        trainer: The trainer it belongs to.
+        choice: `"error"` or `"skip"`.
+    """
+
+    def __init__(self, trainer: Any, choice: str) -> None:
+        self.trainer, self.choice = trainer, choice
+        self._batches: list[tuple[dict[str, Tensor], Tensor]] = []
+        self._in_a_row, self._scaler_skips = 0, 0
+        self._left_out = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget an earlier run, which may have ended within a step."""
+        self._batches, self._in_a_row, self._scaler_skips = [], 0, 0
+
+    def add(self, outputs: dict[str, Tensor], index: Tensor) -> None:
+        """Remember a batch until the update.
+
+        Args:
+            outputs: Loss and its terms.
+            index: Positions of its images in the dataset.
+        """
+        self._batches.append(({k: v.detach() for k, v in outputs.items() if k.startswith("loss")}, index))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop, or leave the update out, where something is not finite.
+
+        Args:
+            args: Settings of the run.
+            state: State of the trainer.
+            control: Not used.
+            **kwargs: Not used.
+
+        Raises:
+            FloatingPointError: Naming the images.
+        """
+        batches, self._batches = self._batches, []
+        parameters = [p for p in self.trainer.model.parameters() if p.grad is not None]
+        good = torch.stack([outputs["loss"] for outputs, _ in batches]).isfinite().all()
+        has_scaler = self.trainer.accelerator.scaler is not None
+        if parameters and not has_scaler:
+            good = good & torch.stack([p.grad.detach().float().sum() for p in parameters]).isfinite().all()
+        self._left_out = not all_agree(bool(good))
+        self.trainer.running_means.end_step(left_out=self._left_out)
+        if not self._left_out:
+            self._in_a_row = 0
+            return
+        message = self._message(batches, state.global_step)
+        self._in_a_row += 1
+        if self.choice == "error" or self._in_a_row > MAX_IN_A_ROW:
+            raise FloatingPointError(message)
+        logger.warning("The step is left out. %s", message)
+        if has_scaler:  # which must have looked at gradients before they go, and skips the step if they overflow
+            optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+            with suppress(RuntimeError):  # it has looked already
+                self.trainer.accelerator.scaler.unscale_(optimizer)
+        for parameter in parameters:
+            parameter.grad = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count a step that was left out, by this or by the loss scaler.
+
+        Args:
+            args: Settings of the run.
+            state: State of the trainer.
+            control: Not used.
+            **kwargs: Not used.
+
+        Raises:
+            FloatingPointError: If the scaler leaves out every step.
+        """
+        by_scaler = self.trainer.accelerator.optimizer_step_was_skipped
+        self._scaler_skips = self._scaler_skips + 1 if by_scaler else 0
+        if self._scaler_skips > MAX_SCALER_SKIPS:
+            raise FloatingPointError(
+                f"Expected a finite gradient at step {state.global_step}, got {self._scaler_skips} steps in a row "
+                "that the loss scaler left out, however small its factor. Use bf16 or float32 instead of fp16, or "
+                "lower the learning rate."
+            )
+        if self._left_out or by_scaler:
+            earlier = [entry["skipped_steps"] for entry in state.log_history if "skipped_steps" in entry]
+            self.trainer.log({"skipped_steps": (earlier[-1] if earlier else 0.0) + 1})
+
+    def _message(self, batches: list[tuple[dict[str, Tensor], Tensor]], step: int) -> str:
+        bad = [pair for pair in batches if not torch.isfinite(pair[0]["loss"])]
+        terms = {key: float(value) for key, value in bad[0][0].items()} if bad else {}
+        images = sorted({position for _, index in bad or batches for position in index.tolist()})
+        everywhere = from_all((terms, images))
+        guilty = [pair for pair in everywhere if pair[0]] or everywhere
+        what = f"a finite loss, got {guilty[0][0]!r}" if guilty[0][0] else "a finite gradient, got another"
+        found = sorted({position for _, some in guilty for position in some})
+        return (
+            f"Expected {what} at step {step} for the images with dataset index {found!r}. Lower the learning rate, "
+            "use bf16 or float32 instead of fp16, look at these images, or leave such steps out (`non_finite='skip'`)."
+        )
+
+
+_said: set[str] = set()
+
+
+class RunReport(TrainerCallback):
+    """Prints to standard error from the main process, and refuses what cannot fit into memory.
+
+    Args:
+        trainer: The trainer it belongs to.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._start, self._first_step, self._loss, self._epoch = 0.0, 0, 0.0, 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say how many processes train, and compare estimated and free memory.
+
+        Args:
+            args: Settings of the run.
+            state: State of the trainer.
+            control: Not used.
+            **kwargs: Not used.
+
+        Raises:
+            PeftVLMError: If the memory does not suffice, and `memory_check` is `"refuse"`.
+        """
+        trainer, size = self.trainer, args.per_device_train_batch_size
+        model, objective = trainer.model.model, trainer.objective
+        estimate = estimate_memory(model, objective, trainer.train_dataset, args)
+        together = size * num_processes() * args.gradient_accumulation_steps
+        self._say_once(
+            f"Training in {num_processes()} process{'es' if num_processes() > 1 else ''} on {args.device.type}: "
+            f"{together} images per step ({size} per process, {args.gradient_accumulation_steps} accumulated), "
+            f"{state.max_steps - state.global_step} steps to go. Estimated memory per process: {estimate}."
+        )
+        free = free_memory(args.device)
+        if args.memory_check != "off" and not all_agree(free is None or estimate.needed <= free):
+            message = (
+                f"Expected {in_words(free or 0)} of free memory to suffice, got an estimate of "
+                f"{in_words(estimate.needed)} beside what is in use now ({estimate}). "
+                f"{what_to_lower(args, objective.config_dict())} `memory_check='off'` tries it anyway."
+            )
+            if args.memory_check == "refuse":
+                raise PeftVLMError(message)
+            warnings.warn(message, PeftVLMWarning, stacklevel=2)
+        trainer.running_means = RunningMeans()
+        self._start, self._first_step = time.monotonic(), state.global_step
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The loss of the epoch begins anew."""
+        self.trainer.running_means.start_epoch()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Loss, speed, time left and peak memory; where the user has not switched progress off."""
+        loss = self.trainer.running_means.epoch_loss()
+        done = state.global_step - self._first_step
+        if args.disable_tqdm or not done or loss is None:
+            return
+        seconds = (time.monotonic() - self._start) / done
+        images = args.per_device_train_batch_size * num_processes() * args.gradient_accumulation_steps / seconds
+        left = duration(seconds * (state.max_steps - state.global_step))
+        self._say(
+            f"Epoch {state.epoch or 0.0:g} of {state.num_train_epochs}: loss {loss:.4g}, {images:.3g} images/s, "
+            f"{left} left, peak memory {_peak(args.device):.2f} GB"
+        )
+
+    def _say(self, line: str) -> None:
+        if is_main_process():
+            tqdm.write(line, file=sys.stderr)
+
+    def _say_once(self, line: str) -> None:
+        """Experiments train many times in the same way."""
+        kind = line.partition("Estimated")[0]
+        if kind not in _said:
+            _said.add(kind)
+            self._say(line)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it.
+
+    Args:
+        seconds: Length.
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _peak(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30

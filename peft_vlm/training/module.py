@@ -9,7 +9,7 @@ from peft_vlm.distributed import left_out, num_processes, share_of
 from peft_vlm.models.towers import unwrap
 from peft_vlm.objective import Objective
 from peft_vlm.shapes import Batch
-from peft_vlm.training.batches import FILLER
+from peft_vlm.training.loaders import FILLER
 
 
 class TrainingModule(nn.Module):

@@ -18,20 +18,14 @@ from peft_vlm.distributed import num_processes
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.objective import Objective
 from peft_vlm.training.arguments import VLMTrainingArguments
-from peft_vlm.training.artifacts import ArtifactsCallback, describe_adapter
-from peft_vlm.training.batches import ShuffledBatches, train_loader
-from peft_vlm.training.callbacks import ObjectiveCallback
+from peft_vlm.training.callbacks import FiniteSteps, ObjectiveCallback, RunReport
+from peft_vlm.training.checkpoints import EarlierRun, ResumableTrainer
 from peft_vlm.training.checks import check_run
-from peft_vlm.training.earlier_run import EarlierRun
-from peft_vlm.training.exact_metrics import WithLoss, accuracy_metric, classes_and_losses
-from peft_vlm.training.finite import FiniteSteps
+from peft_vlm.training.loaders import ShuffledBatches, stream_loader, train_loader
+from peft_vlm.training.metrics import RunningMeans, WithLoss, accuracy_metric, classes_and_losses
 from peft_vlm.training.module import TrainingModule
-from peft_vlm.training.progress import RunReport
-from peft_vlm.training.publishing import PublishingTrainer
-from peft_vlm.training.resumable import ResumableTrainer
-from peft_vlm.training.running_means import RunningMeans
+from peft_vlm.training.reports import ArtifactsCallback, PublishingTrainer, describe_adapter
 from peft_vlm.training.schedule import epoch_cosine_scheduler
-from peft_vlm.training.streaming import stream_loader
 
 
 class VLMTrainer(PublishingTrainer, ResumableTrainer):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from peft_vlm.errors import CheckpointError, PeftVLMWarning
 from peft_vlm.training import checkpoint_folder
-from peft_vlm.training.checkpoint_folder import MANIFEST_NAME, damage, last_checkpoint, moved_into
+from peft_vlm.training.checkpoints import MANIFEST_NAME, damage, last_checkpoint, moved_into
 from tests import forked
 from tests.short_run import train
 

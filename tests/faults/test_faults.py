@@ -14,9 +14,8 @@ from transformers import TrainerCallback
 
 from peft_vlm import VLMTrainer
 from peft_vlm.errors import DataError, PeftVLMError
-from peft_vlm.training.advice import with_advice
-from peft_vlm.training.checkpoint_folder import damage
-from peft_vlm.training.finite import MAX_IN_A_ROW
+from peft_vlm.training.callbacks import MAX_IN_A_ROW, with_advice
+from peft_vlm.training.checkpoints import damage
 from tests import forked
 from tests.short_run import parts, train
 

@@ -175,7 +175,7 @@ def test_classes_changed_after_training_survive_saving_by_the_trainer(tmp_path):
     """The objective's class list would overwrite the names beside the vectors, and loading would call it damage."""
     from peft import PeftConfig
 
-    from peft_vlm.training.artifacts import describe_adapter
+    from peft_vlm.training.reports import describe_adapter
 
     model, target = fresh(), PromptKDObjective(class_prompts(), teacher=teacher())
     target.prepare(model, images())

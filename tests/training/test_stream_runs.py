@@ -11,7 +11,7 @@ from peft_vlm import RPPObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data import ImageStream
 from peft_vlm.errors import DataError, PeftVLMWarning
 from peft_vlm.training.checks import check_run
-from peft_vlm.training.streaming import name_uneven_shards, stream_loader
+from peft_vlm.training.loaders import name_uneven_shards, stream_loader
 from tests.cases import base_model, class_prompts, rpp_config
 from tests.short_run import parts
 from tests.tiny_streams import stream, table, write_shards

@@ -100,7 +100,7 @@ def growth(results: dict[str, dict[str, float]], name: str, sampled: int, key: s
 
 def plot(results: dict[str, dict[str, float]], models: list[str], path: Path) -> None:
     """CPU time and memory over the number of classes."""
-    from peft_vlm.figures import new_figure
+    from peft_vlm.evaluation.plots import new_figure
 
     figure = new_figure(9.0, 3.6)
     axes = figure.subplots(1, 2)

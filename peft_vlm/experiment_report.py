@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_vlm.distributed import is_main_process
+from peft_vlm.evaluation.plots import new_figure
 from peft_vlm.evaluation.report import paired_difference
-from peft_vlm.figures import new_figure
 
 SCORES = {"base": "base %", "new": "new %", "h": "H %", "accuracy": "accuracy %"}
 COSTS = {"seconds": "seconds", "peak_memory_mb": "peak MB"}

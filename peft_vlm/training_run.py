@@ -19,9 +19,9 @@ from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransfo
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.evaluation.loading import load_model
 from peft_vlm.evaluation.mllm import likelihood_accuracy
+from peft_vlm.evaluation.plots import has_matplotlib
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
-from peft_vlm.figures import has_matplotlib
 from peft_vlm.files import BASELINE_NAME
 from peft_vlm.models.towers import FAMILIES
 from peft_vlm.named_settings import accepted, build, named_values

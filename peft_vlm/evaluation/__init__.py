@@ -20,7 +20,6 @@ from peft_vlm.evaluation.classify import (
     evaluate_classifier,
     predict_logits,
 )
-from peft_vlm.evaluation.generation import generate_answers
 from peft_vlm.evaluation.metrics import (
     accuracy,
     confusion_matrix,
@@ -34,6 +33,7 @@ from peft_vlm.evaluation.mllm import (
     corruption_robustness,
     data_scale_curve,
     evaluate_prompt,
+    generate_answers,
     generation_accuracy,
     likelihood_accuracy,
     mean_effect,

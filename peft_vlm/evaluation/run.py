@@ -13,10 +13,9 @@ from peft_vlm.errors import DataError
 from peft_vlm.evaluation import protocols
 from peft_vlm.evaluation.classify import EvalResult, TextClassifier
 from peft_vlm.evaluation.loading import LoadedModel, load_model
-from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png
+from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png, require_matplotlib
 from peft_vlm.evaluation.protocols import ProtocolResult
 from peft_vlm.evaluation.report import EvalReport
-from peft_vlm.figures import require_matplotlib
 from peft_vlm.files import BASELINE_NAME, REPORT_NAME, weights_sha256
 
 #: Protocols on one dataset, and on several named ones.

@@ -18,7 +18,7 @@ from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.distributed import wait_for_everyone
-from peft_vlm.figures import has_matplotlib, new_figure
+from peft_vlm.evaluation.plots import has_matplotlib, new_figure
 from peft_vlm.files import CARD_NAME, CURVE_NAME, METRICS_NAME, SUMMARY_NAME, finite_or_null, write_json
 from peft_vlm.hub.adapter_folder import AdapterFolder
 from peft_vlm.hub.card import render_card

@@ -75,7 +75,7 @@ def test_a_decoder_with_encoder_does_not_repeat_the_question() -> None:
     model = Blip2ForConditionalGeneration(Blip2Config(**config)).eval()
     inputs = tiny_mllm("blip_2").inputs([noise_image(24, 24)])
     ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-    from peft_vlm.evaluation.generation import _new_tokens
+    from peft_vlm.evaluation.mllm import _new_tokens
 
     assert torch.equal(_new_tokens(ids, inputs["input_ids"]), ids)
     repeated = torch.cat([inputs["input_ids"], ids], dim=1)

@@ -18,7 +18,7 @@ from peft import get_peft_model
 from transformers import CLIPModel, set_seed
 
 import peft_vlm
-from peft_vlm.experiment import Experiment
+from peft_vlm.experiments.compare import Experiment
 from peft_vlm.files import write_json
 from peft_vlm.methods.rpp import PRESETS
 from peft_vlm.pretraining_experiment import (

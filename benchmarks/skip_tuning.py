@@ -55,7 +55,7 @@ def child(variant: str, steps: int, cached_images: int) -> dict[str, float]:
 
 def full_finetuning(model: Any, variant: str, cached_images: int) -> tuple[Any, float]:
     """A step of full fine-tuning."""
-    from peft_vlm.baselines import FullFineTuningObjective
+    from peft_vlm.experiments.compare import FullFineTuningObjective
 
     objective = FullFineTuningObjective(random_prompts(NUM_CLASSES, full_length=variant == "full_finetuning"))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9, weight_decay=5e-4)

@@ -30,8 +30,8 @@ from peft_vlm.evaluation.mllm import (
 )
 from peft_vlm.evaluation.plots import lines_png
 from peft_vlm.evaluation.transfer import comparison_table, effect_curves
+from peft_vlm.experiments.transfer import TransferExperiment, Variant
 from peft_vlm.files import write_json
-from peft_vlm.transfer_experiment import TransferExperiment, Variant
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES))

@@ -18,9 +18,8 @@ from typing import Any
 from peft import get_peft_model
 
 import peft_vlm
-from peft_vlm.experiment import Experiment, load_task
-from peft_vlm.experiment_report import show_results
-from peft_vlm.learners import TrainerLearner, ZeroShot
+from peft_vlm.experiments.compare import Experiment, TrainerLearner, ZeroShot, load_task
+from peft_vlm.experiments.report import show_results
 from peft_vlm.methods.coop import preset_for
 
 ASSETS = Path(__file__).parent / "assets"

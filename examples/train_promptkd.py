@@ -18,9 +18,8 @@ from peft import get_peft_model
 from transformers import CLIPModel
 
 from peft_vlm import PromptKDConfig, PromptKDObjective, PromptSRCConfig, PromptSRCObjective
-from peft_vlm.experiment import Experiment, Task, load_task
-from peft_vlm.experiment_report import show_results
-from peft_vlm.learners import TrainerLearner, ZeroShot
+from peft_vlm.experiments.compare import Experiment, Task, TrainerLearner, ZeroShot, load_task
+from peft_vlm.experiments.report import show_results
 from peft_vlm.methods import promptkd, promptsrc
 
 ASSETS = Path(__file__).parent / "assets"

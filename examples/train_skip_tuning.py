@@ -19,11 +19,18 @@ from typing import Any
 from peft import get_peft_model
 
 import peft_vlm
-from peft_vlm.baselines import FullFineTuningObjective
 from peft_vlm.data.transforms import EvalTransform
-from peft_vlm.experiment import Experiment, Task, load_task
-from peft_vlm.experiment_report import show_results
-from peft_vlm.learners import LinearProbeLearner, TrainerLearner, ZeroShot, chosen_learners
+from peft_vlm.experiments.compare import (
+    Experiment,
+    FullFineTuningObjective,
+    LinearProbeLearner,
+    Task,
+    TrainerLearner,
+    ZeroShot,
+    chosen_learners,
+    load_task,
+)
+from peft_vlm.experiments.report import show_results
 from peft_vlm.methods.skip_tuning.presets import preset_for
 
 ASSETS = Path(__file__).parent / "assets"

@@ -29,9 +29,9 @@ from peft_vlm.data import ImageQuestionDataset, RandomCrop, few_shot, load_image
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.distributed import is_main_process
 from peft_vlm.evaluation.mllm import likelihood_accuracy
+from peft_vlm.experiments.transfer import ImageTextModel, TransferExperiment, Variant, write_transfer_results
 from peft_vlm.methods.tvp import ClipGuide, Source
 from peft_vlm.text.prompts import tokenize_for_model
-from peft_vlm.transfer_experiment import ImageTextModel, TransferExperiment, Variant, write_transfer_results
 from tvp_domains import DOMAINS, load_domain
 from tvp_presets import PRESETS, VARIANTS
 

@@ -15,8 +15,7 @@ from peft_vlm.data.loading import load_image_dataset, read_class_list
 from peft_vlm.data.streaming import ImageStream, load_image_stream
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.evaluation.classify import evaluate_classifier
-from peft_vlm.experiment import Experiment, Task
-from peft_vlm.learners import TrainerLearner, ZeroShot
+from peft_vlm.experiments.compare import Experiment, Task, TrainerLearner, ZeroShot
 from peft_vlm.objective import Objective
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.training.arguments import VLMTrainingArguments

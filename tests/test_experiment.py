@@ -9,9 +9,8 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import ClassNameError, PeftVLMError
-from peft_vlm.experiment import Experiment, Task
-from peft_vlm.experiment_report import markdown_table
-from peft_vlm.learners import LinearProbeLearner, ZeroShot, chosen_learners
+from peft_vlm.experiments.compare import Experiment, LinearProbeLearner, Task, ZeroShot, chosen_learners
+from peft_vlm.experiments.report import markdown_table
 from tests.tiny import CONTEXT_LENGTH, clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 
 

@@ -252,7 +252,7 @@ def test_the_package_imports_without_optional_dependencies():
     code = (
         "import sys\n"
         "for name in ('tensorboard', 'torchvision', 'sklearn'): sys.modules[name] = None\n"
-        "import peft_vlm, peft_vlm.experiment, peft_vlm.evaluation.run\n"
+        "import peft_vlm, peft_vlm.experiments.compare, peft_vlm.evaluation.run\n"
         "assert 'matplotlib' not in sys.modules\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

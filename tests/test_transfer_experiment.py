@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from peft_vlm import TVPConfig, transfer_experiment
 from peft_vlm.evaluation import PromptEffect, TransferReport
-from peft_vlm.transfer_experiment import ImageTextModel, TransferExperiment, Variant, write_transfer_results
+from peft_vlm.experiments.transfer import ImageTextModel, TransferExperiment, Variant, write_transfer_results
 from tests.tiny import clip_processor
 from tests.tiny_questions import colour_questions, tiny_llava
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from peft_vlm.cli.command import add_command, print_json, read_settings
 from peft_vlm.errors import PeftVLMError
+from peft_vlm.experiments.run import RunSettings, preset_of, run_training
 from peft_vlm.training.arguments import VLMTrainingArguments
-from peft_vlm.training_run import RunSettings, preset_of, run_training
 
 EXAMPLES = """
   peft-vlm train --method skip_tuning --model examples/assets/clip_student --dataset examples/assets/icons \\

@@ -12,9 +12,8 @@ from peft_vlm import VLMTrainingArguments
 from peft_vlm.cli import main
 from peft_vlm.cli.command import as_flags
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.named_settings import build, named_values
+from peft_vlm.experiments.run import RunSettings, build, named_values, preset_of
 from peft_vlm.registry import METHODS, RECIPES
-from peft_vlm.training_run import RunSettings, preset_of
 from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 from tests.tiny_questions import llava_processor, tiny_llava
 

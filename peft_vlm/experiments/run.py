@@ -1,6 +1,7 @@
-"""One training run from names and numbers: any method on any data set, then its accuracy on the test split."""
+"""Settings that come as words: `name=value`, given to whatever has parameters of these names."""
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +23,9 @@ from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.evaluation.plots import has_matplotlib
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
+from peft_vlm.experiments.transfer import ImageTextModel
 from peft_vlm.files import BASELINE_NAME
 from peft_vlm.models.towers import FAMILIES
-from peft_vlm.named_settings import accepted, build, named_values
 from peft_vlm.objective import Objective
 from peft_vlm.presets import Preset
 from peft_vlm.registry import METHODS, RECIPES
@@ -33,7 +34,67 @@ from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import check_same_vocabulary, tokenize_for_model
 from peft_vlm.training.arguments import VLMTrainingArguments
 from peft_vlm.training.trainer import VLMTrainer
-from peft_vlm.transfer_experiment import ImageTextModel
+
+
+def named_values(words: Sequence[str], name: str) -> dict[str, Any]:
+    """`["depth=3", "init=a photo"]` as `{"depth": 3, "init": "a photo"}`: values are JSON, else text.
+
+    Args:
+        words: Words of the command line.
+        name: Flag that they belong to.
+
+    Raises:
+        PeftVLMError: If a word has no `=`.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise PeftVLMError(f"Expected `{name}` as name=value, got {word!r}.")
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key] = value
+    return values
+
+
+def accepted(target: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+    """What of an offer a function or class has a parameter for.
+
+    Args:
+        target: Function or class.
+        offered: Values by name.
+    """
+    parameters = inspect.signature(target).parameters
+    return {name: value for name, value in offered.items() if name in parameters}
+
+
+def build(
+    target: Callable[..., Any], settings: dict[str, Any], *given: Any, name: str, hidden: type | None = None
+) -> Any:
+    """Call with named settings; unknown and missing ones are errors that list what there is.
+
+    Args:
+        target: Function or class.
+        settings: Keyword arguments.
+        *given: Positional arguments.
+        name: Flag that the settings come from, for the messages.
+        hidden: Class whose parameters are not listed, such as a base class.
+
+    Raises:
+        PeftVLMError: If a setting is unknown or missing.
+    """
+    parameters = list(inspect.signature(target).parameters.values())[len(given) :]
+    unknown = sorted(set(settings) - {p.name for p in parameters})
+    if unknown:
+        shared = inspect.signature(hidden).parameters if hidden else {}
+        own = ", ".join(p.name for p in parameters if p.name not in shared)
+        raise PeftVLMError(f"`{name}` has no setting {', '.join(unknown)}. It has: {own}.")
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in settings]
+    if missing:
+        raise PeftVLMError(f"The method needs {', '.join(missing)}: pass `--{missing[0]}`, or set it in `{name}`.")
+    return target(*given, **settings)
+
 
 PROTOCOLS = {"few_shot": "few-shot", "base_to_new": "base-to-new"}
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_vlm import adapter_files as files
+from peft_vlm import files
 from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
 from peft_vlm.hub import AdapterFolder, write_folder
 

@@ -6,7 +6,7 @@ members.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +16,22 @@ from peft.utils import register_peft_method
 
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.objective import About
-from peft_vlm.presets import Preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Settings of one official configuration, as keyword arguments for the three places settings live in.
+
+    Args:
+        config: For the method's configuration.
+        objective: For its objective; empty where the objective has nothing to set.
+        training: For `VLMTrainingArguments`.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
 
 METHODS: dict[str, type] = {}
 """Registered config classes by method name (`"skip_tuning"`, ...)."""

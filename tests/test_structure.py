@@ -19,63 +19,27 @@ from tests.source_tree import (
     python_modules,
 )
 
-#: Layer of each part of the package (docs/architecture.md). A part imports lower layers; see also `SAME_LAYER`.
+#: Layer of each folder or root file of the package (docs/architecture.md). A part imports lower layers only.
 LAYERS = {
-    "adapter_files": 0,
-    "errors": 0,
-    "figures": 0,
-    "hub_errors": 0,
-    "json_files": 0,
-    "named_settings": 0,
-    "presets": 0,
-    "processes": 0,
-    "shapes": 0,
-    "sequences": 0,
-    "serving": 0,
-    "slots": 0,
-    "version": 0,
-    "vocabulary": 0,
-    "objective": 1,
-    "registry": 1,
-    "language_layers": 1,
-    "patch_embedding": 1,
-    "towers": 1,
-    "visual_tokens": 1,
-    "conversion": 2,
-    "data": 2,
-    "losses": 2,
-    "prompting": 2,
-    "text": 2,
-    "evaluation": 3,
-    "hub": 3,
-    "methods": 3,
-    "training": 3,
-    "baselines": 4,
-    "classifier": 4,
-    "learners": 4,
-    "experiment": 4,
-    "transfer_experiment": 4,
-    "pretraining_experiment": 4,
-    "experiment_report": 4,
-    "export": 4,
-    "training_run": 4,
-    "": 5,
-    "cli": 5,
+    **dict.fromkeys(("errors", "files", "distributed", "shapes", "serving"), 0),
+    "models": 1,
+    **dict.fromkeys(("adapters", "data", "text", "conversion", "losses", "registry", "objective"), 2),
+    **dict.fromkeys(("methods", "training", "evaluation", "hub"), 3),
+    **dict.fromkeys(("experiments", "classifier", "export", "pretraining_experiment"), 4),
+    **dict.fromkeys(("cli", ""), 5),
 }
-#: Imports inside one layer that the design allows. Layers 0, 1, 4 and 5 are single files, or folders like
-#: `cli`: the cycle test parts them.
-SAME_LAYER = {("training", "evaluation"), ("training", "hub"), ("hub", "evaluation")}
-SINGLE_FILE_LAYERS = {0, 1, 4, 5}
+#: Imports inside one layer that the design allows; L4 and L5 are open, the cycle test parts them.
+SAME_LAYER = {
+    *((part, "objective") for part in ("data", "text", "registry")),
+    *((part, "text") for part in ("adapters", "data")),
+    ("files", "errors"),
+    *((part, "evaluation") for part in ("training", "hub")),
+    ("training", "hub"),
+}
+OPEN_LAYERS = {4, 5}
 
-MAX_FILE_LINES = 299
-MAX_EXAMPLE_LINES = 150
-MAX_FUNCTION_LINES = 40
-HARD_FUNCTION_LINES = 60
-#: Functions of 41 to 60 lines, each with the reason why it reads better whole: {"path:Class.name": "reason"}.
-LONG_FUNCTIONS = {
-    "peft_vlm/methods/promptkd/objective.py:PromptKDObjective.__init__": "20 lines are its signature",
-    "peft_vlm/methods/skip_tuning/objective.py:SkipTuningObjective.__init__": "15 lines are its signature",
-}
+MAX_FILE_LINES = 600
+MAX_FUNCTION_LINES = 60
 
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "misc", "common", "tools"}
 #: Imported only where an extra or the user's own install brings them.
@@ -95,7 +59,7 @@ def is_allowed(importer: str, imported: str) -> bool:
     if target == "methods":
         return source == ""
     if LAYERS[source] == LAYERS[target]:
-        return LAYERS[source] in SINGLE_FILE_LAYERS or (source, target) in SAME_LAYER
+        return LAYERS[source] in OPEN_LAYERS or (source, target) in SAME_LAYER
     return LAYERS[source] > LAYERS[target]
 
 
@@ -141,7 +105,8 @@ def test_the_import_rule_sees_violations() -> None:
         ("text", "data"),
         ("evaluation", "training"),
         ("training", "methods.coop"),
-        ("towers", "text"),
+        ("models.towers", "text"),
+        ("text", "adapters"),
         ("hub", ""),
     ]
     assert all(is_allowed(f"{PACKAGE}.{a}", f"{PACKAGE}.{b}") for a, b in allowed)
@@ -179,23 +144,19 @@ def test_every_method_folder_is_imported_explicitly() -> None:
     assert not missing, f"add an import line for {missing} to methods/__init__.py"
 
 
-def test_files_are_short() -> None:
-    """Long files hide a second idea."""
-    modules = python_modules(*CODE_FOLDERS)
+def test_files_hold_one_idea() -> None:
+    """A file of the package beyond 600 lines hides a second idea."""
+    modules = python_modules(PACKAGE)
     assert len(modules) >= 10
-    long = {module.path: len(module.text.splitlines()) for module in modules}
-    assert not {path: lines for path, lines in long.items() if lines > MAX_FILE_LINES}
-    examples = {path: n for path, n in long.items() if re.fullmatch(r"examples/[^/]+\.py", path)}
-    assert not {path: lines for path, lines in examples.items() if lines > MAX_EXAMPLE_LINES}
+    lengths = {module.path: len(module.text.splitlines()) for module in modules}
+    assert not {path: lines for path, lines in lengths.items() if lines > MAX_FILE_LINES}
 
 
 def test_functions_are_short() -> None:
-    """A function over 40 lines needs a reason in `LONG_FUNCTIONS`; over 60 there is none."""
+    """A function that does not fit on a screen does more than its name says."""
     lengths = {f"{m.path}:{name}": lines for m in python_modules(*CODE_FOLDERS) for name, lines in functions(m)}
     assert len(lengths) >= 20
-    assert not {name: n for name, n in lengths.items() if n > HARD_FUNCTION_LINES}
-    long = {name: n for name, n in lengths.items() if n > MAX_FUNCTION_LINES}
-    assert set(long) == set(LONG_FUNCTIONS), f"too long: {long}; listed: {sorted(LONG_FUNCTIONS)}"
+    assert not {name: n for name, n in lengths.items() if n > MAX_FUNCTION_LINES}
 
 
 def test_no_file_is_named_after_nothing() -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from peft_vlm import TVPConfig, transfer_experiment
+from peft_vlm import TVPConfig
 from peft_vlm.evaluation import PromptEffect, TransferReport
+from peft_vlm.experiments import transfer
 from peft_vlm.experiments.transfer import ImageTextModel, TransferExperiment, Variant, write_transfer_results
 from tests.tiny import clip_processor
 from tests.tiny_questions import colour_questions, tiny_llava
@@ -23,7 +24,7 @@ def test_models_are_measured_on_the_device_of_the_training(tmp_path: Path, monke
 
     wrap(ImageTextModel("c", tiny_llava(), questions.collator)).save_pretrained(tmp_path)
     moves = []
-    monkeypatch.setattr(transfer_experiment, "_bring", lambda model, device: moves.append((model, str(device))))
+    monkeypatch.setattr(transfer, "_bring", lambda model, device: moves.append((model, str(device))))
     experiment = TransferExperiment(
         members,
         train=lambda seed: questions,

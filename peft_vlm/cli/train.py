@@ -33,9 +33,9 @@ settings.yaml has the same names (flags behind the file replace its values):
 DESCRIPTION = """\
 Writes the adapter, training_summary.json, metrics.json and, after classifying the test split, report.json.
 
-A dataset is a folder with train/<class>/*.png and test/<class>/*.png, a CSV file with image, label and split, or a Hub id.
-Settings have three homes: --config is what rebuilds the adapter, --objective what the loss needs (both: see the page
-of the method), and every field of transformers' TrainingArguments is a flag of its own."""
+A dataset is a folder with train/<class>/*.png and test/<class>/*.png, a CSV file with image, label and split, or a
+Hub id. Settings have three homes: --config is what rebuilds the adapter, --objective what the loss needs (both: see
+the page of the method), and every field of transformers' TrainingArguments is a flag of its own."""
 
 #: What `TrainingArguments` puts in the place of no folder.
 NO_FOLDER = "trainer_output"

@@ -27,8 +27,7 @@ from peft_vlm.experiments.transfer import ImageTextModel
 from peft_vlm.files import BASELINE_NAME
 from peft_vlm.models.towers import FAMILIES
 from peft_vlm.objective import Objective
-from peft_vlm.presets import Preset
-from peft_vlm.registry import METHODS, RECIPES
+from peft_vlm.registry import METHODS, RECIPES, Preset
 from peft_vlm.text.answers import tokenize_candidates
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import check_same_vocabulary, tokenize_for_model

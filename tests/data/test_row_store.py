@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_vlm.data import row_store
+from peft_vlm.data import feature_store
 from peft_vlm.data.feature_store import RowStore
 from peft_vlm.errors import DataError
 
@@ -14,7 +14,7 @@ def test_what_memory_does_not_hold_is_refused_before_the_work_begins(tmp_path, m
     """The system grants such an allocation and kills the process when it is filled."""
     memory = tmp_path / "meminfo"
     memory.write_text("MemTotal: 4096 kB\nMemAvailable: 2048 kB\n")
-    monkeypatch.setattr(row_store, "_MEMORY", memory)
+    monkeypatch.setattr(feature_store, "_MEMORY", memory)
     with pytest.raises(DataError, match=r"room for 4194304.0 GB of states, got 0.0 GB free in RAM.*'none'"):
         RowStore("ram", name="states").allocate(ROWS, torch.float32)
     store = RowStore("ram", name="states")

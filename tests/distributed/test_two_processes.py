@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from peft_vlm.distributed import process_index
 from peft_vlm.models.towers import unwrap
-from peft_vlm.training import artifacts, resumable
+from peft_vlm.training import checkpoints, reports
 from tests import forked
 from tests.short_run import MEMORY, QUESTION_RUNS, RUNS, train
 
@@ -79,7 +79,7 @@ WRITERS = ("write_json", "save_weights", "save_objective_state", "training_curve
 
 def note_writers(writers: list[str]) -> None:
     """Keep the names of functions that write files, with the process that called them."""
-    for module in (artifacts, resumable):
+    for module in (reports, checkpoints):
         for name in WRITERS:
             if hasattr(module, name):
                 setattr(module, name, noting(getattr(module, name), name, writers))

@@ -6,8 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from peft_vlm import figures
-from peft_vlm.evaluation import bars_png, confusion_matrix_png
+from peft_vlm.evaluation import bars_png, confusion_matrix_png, plots
 
 
 @pytest.mark.parametrize("number", [2, 12, 120, 300])
@@ -34,6 +33,6 @@ def test_bars_take_gaps_and_spreads(tmp_path: Path) -> None:
 
 def test_a_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A bare ModuleNotFoundError does not say how to get it."""
-    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'peft-vlm\[plots\]'"):
         bars_png({"one": {"accuracy": 50.0}}, tmp_path / "one.png")

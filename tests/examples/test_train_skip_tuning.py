@@ -50,7 +50,7 @@ def test_a_folder_of_images_from_start_to_finish(tmp_path):
     data, output = write_images(tmp_path / "my images"), tmp_path / "out"
     result = run(
         *("--model", str(tmp_path / "clip"), "--dataset", str(data), "--template", "a {}", "--preset", "base_to_new"),
-        *("--shots", "4", "--seeds", "1", "2", "--epochs", "1", "--output_dir", str(output), "--use_cpu"),
+        *("--shots", "4", "--seeds", "1", "2", "--epochs", "2", "--output_dir", str(output), "--use_cpu"),
         *("--start_layer", "1"),
     )
     assert result.code == 0, result.printed
@@ -72,7 +72,7 @@ def test_a_vit_b16_from_disk_with_the_official_preset(tmp_path):
     data, output = write_images(tmp_path / "data", per_class=4, size=224), tmp_path / "out"
     result = run(
         *("--model", str(tmp_path / "clip"), "--dataset", str(data), "--template", "a photo of a {}.", "--use_cpu"),
-        *("--preset", "base_to_new", "--shots", "4", "--seeds", "1", "--epochs", "1", "--output_dir", str(output)),
+        *("--preset", "base_to_new", "--shots", "4", "--seeds", "1", "--epochs", "2", "--output_dir", str(output)),
     )
     assert result.code == 0, result.printed
     report = check(output, seeds=[1], methods=["zero_shot", "linear_probe", "full_finetuning", "skip_tuning"])

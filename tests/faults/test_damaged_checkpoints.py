@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_vlm.errors import CheckpointError, PeftVLMWarning
-from peft_vlm.training import checkpoint_folder
+from peft_vlm.training import checkpoints
 from peft_vlm.training.checkpoints import MANIFEST_NAME, damage, last_checkpoint, moved_into
 from tests import forked
 from tests.short_run import train
@@ -222,7 +222,7 @@ def test_a_final_adapter_is_moved_when_all_of_it_is_on_disk(tmp_path: Path, monk
                 (partial / name).write_text("new")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_folder, "_synced", full)
+        patch.setattr(checkpoints, "_synced", full)
         with pytest.raises(CheckpointError, match="Free some room"):
             write("a", "b")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}

@@ -157,6 +157,7 @@ def test_training_with_schedule_and_aggregation_through_the_trainer(tmp_path):
         learning_rate=optimizer["lr"],
         momentum=optimizer["momentum"],
         weight_decay=optimizer["weight_decay"],
+        warmup_epochs=1,
         save_strategy="steps",
         save_steps=2,
         save_total_limit=None,

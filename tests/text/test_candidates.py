@@ -9,8 +9,8 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, T5Config
 
 from peft_vlm.data import ImageQuestionDataset, QuestionCollator, question_inputs
 from peft_vlm.errors import ClassNameError, DataError
+from peft_vlm.text import answers as candidates_module
 from peft_vlm.text import candidate_scores, tokenize_candidates
-from peft_vlm.text import candidates as candidates_module
 from tests.tiny import colour_names, noise_image
 from tests.tiny_mllm import ARCHITECTURES, EOS, VOCAB_SIZE, mllm_tokenizer, tiny_mllm
 from tests.tiny_questions import colour_questions, llava_processor, tiny_llava

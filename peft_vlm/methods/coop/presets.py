@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from peft_vlm.presets import Preset
+from peft_vlm.registry import Preset
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "random": {"num_text_tokens": 16, "context_init": None},

@@ -1,6 +1,6 @@
 """Hyper-parameters of the official runs, by protocol; `class_dim` comes from the teacher."""
 
-from peft_vlm.presets import Preset
+from peft_vlm.registry import Preset
 
 _TRAINING = {
     **{"optim": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "learning_rate": 0.005, "num_train_epochs": 20},

@@ -1,6 +1,6 @@
 """Hyper-parameters of the official runs, by protocol, for ViT-B/16 (`"teacher"`: ViT-L/14)."""
 
-from peft_vlm.presets import Preset
+from peft_vlm.registry import Preset
 
 
 def _preset(*, depth: int, epochs: int, rate: float, batch: int, mean: float, std: float) -> Preset:

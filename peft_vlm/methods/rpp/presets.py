@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from peft_vlm.presets import Preset
+from peft_vlm.registry import Preset
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # ours, for the bundled 48 px CLIPs: 4 text layers, 6 or 8 vision layers, so that J < L in both towers

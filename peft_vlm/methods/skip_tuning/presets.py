@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from peft_vlm.presets import Preset
+from peft_vlm.registry import Preset
 
 _TRAINING = {"optim": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "per_device_train_batch_size": 4}
 _OBJECTIVE = {"top_ratio": 0.5, "max_top": 50, "tail_scale": 0.3, "redraw_tail": "never"}

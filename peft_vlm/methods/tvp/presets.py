@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from peft_vlm.presets import Preset
+from peft_vlm.registry import Preset
 
 
 def preset_for(recipe: str = "cifar10") -> Preset:

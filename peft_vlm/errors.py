@@ -3,7 +3,7 @@
 All errors are `ValueError`s, so that callers who know nothing of us still catch them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from huggingface_hub.errors import (
@@ -48,6 +48,22 @@ class HubError(PeftVLMError):
 
 class PeftVLMWarning(UserWarning):
     """Something the user asked for is not done, or not done as asked."""
+
+
+def check_choice(name: str, value: object, choices: Collection[str | None]) -> None:
+    """Refuse a value that is not one of a setting's choices.
+
+    Args:
+        name: Name of the setting, for the message.
+        value: Its value, of any type.
+        choices: Allowed values, in the order the message lists them.
+
+    Raises:
+        ValueError: If the value is not among them.
+    """
+    allowed = tuple(choices)  # a tuple also compares values that cannot be hashed
+    if value not in allowed:
+        raise ValueError(f"Expected `{name}` to be one of {allowed!r}, got {value!r}.")
 
 
 LOG_IN = "Log in with `hf auth login`, set HF_TOKEN, or pass `token=`"

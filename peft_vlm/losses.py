@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from peft_vlm.errors import check_choice
+
 CORRECTIONS = ("ln", "log10", "none")
 REJECTED_LOGIT = -1e6
 """Logit of a rejected negative: zero probability in float32, and still finite (official code)."""
@@ -53,8 +55,7 @@ def local_correction(
     Raises:
         ValueError: If the form is unknown.
     """
-    if form not in CORRECTIONS:
-        raise ValueError(f"Expected `correction` to be one of {CORRECTIONS!r}, got {form!r}.")
+    check_choice("correction", form, CORRECTIONS)
     valid = (~rejected).sum(dim=1).clamp(min=1).float()  # without a valid negative every column is masked anyway
     if form == "none":
         return torch.zeros_like(valid)
@@ -193,8 +194,7 @@ def distillation_loss(
     Raises:
         ValueError: If the reduction is unknown.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"Expected `reduction` to be one of {REDUCTIONS!r}, got {reduction!r}.")
+    check_choice("reduction", reduction, REDUCTIONS)
     student = nn.functional.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = nn.functional.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
     total = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
@@ -219,8 +219,7 @@ def average_teachers(
     Raises:
         ValueError: If the weighting is unknown.
     """
-    if weighting not in TEACHER_WEIGHTINGS:
-        raise ValueError(f"Expected `weighting` to be one of {TEACHER_WEIGHTINGS!r}, got {weighting!r}.")
+    check_choice("weighting", weighting, TEACHER_WEIGHTINGS)
     if weighting == "equal":
         return logits.float().mean(dim=0)
     confidence = logits.float().softmax(dim=-1).amax(dim=-1, keepdim=True)
@@ -295,8 +294,7 @@ def soft_label_loss(
     Raises:
         ValueError: If the form is unknown.
     """
-    if form not in FORMS:
-        raise ValueError(f"Expected `soft_form` to be one of {FORMS!r}, got {form!r}.")
+    check_choice("soft_form", form, FORMS)
     divergence = distillation_loss(student_logits, teacher_logits, temperature=temperature)
     if form == "kl":
         return divergence

@@ -175,20 +175,6 @@ def read_config(adapter: str | Path, **kwargs: Any) -> PeftConfig:
     return config
 
 
-def check_dtype_name(name: str | None, *, field_name: str) -> None:
-    """Refuse a dtype name that is not one of `DTYPES`.
-
-    Args:
-        name: Value of the field; None is accepted.
-        field_name: Name of the field, for the message.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
-    if name is not None and name not in DTYPES:
-        raise ValueError(f"Expected `{field_name}` to be None or one of {sorted(DTYPES)}, got {name!r}.")
-
-
 def architecture_of(model_config: dict[str, Any]) -> dict[str, Any]:
     """Sizes that decide whether an adapter fits a base model, as JSON values.
 

@@ -11,7 +11,7 @@ from peft_vlm.adapters.learned_tokens import DeepTokens, LearnedTokens, TextCont
 from peft_vlm.errors import UnsupportedModelError
 from peft_vlm.models.towers import Towers, towers_of
 from peft_vlm.text.prompts import tokenizer_of
-from peft_vlm.text.slots import POSITIONS, Slots
+from peft_vlm.text.slots import Slots
 
 
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too
@@ -64,20 +64,6 @@ def check_count(config: Any, name: str, *, minimum: int = 0) -> None:
         raise TypeError(f"Expected `{name}` to be an integer, got {value!r}.")
     if value < minimum:
         raise ValueError(f"Expected `{name}` to be {minimum} or more, got {value!r}.")
-
-
-def check_position(name: str, value: Any) -> None:
-    """Refuse a class-name position that is not one of `POSITIONS`.
-
-    Args:
-        name: Name of the field.
-        value: Its value.
-
-    Raises:
-        ValueError: If it is unknown.
-    """
-    if value not in POSITIONS:
-        raise ValueError(f"Expected `{name}` to be one of {POSITIONS!r}, got {value!r}.")
 
 
 def complete_context(config: TextContextConfig, model: Any) -> None:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from peft_vlm.errors import check_choice
+
 #: Pixels of the shorter side that the blur widths below are given for.
 REFERENCE_SIDE = 224
 LEVELS = (1, 2, 3, 4, 5)
@@ -42,8 +44,7 @@ class Corruption:
     severity: int
 
     def __post_init__(self) -> None:
-        if self.kind not in CORRUPTIONS:
-            raise ValueError(f"Expected `kind` to be one of {sorted(CORRUPTIONS)!r}, got {self.kind!r}.")
+        check_choice("kind", self.kind, sorted(CORRUPTIONS))
         if self.severity not in LEVELS:
             raise ValueError(f"Expected `severity` from 1 to 5, got {self.severity!r}.")
 

@@ -25,7 +25,7 @@ from peft_vlm.distributed import (
     process_index,
     wait_for_everyone,
 )
-from peft_vlm.errors import AdapterError, DataError
+from peft_vlm.errors import AdapterError, DataError, check_choice
 from peft_vlm.models.towers import image_features
 
 logger = logging.getLogger(__name__)
@@ -52,8 +52,7 @@ class RowStore:
     """
 
     def __init__(self, storage: str, *, name: str, folder: str | Path | None = None) -> None:
-        if storage not in STORAGES:
-            raise ValueError(f"Expected a storage out of {STORAGES!r} for the {name}, got {storage!r}.")
+        check_choice("storage", storage, STORAGES)
         self.storage, self.name, self.folder = storage, name, folder
         self.rows: Tensor | None = None
 

@@ -9,7 +9,7 @@ from typing import Any
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.transforms import EvalTransform
-from peft_vlm.errors import DataError
+from peft_vlm.errors import DataError, check_choice
 from peft_vlm.evaluation import protocols
 from peft_vlm.evaluation.classify import EvalResult, TextClassifier
 from peft_vlm.evaluation.loading import LoadedModel, load_model
@@ -82,7 +82,8 @@ def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
         The report that was written.
 
     Raises:
-        DataError: If the protocol is unknown, or does not fit the number of datasets.
+        DataError: If the protocol does not fit the number of datasets.
+        ValueError: If the protocol is unknown.
     """
     _check_arguments(arguments)
     if arguments.plots:
@@ -127,9 +128,7 @@ def _evaluate(
 
 
 def _check_arguments(arguments: EvaluationArguments) -> None:
-    known = [*SINGLE, *SEVERAL]
-    if arguments.protocol not in known:
-        raise DataError(f"Expected `protocol` to be one of {known!r}, got {arguments.protocol!r}.")
+    check_choice("protocol", arguments.protocol, [*SINGLE, *SEVERAL])
     if arguments.protocol in SINGLE and len(arguments.dataset) != 1:
         raise DataError(f"The protocol {arguments.protocol!r} takes one dataset, got {arguments.dataset!r}.")
     if arguments.baseline and arguments.adapter is None:

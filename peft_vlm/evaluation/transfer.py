@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from peft_vlm.adapters.pixel_prompt import active_name, draw_prompt, prompt_layer_of, prompt_of
-from peft_vlm.errors import DataError
+from peft_vlm.errors import DataError, check_choice
 from peft_vlm.evaluation.mllm import PromptEffect
 from peft_vlm.evaluation.plots import bars_png
 from peft_vlm.evaluation.report import summarize
@@ -70,8 +70,7 @@ class TransferReport:
         Raises:
             ValueError: If there is no such condition.
         """
-        if over not in ("shrunken", "full_size"):
-            raise ValueError(f"Expected `over` to be 'shrunken' or 'full_size', got {over!r}.")
+        check_choice("over", over, ("shrunken", "full_size"))
         gains = [asdict(self.effects[name]) for name in self.unseen]
         return statistics.fmean(one["prompted"] - one[over] for one in gains) if gains else None
 

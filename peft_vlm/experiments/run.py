@@ -17,7 +17,7 @@ from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
 from peft_vlm.data.splits import base_and_new_classes, few_shot
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform, mean_and_std_of
-from peft_vlm.errors import PeftVLMError
+from peft_vlm.errors import PeftVLMError, check_choice
 from peft_vlm.evaluation.loading import load_model
 from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.evaluation.plots import has_matplotlib
@@ -165,10 +165,10 @@ def preset_of(settings: RunSettings) -> Preset:
         settings: Settings of the run.
 
     Raises:
-        PeftVLMError: If the method is unknown or has no presets.
+        PeftVLMError: If the method has no presets.
+        ValueError: If the method is unknown.
     """
-    if settings.method not in METHODS:
-        raise PeftVLMError(f"Expected a method of {sorted(METHODS)!r}, got {settings.method!r}.")
+    check_choice("method", settings.method, sorted(METHODS))
     if settings.preset is None:
         return Preset()
     preset_for = RECIPES[settings.method].preset_for
@@ -191,8 +191,7 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
     Raises:
         PeftVLMError: If settings contradict each other or name what the method does not have.
     """
-    if settings.protocol not in PROTOCOLS:
-        raise PeftVLMError(f"Expected `protocol` to be one of {sorted(PROTOCOLS)!r}, got {settings.protocol!r}.")
+    check_choice("protocol", settings.protocol, sorted(PROTOCOLS))
     preset = preset_of(settings)
     config = preset.config | named_values(settings.config, "config")
     options = preset.objective | named_values(settings.objective, "objective")

@@ -6,6 +6,8 @@ from typing import no_type_check
 
 from transformers import TrainingArguments
 
+from peft_vlm.errors import check_choice
+
 #: Settings with a choice of words.
 CHOICES = {
     "lr_schedule": ("epoch_cosine", "transformers"),
@@ -82,8 +84,7 @@ class VLMTrainingArguments(TrainingArguments):
             setattr(self, launcher, True)  # what computes must also be what is checked, estimated and reported
         super().__post_init__()
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"Expected `{name}` to be one of {choices!r}, got {getattr(self, name)!r}.")
+            check_choice(name, getattr(self, name), choices)
         if self.fp16 and self.device.type == "cpu":
             raise ValueError(
                 "Expected fp16=True only on a GPU, got a CPU run, where it is silently ignored. Use "

@@ -127,7 +127,7 @@ def test_all_models_see_the_same_damaged_pictures() -> None:
 
 def test_unknown_kinds_and_levels_are_refused() -> None:
     """With what there is."""
-    with pytest.raises(ValueError, match=r"one of \['brightness', 'contrast'.*got 'snow'"):
+    with pytest.raises(ValueError, match=r"one of \('brightness', 'contrast'.*got 'snow'"):
         Corruption("snow", 1)
     with pytest.raises(ValueError, match="`severity` from 1 to 5, got 6"):
         Corruption("jpeg", 6)

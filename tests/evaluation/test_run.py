@@ -98,10 +98,16 @@ def test_the_arguments_can_be_parsed_from_flags(dataset: Path, model: Path, tmp_
     assert set(run_evaluation(arguments).scores) == {"accuracy"}
 
 
+def test_an_unknown_protocol_is_named_with_the_known_ones(model: Path, tmp_path: Path) -> None:
+    """Otherwise a typing error would evaluate something else, or fail in a look-up."""
+    arguments = EvaluationArguments("zeroshot", dataset=["x"], model=str(model), output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"one of \('zero-shot', .*got 'zeroshot'"):
+        run_evaluation(arguments)
+
+
 @pytest.mark.parametrize(
     ("protocol", "options", "message"),
     [
-        ("zeroshot", {}, r"one of \['zero-shot', .*got 'zeroshot'"),
         ("zero-shot", {"dataset": ["a", "b"]}, "takes one dataset, got"),
         ("zero-shot", {"source_domain": "flat"}, "`source_domain` belongs to the protocol 'domain-shift'"),
         ("zero-shot", {"split": ["test", "val"]}, "Expected one `split`, got"),

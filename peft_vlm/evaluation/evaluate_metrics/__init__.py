@@ -6,6 +6,7 @@ Either make the object, `Accuracy().compute(predictions=[0], references=[0])`, o
 
 from pathlib import Path
 
+from peft_vlm.errors import check_choice
 from peft_vlm.evaluation.evaluate_metrics.accuracy import Accuracy
 from peft_vlm.evaluation.evaluate_metrics.expected_calibration_error import ExpectedCalibrationError
 from peft_vlm.evaluation.evaluate_metrics.harmonic_mean import HarmonicMean
@@ -25,6 +26,5 @@ def metric_path(name: str) -> str:
     """
     folder = Path(__file__).parent
     names = sorted(path.stem for path in folder.glob("[a-z]*.py"))
-    if name not in names:
-        raise ValueError(f"Expected one of {names!r}, got {name!r}.")
+    check_choice("name", name, names)
     return str(folder / f"{name}.py")

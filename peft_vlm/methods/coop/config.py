@@ -5,8 +5,10 @@ from typing import no_type_check
 
 from peft import PeftType
 
-from peft_vlm.adapters.context import TextContextConfig, check_count, check_position
+from peft_vlm.adapters.context import TextContextConfig, check_count
+from peft_vlm.errors import check_choice
 from peft_vlm.registry import extend_peft_type
+from peft_vlm.text.slots import POSITIONS
 
 extend_peft_type("COOP")
 
@@ -37,7 +39,7 @@ class CoOpConfig(TextContextConfig):
         super().__post_init__()
         self.peft_type = PeftType["COOP"]
         check_count(self, "num_text_tokens", minimum=1)
-        check_position("class_position", self.class_position)
+        check_choice("class_position", self.class_position, POSITIONS)
         if self.class_specific:
             raise ValueError(
                 f"Expected `class_specific`=False, got {self.class_specific!r}. A context per class fits one fixed "

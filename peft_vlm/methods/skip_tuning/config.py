@@ -5,7 +5,8 @@ from typing import no_type_check
 
 from peft import PeftType
 
-from peft_vlm.adapters.config import VLMConfig, check_dtype_name
+from peft_vlm.adapters.config import DTYPES, VLMConfig
+from peft_vlm.errors import check_choice
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("SKIP_TUNING")
@@ -40,7 +41,7 @@ class SkipTuningConfig(VLMConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["SKIP_TUNING"]
-        check_dtype_name(self.adapter_dtype, field_name="adapter_dtype")
+        check_choice("adapter_dtype", self.adapter_dtype, (None, *DTYPES))
         for name in ("start_layer", "text_start_layer"):
             value = getattr(self, name)
             if value is None and name == "text_start_layer":

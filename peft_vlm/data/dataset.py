@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import io
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 
 from peft_vlm.data.transforms import EvalTransform, ImageTransform
 from peft_vlm.errors import DataError
-from peft_vlm.serving.pictures import to_rgb
+from peft_vlm.serving.pictures import open_raster, to_rgb
 from peft_vlm.shapes import Batch
 
 logger = logging.getLogger(__name__)
@@ -139,10 +138,8 @@ def _source_name(value: Any) -> str:
 def _open(value: Any) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
-    if isinstance(value, str | Path):
-        return Image.open(value)
-    if isinstance(value, bytes):
-        return Image.open(io.BytesIO(value))
+    if isinstance(value, str | Path | bytes):
+        return open_raster(value)
     if isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path") is not None):
         return _open(value["bytes"] if value.get("bytes") is not None else value["path"])
     if isinstance(value, np.ndarray):

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,41 @@ from PIL import Image, ImageOps
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
+
+#: Pillow's names of the image formats that are opened anywhere in this package. A file's content decides which of them
+#: it is, never its name. Pillow knows more: vector formats that start other programs (EPS), video, scientific data.
+RASTER_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+#: How files of these formats begin; JPEG 2000 is either a bare code stream or a box.
+_SIGNATURE = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0{4}|II[*+]\0|MM\0[*+]|P[1-6f]\s+[#\d]"
+    rb"|\xff\x4f\xff\x51|\0\0\0\x0cjP  |....ftyp(avif|avis|mif1|msf1)",
+    re.DOTALL,
+)
+
+
+def is_raster_image(head: bytes) -> bool:
+    """Whether a file begins as one of `RASTER_FORMATS` does.
+
+    Args:
+        head: The first 16 bytes, at least.
+    """
+    return _SIGNATURE.match(head) is not None
+
+
+def raster_suffixes() -> frozenset[str]:
+    """File endings that promise one of `RASTER_FORMATS`, in lower case."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in RASTER_FORMATS)
+
+
+def open_raster(source: str | Path | bytes) -> Image.Image:
+    """An image of one of `RASTER_FORMATS`, not decoded yet; whatever Pillow raises for other files passes through.
+
+    Args:
+        source: Path, which is read whole so that no file stays open, or content.
+    """
+    content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    return Image.open(io.BytesIO(content), formats=RASTER_FORMATS)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -88,7 +124,7 @@ def _open(image: str | Path | bytes | Image.Image) -> Image.Image:
     name = "the image" if isinstance(image, bytes | Image.Image) else repr(str(image))
     try:
         if not isinstance(image, Image.Image):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            image = open_raster(image)
         image.load()
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them stumble over
         raise ValueError(f"{name} cannot be read as an image: {error}") from error

@@ -131,3 +131,25 @@ def test_what_is_no_image_is_refused(value: object, message: str) -> None:
     """Guessing the layout of an array would show the model noise."""
     with pytest.raises(DataError, match=message):
         read_image(value)
+
+
+@pytest.mark.parametrize("file_format", pictures.RASTER_FORMATS)
+def test_every_raster_format_is_known_by_its_content(file_format: str, tmp_path: Path) -> None:
+    """The name decides nothing: a list that differs from what is opened loses files silently."""
+    data = as_bytes(noise_image(16, 16), file_format)
+    (tmp_path / "no ending").write_bytes(data)
+    assert read_image(tmp_path / "no ending").size == (16, 16)
+    assert pictures.is_raster_image(data[:16])
+    assert len(pictures.RASTER_FORMATS) == 9
+
+
+@pytest.mark.parametrize(
+    "head", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"8BPS\0\1", b"BMI of 12 cats", b""]
+)
+def test_vector_and_foreign_formats_are_never_opened(head: bytes, tmp_path: Path) -> None:
+    """Pillow starts Ghostscript on whatever begins like PostScript, also where the file is called x.png."""
+    (tmp_path / "x.png").write_bytes(head + bytes(64))
+    assert not pictures.is_raster_image(head)
+    for source in (tmp_path / "x.png", head + bytes(64)):
+        with pytest.raises(DataError, match="cannot be read as an image: (cannot identify|Unsupported BMP)"):
+            read_image(source)

@@ -4,37 +4,39 @@
 
 Every variant pretrains from the same settings but for what its name says, transfers to the three bundled test sets,
 and starts few-shot training on emoji and icons. `half` is the same as `rpp` on a CLIP that was trained on half of the
-names (`--half_model`, made by `train_clip.py --half`). A run that was interrupted goes on. Hours on two CPU cores.
+names (`--half_model`, made by `train_clip.py --half`). An interrupted run continues. Hours on two CPU cores.
 Take variants one by one.
 """
 
 import argparse
 import json
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
 from transformers import CLIPModel, set_seed
 
-import peft_vlm
+from peft_vlm import RPPConfig, RPPObjective
 from peft_vlm.experiments.compare import Experiment
 from peft_vlm.files import write_json
 from peft_vlm.methods.rpp import PRESETS
-from peft_vlm.pretraining_experiment import (
-    Start,
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES))
+
+from train_rpp import (  # noqa: E402
+    ASSETS,
+    TEMPLATE,
+    TEST_SETS,
     few_shot,
-    load_pretraining_images,
-    load_targets,
-    loaded,
-    mean_and_spread,
+    load_test_sets,
+    load_training_images,
     pretrain,
     transfer,
 )
-
-ASSETS = Path(__file__).parent.parent / "examples" / "assets"
-TEMPLATE = "a photo of a {}."
-SETS = ("icons", "emoji", "fashion")
 
 #: What a variant changes: settings of the adapter and of the objective.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -66,7 +68,7 @@ def run_variant(name: str, args: argparse.Namespace) -> dict[str, Any]:
     experiment = Experiment.for_clip(
         source, augmentation=preset["augmentation"], output_dir=folder / "few_shot", use_cpu=args.use_cpu
     )
-    images = load_pretraining_images(str(args.data), experiment.train_transform, seed=args.seed)
+    images = load_training_images(str(args.data), experiment.train_transform, seed=args.seed)
     prompts = experiment.prompts(images.class_names, TEMPLATE)
     if options["soft_weight"]:
         options["teacher"] = CLIPModel.from_pretrained(args.teacher)
@@ -74,13 +76,13 @@ def run_variant(name: str, args: argparse.Namespace) -> dict[str, Any]:
         options["teacher_prompts"] = teacher.prompts(images.class_names, TEMPLATE)
     training = preset["training"] | {"max_steps": args.max_steps, "use_cpu": args.use_cpu, "seed": args.seed}
     set_seed(args.seed)
-    model = get_peft_model(experiment.load_model(), peft_vlm.RPPConfig(**config))
-    objective = peft_vlm.RPPObjective(prompts, seed=args.seed, **options)
+    model = get_peft_model(experiment.load_model(), RPPConfig(**config))
+    objective = RPPObjective(prompts, seed=args.seed, **options)
     model = pretrain(model, objective, images, folder=folder / "pretrained", training=training)
-    targets = load_targets({s: {"path": str(ASSETS / s), "template": TEMPLATE} for s in SETS}, experiment)
+    test_sets = load_test_sets(experiment)
     report: dict[str, Any] = {"config": changed, "objective": objective_changes}
-    report["zero_shot"] = transfer(experiment.load_model().to(model.device).eval(), targets, experiment)
-    report["transfer"] = transfer(model, targets, experiment)
+    report["zero_shot"] = transfer(experiment.load_model().to(model.device).eval(), test_sets, experiment)
+    report["transfer"] = transfer(model, test_sets, experiment)
     report["trained_numbers"] = sum(p.numel() for n, p in model.named_parameters() if "rpp_" in n)
     report["few_shot"] = {task: train_few_shot(task, config, folder, experiment, args) for task in args.few_shot_data}
     write_json(folder / "metrics.json", report)
@@ -91,17 +93,11 @@ def train_few_shot(
     task: str, config: dict[str, Any], folder: Path, experiment: Experiment, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Accuracy by shots and start: mean and standard deviation over the seeds."""
-
-    def fresh(**changes: Any) -> Any:
-        return lambda model: get_peft_model(model, peft_vlm.RPPConfig(**(config | changes)))
-
-    starts = [Start("rpp", loaded(folder / "pretrained")), Start("words", fresh())]
     results = few_shot(
         experiment,
-        [*starts, Start("random", fresh(context_init=None))],
-        lambda prompts, seed: peft_vlm.RPPObjective(prompts, soft_weight=0, seed=seed),
-        source=str(ASSETS / task),
-        template=TEMPLATE,
+        str(ASSETS / task),
+        adapter=folder / "pretrained",
+        config=config,
         shots=args.shots,
         seeds=args.seeds,
         training=PRESETS["demo"]["few_shot"] | {"use_cpu": args.use_cpu},
@@ -112,12 +108,17 @@ def train_few_shot(
     }
 
 
+def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean and standard deviation over seeds."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
 def table(reports: dict[str, dict[str, Any]]) -> str:
     """Markdown table of the transfer."""
-    lines = [f"| variant | numbers | {' | '.join(SETS)} | mean |", "|---|---|" + "---|" * (len(SETS) + 1)]
+    lines = [f"| variant | parameters | {' | '.join(TEST_SETS)} | mean |", "|---|---|" + "---|" * (len(TEST_SETS) + 1)]
     for name, report in reports.items():
-        gains = [report["transfer"][key] - report["zero_shot"][key] for key in (*SETS, "mean")]
-        cells = [f"{report['transfer'][s]:.1f} ({g:+.1f})" for s, g in zip((*SETS, "mean"), gains, strict=True)]
+        gains = [report["transfer"][key] - report["zero_shot"][key] for key in (*TEST_SETS, "mean")]
+        cells = [f"{report['transfer'][s]:.1f} ({g:+.1f})" for s, g in zip((*TEST_SETS, "mean"), gains, strict=True)]
         lines.append(f"| {name} | {report['trained_numbers']:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -36,9 +36,8 @@ from peft_vlm.files import write_json
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.append(str(EXAMPLES))
 
-from train_tvp import experiment_of, parse_arguments  # noqa: E402
+from train_tvp import PRESETS, VARIANTS, experiment_of, parse_arguments  # noqa: E402
 from tvp_domains import DOMAINS, LIGHTS, inked_icons, load_domain, named_icons  # noqa: E402
-from tvp_presets import PRESETS, VARIANTS  # noqa: E402
 
 _OVER = {"shape": "full", "border": 0, "shrink": "none"}
 #: Name -> (settings of the prompt, learning rate): about 0.08 per step and canvas pixel, twice that on borders.

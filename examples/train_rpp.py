@@ -6,36 +6,33 @@ Hardware and time: the demo preset takes about ten minutes on 2 CPU cores (numbe
     python examples/train_rpp.py --model openai/clip-vit-base-patch16 --teacher openai/clip-vit-large-patch14 \
         --preset imagenet21k --data <folder of shards> --class_names words.txt --images_per_class 16
 
-Started again with the same --output_dir, an interrupted run goes on. It writes pretrained/ (the adapter) and
+Started again with the same --output_dir, an interrupted run continues. It writes pretrained/ (the adapter) and
 metrics.json.
 """
 
 import argparse
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model
-from transformers import CLIPModel, set_seed
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import CLIPModel, PrinterCallback, set_seed
 
-import peft_vlm
+from peft_vlm import RPPConfig, RPPObjective, VLMTrainer, VLMTrainingArguments
+from peft_vlm.data import ImageClassificationDataset, load_image_dataset, load_image_stream, read_class_list
+from peft_vlm.data.streaming import ImageStream
+from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.distributed import is_main_process
-from peft_vlm.experiments.compare import Experiment
+from peft_vlm.evaluation import evaluate_classifier
+from peft_vlm.experiments.compare import Experiment, Task, TrainerLearner, ZeroShot
 from peft_vlm.files import write_json
 from peft_vlm.methods.rpp import PRESETS
-from peft_vlm.pretraining_experiment import (
-    Start,
-    few_shot,
-    load_pretraining_images,
-    load_targets,
-    loaded,
-    pretrain,
-    transfer,
-)
 
 ASSETS = Path(__file__).parent / "assets"
 TEMPLATE = "a photo of a {}."
-TARGETS = {name: {"path": str(ASSETS / name), "template": TEMPLATE} for name in ("icons", "emoji", "fashion")}
+TEST_SETS = ("icons", "emoji", "fashion")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The preset with what the command line changes."""
+    """The preset with the changes of the command line."""
     settings = {name: dict(part) for name, part in PRESETS[args.preset].items()}
     settings["config"] |= {"share_qkv": args.share_qkv, "slot_residual": args.slot_residual}
     changes = {"objective": ("soft_weight", "num_sampled_classes"), "training": ("max_steps", "seed")}
@@ -77,41 +74,103 @@ def settings_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def pretrained(args: argparse.Namespace, settings: dict[str, Any], experiment: Experiment) -> Any:
-    """The model with its pretrained prompts; trains them, or goes on."""
+def load_training_images(
+    source: str,
+    transform: ImageTransform,
+    *,
+    class_names: str | None = None,
+    num_images: int | None = None,
+    images_per_class: int | None = None,
+    **options: Any,
+) -> ImageClassificationDataset | ImageStream:
+    """Images to pretrain on: a stream where a number of images is given, else a dataset."""
+    options |= {"class_names": read_class_list(class_names) if class_names else None, "transform": transform}
+    if num_images is None and images_per_class is None:
+        return load_image_dataset(source, **options)
+    return load_image_stream(source, num_images=num_images, images_per_class=images_per_class, **options)
+
+
+def pretrain(
+    model: nn.Module, objective: RPPObjective, images: Any, *, folder: Path, training: Mapping[str, Any]
+) -> nn.Module:
+    """Train into a folder, from its newest complete checkpoint if it has one; return the model for evaluation."""
+    args = VLMTrainingArguments(output_dir=str(folder), **training)
+    trainer = VLMTrainer(model, objective, args, train_dataset=images)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint="auto")
+    return model.eval()
+
+
+def load_test_sets(experiment: Experiment) -> dict[str, ImageClassificationDataset]:
+    """The bundled test images by name; nothing is trained on these datasets before the transfer is measured."""
+    sets = {name: load_image_dataset(ASSETS / name, split="test") for name in TEST_SETS}
+    return {name: images.with_transform(experiment.test_transform) for name, images in sets.items()}
+
+
+def transfer(
+    model: nn.Module, test_sets: Mapping[str, ImageClassificationDataset], experiment: Experiment
+) -> dict[str, float]:
+    """Accuracy in percent on each test set, without training on it, and the mean of them."""
+    scores = {}
+    for name, images in test_sets.items():
+        prompts = experiment.prompts(images.class_names, TEMPLATE)
+        scores[name] = evaluate_classifier(model, images, prompts).accuracy
+    return scores | {"mean": sum(scores.values()) / len(scores)}
+
+
+def few_shot(
+    experiment: Experiment,
+    source: str,
+    *,
+    adapter: Path,
+    config: Mapping[str, Any],
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    training: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Train on a few images per class, at equal steps, from pretrained, word and random prompts of the same shape.
+
+    Returns:
+        By number of shots, by start: the columns of `Experiment.run`; `zero_shot` is the base model.
+    """
+
+    def fresh(**changes: Any) -> Callable[[nn.Module], nn.Module]:
+        return lambda model: get_peft_model(model, RPPConfig(**{**config, **changes}))
+
+    starts: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "rpp": lambda model: PeftModel.from_pretrained(model, adapter, is_trainable=True),
+        "words": fresh(),
+        "random": fresh(context_init=None),
+    }
+    learners = [
+        TrainerLearner(
+            name, wrap, lambda prompts, seed: RPPObjective(prompts, soft_weight=0, seed=seed), dict(training)
+        )
+        for name, wrap in starts.items()
+    ]
+    train, test = (load_image_dataset(source, split=split) for split in ("train", "test"))
+    dataset = Path(source).name
+    tasks = [Task(f"{dataset}_{count}_shots", "few_shot", train, test, TEMPLATE, shots=count) for count in shots]
+    report = experiment.run(tasks, [ZeroShot(), *learners], seeds)
+    by_task = {report["task"]: {"methods": report["methods"]}} | report["tasks"]
+    return {str(count): by_task[task.name]["methods"] for count, task in zip(shots, tasks, strict=True)}
+
+
+def pretrained_model(args: argparse.Namespace, settings: dict[str, Any], experiment: Experiment) -> nn.Module:
+    """The model with its pretrained prompts; trains them, or continues an interrupted training."""
     names = ("class_names", "num_images", "images_per_class", "image_column", "label_column", "seed")
     options = {name: getattr(args, name) for name in names}
-    images = load_pretraining_images(args.data, experiment.train_transform, **options)
+    images = load_training_images(args.data, experiment.train_transform, **options)
     prompts = experiment.prompts(images.class_names, TEMPLATE)
     teacher = CLIPModel.from_pretrained(args.teacher) if settings["objective"]["soft_weight"] else None
-    objective = peft_vlm.RPPObjective(prompts, teacher=teacher, seed=args.seed, **settings["objective"])
-    set_seed(args.seed)  # vision prompts start from random numbers
-    model = get_peft_model(experiment.load_model(), peft_vlm.RPPConfig(**settings["config"]))
+    objective = RPPObjective(prompts, teacher=teacher, seed=args.seed, **settings["objective"])
+    set_seed(args.seed)  # vision prompts start from random values
+    model = get_peft_model(experiment.load_model(), RPPConfig(**settings["config"]))
     return pretrain(model, objective, images, folder=args.output_dir / "pretrained", training=settings["training"])
 
 
-def compare_starts(args: argparse.Namespace, settings: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
-    """Few-shot training from pretrained, word and random prompts of the same shape."""
-
-    def fresh(**changes: Any) -> Any:
-        config = settings["config"] | changes
-        return lambda model: get_peft_model(model, peft_vlm.RPPConfig(**config))
-
-    starts = {"rpp": loaded(args.output_dir / "pretrained"), "words": fresh(), "random": fresh(context_init=None)}
-    return few_shot(
-        experiment,
-        [Start(name, wrap) for name, wrap in starts.items()],
-        lambda prompts, seed: peft_vlm.RPPObjective(prompts, soft_weight=0, seed=seed),
-        source=args.few_shot_data,
-        template=TEMPLATE,
-        shots=args.shots,
-        seeds=args.seeds,
-        training=settings["few_shot"],
-    )
-
-
 def main() -> None:
-    """Pretrain, transfer, compare starts, and write what came out."""
+    """Pretrain, transfer, compare the starts of few-shot training, and write the report."""
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = settings_of(args)
@@ -122,20 +181,28 @@ def main() -> None:
         use_cpu=args.use_cpu,
         text_model=args.teacher,
     )
-    model, targets = pretrained(args, settings, experiment), load_targets(TARGETS, experiment)
+    model, test_sets = pretrained_model(args, settings, experiment), load_test_sets(experiment)
     report: dict[str, Any] = {"settings": settings, "seeds": args.seeds}
     base = experiment.load_model().to(model.device).eval()
     compared = {"zero_shot": base, "rpp": model}
-    report["transfer"] = {name: transfer(one, targets, experiment) for name, one in compared.items()}
+    report["transfer"] = {name: transfer(one, test_sets, experiment) for name, one in compared.items()}
     write_report(args.output_dir, report)
     if args.shots:
-        report["few_shot"] = compare_starts(args, settings, experiment)
+        report["few_shot"] = few_shot(
+            experiment,
+            args.few_shot_data,
+            adapter=args.output_dir / "pretrained",
+            config=settings["config"],
+            shots=args.shots,
+            seeds=args.seeds,
+            training=settings["few_shot"],
+        )
         write_report(args.output_dir, report)
     if is_main_process():
         for name, scores in report["transfer"].items():
             print(f"{name}: " + ", ".join(f"{key} {value:.1f} %" for key, value in scores.items()))
         print(f"Written to {args.output_dir}/: metrics.json and the adapter in pretrained/. Use it:")
-        print(f"    peft-vlm predict {str(args.output_dir / 'pretrained')!r} picture.png")
+        print(f"    peft-vlm predict {str(args.output_dir / 'pretrained')!r} image.png")
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ LAYERS = {
     "models": 1,
     **dict.fromkeys(("adapters", "data", "text", "conversion", "losses", "registry", "objective"), 2),
     **dict.fromkeys(("methods", "training", "evaluation", "hub"), 3),
-    **dict.fromkeys(("experiments", "classifier", "export", "pretraining_experiment"), 4),
+    **dict.fromkeys(("experiments", "classifier", "export"), 4),
     **dict.fromkeys(("cli", ""), 5),
 }
 #: Imports inside one layer that the design allows; L4 and L5 are open, the cycle test parts them.

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from peft_vlm import PromptedClassifier
 from peft_vlm.data.loading import load_image_dataset
+from peft_vlm.data.streaming import load_image_stream
 from peft_vlm.data.transforms import EvalTransform
-from peft_vlm.pretraining_experiment import load_pretraining_images
 from tests.scripts import run_script, start_script
 from tests.source_tree import ROOT
 from tests.tiny import clip_processor
@@ -27,7 +27,7 @@ def test_the_committed_corpus_has_thousands_of_classes_and_a_list_of_them():
     assert len(train) == 2 * len(train.class_names)
     assert len(validation) == 1500
     assert list(train.class_names) == (folder / "class_names.txt").read_text().splitlines()
-    stream = load_pretraining_images(str(folder), EvalTransform(clip_processor()), num_images=100)
+    stream = load_image_stream(str(folder), transform=EvalTransform(clip_processor()), num_images=100)
     assert stream.class_names == train.class_names
 
 
@@ -55,7 +55,7 @@ def test_rpp_from_start_to_finish(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_example_goes_on_where_it_was_killed(tmp_path: Path):
+def test_a_killed_run_of_the_example_continues(tmp_path: Path):
     """The same command, once to its end, and once killed after its first checkpoint and started again."""
     script = "examples/train_rpp.py"
     options = ("--use_cpu", "--max_steps", "55", "--num_sampled_classes", "16", "--shots", "--output_dir")

@@ -6,9 +6,9 @@
     python benchmarks/gpu.py --compile                        # with the steps compiled, as `torch_compile=True` does
 
 For each method and precision, in a process of its own: images per second of a whole step (forward, backward, SGD),
-peak memory above the loaded model, the estimate of `peft_vlm.training.memory_estimate`, and the share of the
-matrix-product bound: operations of the step's matrix products as torch counts them, divided by the step's time and by
-the rate at which the device multiplies two 4096 x 4096 matrices (1024 on the CPU) in that precision. 100 classes.
+peak memory above the loaded model, and the share of the matrix-product bound: operations of the step's matrix
+products as torch counts them, divided by the step's time and by the rate at which the device multiplies two 4096 x
+4096 matrices (1024 on the CPU) in that precision. 100 classes.
 """
 
 import argparse
@@ -103,8 +103,6 @@ def build(method: str, clip: Any, teacher: Any, prompts: Any) -> tuple[nn.Module
 
 def child(method: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one method in one precision."""
-    from peft_vlm import VLMTrainingArguments
-    from peft_vlm.training.memory_estimate import estimate_memory
     from peft_vlm.training.module import TrainingModule
 
     device = torch.device(options.device)
@@ -126,15 +124,10 @@ def child(method: str, precision: str, options: argparse.Namespace) -> dict[str,
     with autocast:
         objective.prepare(model, dataset)
         objective.epoch_start(model, dataset, 0)
-    settings = VLMTrainingArguments(
-        output_dir="unused", per_device_train_batch_size=options.batch, bf16=precision != "float32", use_cpu=True
-    )
-    estimate = estimate_memory(model, objective, dataset, settings)
-    needed = (estimate.training + estimate.activations) / 2**20
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     step = partial(train_step, batch=batch, optimizer=optimizer, autocast=autocast, scaler=scaler)
     fast = partial(step, torch.compile(module) if options.compile else module)
-    return {"estimated_mb": needed, **measured(partial(step, module), fast, options, dtype, device)}
+    return measured(partial(step, module), fast, options, dtype, device)
 
 
 def train_step(module: Any, *, batch: dict[str, Any], optimizer: Any, autocast: Any, scaler: Any) -> None:
@@ -151,7 +144,7 @@ def measured(
     step: Any, fast: Any, options: argparse.Namespace, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """Memory of the first step, operations of the second, time of the others, which are `fast`."""
-    from peft_vlm.training.memory import PeakMemory
+    from peft_vlm.experiments.peak_memory import PeakMemory
 
     peak = PeakMemory(device)
     peak.start()
@@ -220,8 +213,7 @@ def run_child(method: str, precision: str, options: argparse.Namespace) -> dict[
     row = {"method": method, "precision": precision, **json.loads(output.splitlines()[-1])}
     memory = float("nan") if row["peak_mb"] is None else row["peak_mb"]
     print(
-        f"{method:12}{precision:>10}{row['images_per_second']:10.1f}{memory:10.0f}"
-        f"{row['estimated_mb']:10.0f}{row['share_of_bound']:10.1%}",
+        f"{method:12}{precision:>10}{row['images_per_second']:10.1f}{memory:10.0f}{row['share_of_bound']:10.1%}",
         flush=True,
     )
     return row
@@ -237,7 +229,7 @@ def main() -> None:
     name = torch.cuda.get_device_name(options.device) if is_gpu else f"{platform.machine()} CPU"
     precisions = options.precisions or (list(PRECISIONS) if is_gpu else ["float32", "bf16"])
     print(f"{name}, torch {torch.__version__}, size {options.size}, batch {options.batch}")
-    print(f"{'method':12}{'precision':>10}{'images/s':>10}{'peak MB':>10}{'estimate':>10}{'of bound':>10}")
+    print(f"{'method':12}{'precision':>10}{'images/s':>10}{'peak MB':>10}{'of bound':>10}")
     rows = [run_child(method, precision, options) for method in options.methods for precision in precisions]
     facts = {"device": name, "torch": torch.__version__, "size": options.size, "batch": options.batch}
     facts |= {"compiled": options.compile, "rows": rows}

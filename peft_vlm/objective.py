@@ -129,8 +129,6 @@ class Objective(ABC):
     needs_pixels = True
     #: Whether the label of a training image is the position of its class among those of `prompts`.
     labels_are_positions = True
-    #: Models beside the trained one, such as teachers, for the estimate of memory.
-    frozen_models: Sequence[nn.Module] = ()
 
     @abstractmethod
     def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
@@ -189,14 +187,6 @@ class Objective(ABC):
             learning_rate: Initial rate; the schedule of the run changes it.
         """
         return None
-
-    def text_rows(self, batch_size: int) -> int:
-        """Texts that run through the text tower in a step, for the estimate of memory; all class prompts by default.
-
-        Args:
-            batch_size: Images per process and step.
-        """
-        return len(getattr(self.prompts, "input_ids", ()))
 
     def callbacks(self, model: nn.Module) -> list[TrainerCallback]:
         """Trainer callbacks that belong to the method; they run before the final files are written."""

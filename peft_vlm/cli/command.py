@@ -10,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from peft_vlm.errors import PeftVLMError
+from peft_vlm.training.arguments import RETIRED_SETTINGS
 
 
 def add_command(
@@ -96,7 +97,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         raise PeftVLMError(f"Expected a file with settings, got {str(path)!r}: {error}") from error
     if not isinstance(values, Mapping):
         raise PeftVLMError(f"Expected `name: value` lines in {str(path)!r}, got {type(values).__name__}.")
-    return values
+    return {name: value for name, value in values.items() if name not in RETIRED_SETTINGS}
 
 
 def print_json(value: Any) -> None:

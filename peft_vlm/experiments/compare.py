@@ -22,6 +22,7 @@ from peft_vlm.distributed import is_main_process, local_index
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.evaluation.classify import evaluate_classifier
 from peft_vlm.evaluation.metrics import harmonic_mean
+from peft_vlm.experiments.peak_memory import PeakMemory
 from peft_vlm.files import write_json
 from peft_vlm.models.towers import image_features, text_features, towers_of
 from peft_vlm.objective import Objective, ObjectiveOutput
@@ -29,7 +30,6 @@ from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts, check_same_vocabulary, tokenize_classes
 from peft_vlm.training.arguments import VLMTrainingArguments
-from peft_vlm.training.memory import PeakMemory
 from peft_vlm.training.trainer import VLMTrainer
 
 

@@ -8,12 +8,14 @@ from transformers import TrainingArguments
 
 from peft_vlm.errors import check_choice
 
+#: Settings of earlier versions; files that still hold them are read without.
+RETIRED_SETTINGS = ("memory_check", "fca_cache")
+
 #: Settings with a choice of words.
 CHOICES = {
     "lr_schedule": ("epoch_cosine", "transformers"),
     "non_finite": ("error", "skip"),
     "unreadable_images": ("error", "skip"),
-    "memory_check": ("refuse", "warn", "off"),
     "train_sampling_strategy": ("random",),  # objectives and processes share the batches, see `batches.py`
 }
 
@@ -40,8 +42,6 @@ class VLMTrainingArguments(TrainingArguments):
             leaves the update out and counts it.
         unreadable_images: Training images that cannot be read: `"error"` stops, `"skip"` takes the next image of the
             class in their place and counts them.
-        memory_check: What happens before the first step when the estimated memory is more than there is: `"refuse"`,
-            `"warn"`, or `"off"`.
         hub_license: Licence of the published adapter, as the Hub spells it.
         hub_strategy: `"end"` publishes when `push_to_hub` or `save_model` is called after training; `"checkpoint"` and
             `"all_checkpoints"` upload unfinished checkpoints as well, into folders of their own.
@@ -57,7 +57,6 @@ class VLMTrainingArguments(TrainingArguments):
     hub_strategy: str = field(default="end", metadata={"help": "'end', 'checkpoint' or 'all_checkpoints'."})
     non_finite: str = field(default="error", metadata={"help": "Non-finite steps: 'error' or 'skip'."})
     unreadable_images: str = field(default="error", metadata={"help": "Damaged images: 'error' or 'skip'."})
-    memory_check: str = field(default="refuse", metadata={"help": "'refuse', 'warn' or 'off'."})
 
     optim: str = field(default="sgd", metadata={"help": "Optimizer, any that transformers knows."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Initial learning rate."})
@@ -81,7 +80,7 @@ class VLMTrainingArguments(TrainingArguments):
             )
         launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launcher in ("fp16", "bf16") and not (self.fp16 or self.bf16):
-            setattr(self, launcher, True)  # what computes must also be what is checked, estimated and reported
+            setattr(self, launcher, True)  # what computes must also be what is checked and reported
         super().__post_init__()
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)

@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -18,8 +17,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_vlm.distributed import all_agree, from_all, is_main_process, num_processes
-from peft_vlm.errors import PeftVLMError, PeftVLMWarning
-from peft_vlm.training.memory_estimate import estimate_memory, free_memory, in_words
+from peft_vlm.errors import PeftVLMError
 from peft_vlm.training.metrics import RunningMeans
 from peft_vlm.training.module import TrainingModule
 
@@ -320,7 +318,7 @@ _said: set[str] = set()
 
 
 class RunReport(TrainerCallback):
-    """Prints to standard error from the main process, and refuses what cannot fit into memory.
+    """Prints what a run does to standard error, from the main process.
 
     Args:
         trainer: The trainer it belongs to.
@@ -333,37 +331,15 @@ class RunReport(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say how many processes train, and compare estimated and free memory.
-
-        Args:
-            args: Settings of the run.
-            state: State of the trainer.
-            control: Not used.
-            **kwargs: Not used.
-
-        Raises:
-            PeftVLMError: If the memory does not suffice, and `memory_check` is `"refuse"`.
-        """
-        trainer, size = self.trainer, args.per_device_train_batch_size
-        model, objective = trainer.model.model, trainer.objective
-        estimate = estimate_memory(model, objective, trainer.train_dataset, args)
+        """Say how many processes train, and on how many images per step."""
+        size = args.per_device_train_batch_size
         together = size * num_processes() * args.gradient_accumulation_steps
         self._say_once(
             f"Training in {num_processes()} process{'es' if num_processes() > 1 else ''} on {args.device.type}: "
             f"{together} images per step ({size} per process, {args.gradient_accumulation_steps} accumulated), "
-            f"{state.max_steps - state.global_step} steps to go. Estimated memory per process: {estimate}."
+            f"{state.max_steps - state.global_step} steps to go."
         )
-        free = free_memory(args.device)
-        if args.memory_check != "off" and not all_agree(free is None or estimate.needed <= free):
-            message = (
-                f"Expected {in_words(free or 0)} of free memory to suffice, got an estimate of "
-                f"{in_words(estimate.needed)} beside what is in use now ({estimate}). "
-                f"{what_to_lower(args, objective.config_dict())} `memory_check='off'` tries it anyway."
-            )
-            if args.memory_check == "refuse":
-                raise PeftVLMError(message)
-            warnings.warn(message, PeftVLMWarning, stacklevel=2)
-        trainer.running_means = RunningMeans()
+        self.trainer.running_means = RunningMeans()
         self._start, self._first_step = time.monotonic(), state.global_step
 
     def on_epoch_begin(
@@ -394,9 +370,8 @@ class RunReport(TrainerCallback):
 
     def _say_once(self, line: str) -> None:
         """Experiments train many times in the same way."""
-        kind = line.partition("Estimated")[0]
-        if kind not in _said:
-            _said.add(kind)
+        if line not in _said:
+            _said.add(line)
             self._say(line)
 
 

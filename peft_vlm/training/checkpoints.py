@@ -26,6 +26,7 @@ from peft_vlm.distributed import all_agree, from_main, is_main_process, wait_for
 from peft_vlm.errors import AdapterError, CheckpointError, PeftVLMWarning
 from peft_vlm.files import read_json, write_json
 from peft_vlm.objective import Objective
+from peft_vlm.training.arguments import RETIRED_SETTINGS
 from peft_vlm.training.callbacks import Interrupt, with_advice
 from peft_vlm.training.module import TrainingModule
 
@@ -473,7 +474,7 @@ class ResumableTrainer(Trainer):
             ("order", self._order(), "sees other batches than it would have"),
             ("settings", self._begun_with, "has other settings"),
         ):
-            saved = manifest.get(name, {})
+            saved = {key: value for key, value in manifest.get(name, {}).items() if key not in RETIRED_SETTINGS}
             changed = sorted(key for key in saved if now.get(key) not in (saved[key], found.get(key, saved[key])))
             text = ", ".join(f"{key} was {saved[key]!r} and is {now.get(key)!r}" for key in changed)
             problems += [f"{what}: {text}"] if changed else []

@@ -114,6 +114,7 @@ def test_flags_replace_what_a_file_says_and_the_adapter_is_measured(words, tmp_p
     values = {"method": "skip_tuning", "protocol": "base_to_new", "shots": 1, "seed": 7, "warmup_learning_rate": 1e-06}
     values |= {"config": {"start_layer": 1}, "objective": {"batch_composition": "random", "top_ratio": 1.0}}
     values |= {"model": flags[1], "dataset": flags[3], "template": "- {}.", "max_steps": 1, "use_cpu": True}
+    values |= {"memory_check": "warn"}  # of an earlier version
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(values | {"output_dir": "not here"}))
     run = tmp_path / "run"
     assert main(["train", str(tmp_path / "settings.yaml"), "--seed", "3", "--output_dir", str(run)]) == 0

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from peft_vlm import CoOpConfig, CoOpObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.errors import DataError, PeftVLMError
 from tests.cases import WORD_A, base_model, class_prompts, images
+from tests.short_run import train as train_short
 from tests.tiny import colour_names
 
 
@@ -189,3 +190,13 @@ def test_loss_terms_reach_tensorboard(tmp_path):
     assert len(files) == 1
     events = EventAccumulator(str(files[0])).Reload()
     assert {"train/loss", "train/loss_cross_entropy", "train/learning_rate"} <= set(events.Tags()["scalars"])
+
+
+def test_a_run_says_how_it_goes(tmp_path, capsys) -> None:
+    """A launcher that starts one process instead of two shows here, and nowhere else."""
+    train_short(tmp_path, "coop", save_strategy="no", disable_tqdm=False, max_steps=7, learning_rate=0.02)
+    printed = capsys.readouterr().err
+    assert "Training in 1 process on cpu: 4 images per step (4 per process, 1 accumulated), 7 steps to go." in printed
+    assert "Epoch 1 of 2: loss " in printed
+    assert " images/s, " in printed
+    assert " left, peak memory " in printed

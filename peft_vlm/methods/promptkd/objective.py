@@ -105,7 +105,6 @@ class PromptKDObjective(Objective):
         )
         self.prompts, self.temperature, self.weight, self.reduction = prompts, temperature, weight, reduction
         members = _as_teachers(teacher)
-        self.frozen_models = [member.model for member in members]
         self.teachers = Teachers(members, weighting=teacher_weighting)
         self.agreement = Agreement(prompts.class_names, seen_classes)
         store = RowStore(cache_storage, name="promptkd teacher features", folder=cache_folder)

@@ -108,7 +108,6 @@ class RPPObjective(PromptObjective):
             check_same_classes(prompts, teacher_prompts or prompts)
             options: dict[str, Any] = {"storage": storage, "chunk_size": text_chunk_size}
             self.teacher = ZeroShotTeacher(teacher, teacher_prompts or prompts, **options)
-            self.frozen_models = [teacher]
         self._tokens: CompactPrompts | None = None
         self._fixed_text: RowStore | None = None
         self._epoch = 0
@@ -147,14 +146,6 @@ class RPPObjective(PromptObjective):
         if self.settings["image_sampling"] == "natural":
             return None
         return BalancedBatches(labels, batch_size=batch_size, seed=seed)
-
-    def text_rows(self, batch_size: int) -> int:
-        """The labels of the batch and the drawn classes, of which a chunk at a time keeps its activations.
-
-        Args:
-            batch_size: Images per process and step.
-        """
-        return min(len(self.prompts.class_names), batch_size + self._num_drawn, self.text_chunk_size)
 
     def prepare(self, model: nn.Module, dataset: Any) -> None:
         """Make the token ids compact; compute class features that do not change.

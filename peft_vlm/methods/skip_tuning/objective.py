@@ -180,15 +180,6 @@ class SkipTuningObjective(PromptObjective):
             remainder=self.remainder,
         )
 
-    def text_rows(self, batch_size: int) -> int:
-        """The classes that CSkip keeps, if every image is of another class beyond them.
-
-        Args:
-            batch_size: Images per process and step.
-        """
-        kept = int((self.tail_uniform < self.keep_probability).sum())
-        return min(len(self.keep_probability), kept + batch_size)
-
     def param_groups(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by tower, for staged learning rates.
 

@@ -108,7 +108,6 @@ class TVPObjective(Objective):
         self.fca_weight, self.tse_weight, self.tse_clip = fca_weight, tse_weight, tse_clip
         self.fca_cache, self.sources, self.source_mode = fca_cache, tuple(sources), source_mode
         self.normalized_gradient = normalized_gradient
-        self.frozen_models = [member.model for member in (*sources, *([tse_clip] if tse_clip else []))]
         self._tasks = [self.task, *(AnswerTask(None) for _ in self.sources)]  # nobody scores what sources answer
         self._clean = [
             CleanTokens(

@@ -13,7 +13,7 @@ PYTEST = $(BIN)/python -m pytest
 # Each process takes a run of neighbouring tests, which share their fixtures, and then work from the slower one.
 PARALLEL = -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-slow test-distributed test-faults check format wheel ci clean
+.PHONY: help demo test test-slow test-distributed test-faults check format size wheel ci clean
 
 help:
 	@echo "make demo              train Skip Tuning on the bundled models and data; results in outputs/demo"
@@ -23,6 +23,7 @@ help:
 	@echo "make wheel             build the wheel and try it outside the repository"
 	@echo "make test-slow         the slow tests; test-distributed and test-faults: those parts alone"
 	@echo "make format            apply the formatter and the safe lint fixes"
+	@echo "make size              files, code lines and public names of the package; never fails"
 	@echo "make clean             remove .venv, caches and build results (outputs/ is kept)"
 
 demo: $(STAMP)
@@ -52,6 +53,9 @@ check: $(STAMP)
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+size: $(STAMP)
+	@$(BIN)/python -m tests.size
 
 wheel: $(STAMP)
 	@echo "Building the wheel and trying it outside the repository: about a minute"

@@ -13,10 +13,11 @@ PYTEST = $(BIN)/python -m pytest
 # Each process takes a run of neighbouring tests, which share their fixtures, and then work from the slower one.
 PARALLEL = -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test test-slow test-distributed test-faults check format size wheel ci clean
+.PHONY: help demo smoke test test-slow test-distributed test-faults check format size wheel ci clean
 
 help:
 	@echo "make demo              train Skip Tuning on the bundled models and data; results in outputs/demo"
+	@echo "make smoke             a first look at every method (under a minute)"
 	@echo "make test              fast tests (under 8 minutes on 2 cores)"
 	@echo "make check             lint, format, types, docstrings, spelling"
 	@echo "make ci                check, wheel, then all tests that are not slow and need no GPU"
@@ -29,6 +30,9 @@ help:
 demo: $(STAMP)
 	@echo "Training and comparing on 2 cores takes about 7 minutes; results go to outputs/demo"
 	@$(BIN)/python examples/train_skip_tuning.py --preset demo $(ARGS)
+
+smoke: $(STAMP)
+	@$(PYTEST) -m smoke $(ARGS)
 
 test: $(STAMP)
 	@$(PYTEST) $(PARALLEL) --ignore=tests/distributed --ignore=tests/faults $(ARGS)

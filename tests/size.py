@@ -1,7 +1,7 @@
 """The size of the package: `make size` prints it. Nothing fails here; the numbers are there to be looked at.
 
-Code lines are those that hold a token other than a comment or a docstring. Public names are the functions and classes at
-the top of a module whose name has no leading underscore.
+Code lines hold a token other than a comment or a docstring. Public names are the functions and classes at the top of
+a module without a leading underscore.
 """
 
 import ast

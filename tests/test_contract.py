@@ -64,6 +64,7 @@ def test_every_registered_method_has_a_case_and_a_module_and_documents():
             assert (ROOT / path).is_file(), f"{method} lacks {path}"
 
 
+@pytest.mark.smoke
 def test_adapter_acts_and_disabling_restores_the_base_bitwise(case):
     expected = logits_of(case, base_model())
     model = adapted(case)
@@ -72,6 +73,7 @@ def test_adapter_acts_and_disabling_restores_the_base_bitwise(case):
         assert torch.equal(logits_of(case, model), expected)
 
 
+@pytest.mark.smoke
 def test_only_adapter_tensors_train_and_each_gets_a_gradient(case):
     """A dead tensor costs memory and file size and never learns."""
     model = adapted(case)

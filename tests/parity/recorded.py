@@ -1,4 +1,8 @@
-"""Reads the tensors recorded from the official codes (see reference/README.md)."""
+"""Reads the tensors recorded from the official codes (see reference/README.md).
+
+Where a parity test gives no reason of its own, its tolerance is that of the record: 5 to 100 times the error of an
+independent Hugging Face implementation that read the same tensors.
+"""
 
 import json
 from collections.abc import Sequence
@@ -60,7 +64,7 @@ def recorded_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=parts["vocab"], merges=[tuple(merge.split()) for merge in parts["merges"]])
 
 
-def assert_close_to_max(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+def assert_close_to_max(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     """Largest error at most a share of the largest expected entry."""
     assert_close(actual, expected, rtol=0.0, atol=tolerance * float(expected.abs().max()))
 

@@ -1,7 +1,4 @@
-"""CoOp against the official code: token ids, features, logits, loss and the gradient of the context.
-
-Tolerances are those of the record, 5 to 100 times the error of an independent Hugging Face implementation.
-"""
+"""CoOp against the official code: token ids, features, logits, loss and the gradient of the context."""
 
 import pytest
 import torch

@@ -1,7 +1,4 @@
-"""PromptKD against the official code: teacher, projector, loss, gradients, BatchNorm statistics, training traces.
-
-Tolerances are those of the record, 5 to 100 times the error of an independent Hugging Face implementation.
-"""
+"""PromptKD against the official code: teacher, projector, loss, gradients, BatchNorm statistics, training traces."""
 
 import pytest
 import torch

@@ -1,7 +1,4 @@
-"""PromptSRC against the official code: forward, loss terms, gradients, training with aggregation, schedules.
-
-Tolerances are those of the record, 5 to 100 times the error of an independent Hugging Face implementation.
-"""
+"""PromptSRC against the official code: forward, loss terms, gradients, training with aggregation, schedules."""
 
 import pytest
 import torch

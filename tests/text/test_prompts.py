@@ -1,14 +1,17 @@
-"""Tokenised class lists: order, cut, padding, and every refusal."""
+"""Templates and tokenised class lists: order, cut, padding, every refusal, and folders without a vocabulary."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPTokenizer
+from peft import get_peft_model
+from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer
 
+from peft_vlm import CoOpConfig
 from peft_vlm.errors import ClassNameError
-from peft_vlm.text import ClassPrompts, check_class_names, tokenize_classes
-from tests.tiny import tiny_tokenizer
+from peft_vlm.text import IMAGENET_ENSEMBLE, ClassPrompts, check_class_names, fill, tokenize_classes
+from peft_vlm.text.prompts import has_vocabulary, tokenizer_of
+from tests.tiny import tiny_clip, tiny_tokenizer
 
 START, END = 512, 513
 
@@ -100,3 +103,38 @@ def test_prompts_compare_by_names_order_and_ids() -> None:
     assert not prompts.is_same(tokenized(["cat", "dog"], "b {}."))
     assert not prompts.is_same(tokenized(["cat", "dog"], ["a {}.", "b {}."]))
     assert prompts.input_ids.dtype == torch.long
+
+
+def test_underscores_and_doubled_spaces_become_one_space() -> None:
+    """CoOp's class names come from folder names; an underscore would be a token of its own."""
+    assert fill("a photo of a {}.", "annual_crop  land ") == "a photo of a annual crop land."
+
+
+def test_other_braces_are_left_alone() -> None:
+    """`str.format` would raise KeyError on a class name or template with braces."""
+    assert fill("a {} in {braces}", "{set}") == "a {set} in {braces}"
+
+
+@pytest.mark.parametrize(("template", "count"), [("a photo.", 0), ("{} and {}", 2)])
+def test_a_template_has_one_place_for_the_name(template: str, count: int) -> None:
+    """Without it every class would get the same text."""
+    with pytest.raises(ClassNameError, match=f"exactly once in the template.*with {count}.*'a photo of a {{}}.'"):
+        fill(template, "cat")
+
+
+def test_the_ensemble_is_made_of_distinct_templates() -> None:
+    """A template listed twice would count twice in the average."""
+    assert len(set(IMAGENET_ENSEMBLE)) == 7
+    assert all(fill(template, "cat") for template in IMAGENET_ENSEMBLE)
+
+
+def test_words_are_not_read_with_a_tokenizer_that_has_no_vocabulary(tmp_path: Path) -> None:
+    """Its ids would fill the context with one embedding, again and again, without a word."""
+    tiny_clip().save_pretrained(tmp_path)
+    assert not has_vocabulary(AutoTokenizer.from_pretrained(tmp_path))
+    model = CLIPModel.from_pretrained(tmp_path)
+    assert tokenizer_of(model) is None
+    with pytest.raises(ValueError, match="has no tokenizer to read them"):
+        get_peft_model(model, CoOpConfig(context_init="a photo of a"))
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert has_vocabulary(tokenizer_of(model))

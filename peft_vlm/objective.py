@@ -40,23 +40,6 @@ class Paper:
         return f"https://arxiv.org/abs/{self.arxiv_id}"
 
 
-@dataclass(frozen=True)
-class About:
-    """What a model card says about a method.
-
-    Args:
-        title: Name as in the paper.
-        trained: What the adapter holds, as the end of the sentence "This adapter holds ...".
-        paper: Where the method comes from.
-        limits: What a user of an adapter must know, whole sentences.
-    """
-
-    title: str
-    trained: str
-    paper: Paper
-    limits: tuple[str, ...] = ()
-
-
 @dataclass
 class ObjectiveOutput:
     """Loss terms and logits of one batch.

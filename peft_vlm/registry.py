@@ -1,11 +1,15 @@
-"""Makes PEFT know our methods: extends `PeftType` and registers config and model classes.
+"""The two tables of the package: adapter types, which PEFT loads, and training methods, which make such adapters.
+
+An adapter type says where trainable tensors enter a model, a training method what is minimised. Several methods may
+train one type (CoOp and KgCoOp both write CoOp adapters), and a type may be PEFT's own.
 
 PEFT has no plug-in mechanism, and `register_peft_method` accepts only members of `PeftType`. A plain string would do
 for most calls but breaks `mixed=True` and transformers' own `load_adapter`, which read `.value`; so the enum gets real
 members.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -13,9 +17,59 @@ from typing import Any
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
+from torch import Tensor
 
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.objective import About
+from peft_vlm.objective import Paper
+
+
+@dataclass(frozen=True)
+class OfficialFormat:
+    """One kind of official checkpoint.
+
+    Args:
+        name: What its makers call it.
+        recognises: Whether tensors are of this kind, by their names.
+        convert: Writes an adapter: `convert(file, folder, **settings)`. None: known, and refused by name.
+    """
+
+    name: str
+    recognises: Callable[[Mapping[str, Tensor]], bool]
+    convert: Callable[..., Any] | None
+
+    def settings(self) -> dict[str, bool]:
+        """What the converter takes beside file and folder: name, and whether it must be given."""
+        parameters = inspect.signature(self.convert).parameters.values() if self.convert else ()
+        return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterType:
+    """A PEFT type: how its adapters are built and read, and what a model card says about them.
+
+    Args:
+        name: Lower-case name that adapter files carry for years; its upper-case form is the `PeftType`, and, for types
+            of this package, `name + "_"` the parameter prefix.
+        config: Its `PeftConfig`.
+        tuner: Its tuner.
+        title: Name as in the paper.
+        trained: What the adapter holds, as the end of the sentence "This adapter holds ...".
+        paper: Where it comes from.
+        limits: What a user of an adapter must know, whole sentences.
+        formats: Official checkpoints that become such adapters, and related ones that are refused by name.
+        export: Writer of the official file: `export(model, path, tokenizer=..., epoch=...)` returns the official
+            settings that belong to the file. None where there is no official format.
+    """
+
+    name: str
+    config: type
+    tuner: type
+    title: str
+    trained: str
+    paper: Paper
+    limits: tuple[str, ...] = ()
+    formats: tuple[OfficialFormat, ...] = ()
+    export: Callable[..., dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +77,8 @@ class Preset:
     """Settings of one official configuration, as keyword arguments for the three places settings live in.
 
     Args:
-        config: For the method's configuration.
-        objective: For its objective; empty where the objective has nothing to set.
+        config: For the adapter's configuration.
+        objective: For the method's objective; empty where the objective has nothing to set.
         training: For `VLMTrainingArguments`.
     """
 
@@ -33,30 +87,39 @@ class Preset:
     training: dict[str, Any] = field(default_factory=dict)
 
 
-METHODS: dict[str, type] = {}
-"""Registered config classes by method name (`"skip_tuning"`, ...)."""
-
-ABOUT: dict[str, About] = {}
-"""What a model card says about each method."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What trains a method by its name.
+@dataclass(frozen=True, kw_only=True)
+class TrainingMethod:
+    """What is minimised on which type of adapter.
 
     Args:
+        name: Lower-case name, as in `peft-vlm train --method`.
+        title: Name as in the paper.
+        adapter: Name of the adapter type in `ADAPTERS`.
+        paper: Where the method comes from.
         objective: Objective on a CLIP-like model, from class prompts; None where the method trains none.
         answer_objective: Objective on a model that writes text, from candidate answers; None where it trains none.
         preset_for: Gives an official configuration by its name.
     """
 
+    name: str
+    title: str
+    adapter: str
+    paper: Paper
     objective: Callable[..., Any] | None = None
     answer_objective: Callable[..., Any] | None = None
     preset_for: Callable[..., Preset] | None = None
 
+    @property
+    def adapter_type(self) -> AdapterType:
+        """The type of the adapters it trains."""
+        return ADAPTERS[self.adapter]
 
-RECIPES: dict[str, Recipe] = {}
-"""How each registered method is trained, by method name."""
+
+ADAPTERS: dict[str, AdapterType] = {}
+"""Adapter types by name (`"skip_tuning"`, ...), the lower-case form of their `PeftType`."""
+
+METHODS: dict[str, TrainingMethod] = {}
+"""Training methods by name."""
 
 
 def extend_peft_type(name: str) -> PeftType:
@@ -77,37 +140,46 @@ def extend_peft_type(name: str) -> PeftType:
     return member
 
 
-def register_method(
-    name: str, *, config_cls: type, model_cls: type, about: About | None = None, recipe: Recipe | None = None
-) -> None:
-    """Register a method with PEFT under a name that adapter files carry for years.
+def register_adapter(adapter: AdapterType) -> None:
+    """Add an adapter type to `ADAPTERS`, and to PEFT unless PEFT already has exactly this one.
 
     Args:
-        name: Lower-case method name; its upper-case form is the `PeftType`, and `name + "_"` the parameter prefix.
-        config_cls: The method's `PeftConfig`.
-        model_cls: The method's tuner.
-        about: What a model card says about the method.
-        recipe: How the method is trained by its name.
+        adapter: The type.
 
     Raises:
         PeftVLMError: If PEFT or another package owns the name, or the module was reloaded.
     """
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(name.upper())
-    if known is not None and PEFT_TYPE_TO_TUNER_MAPPING.get(name.upper()) is model_cls and known is config_cls:
-        return
-    if known is not None:
-        same_package = known.__module__.partition(".")[0] == config_cls.__module__.partition(".")[0]
+    name, key = adapter.name, adapter.name.upper()
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(key)
+    if known is None:
+        extend_peft_type(key)
+        register_peft_method(name=name, config_cls=adapter.config, model_cls=adapter.tuner)
+    elif known is not adapter.config or PEFT_TYPE_TO_TUNER_MAPPING.get(key) is not adapter.tuner:
+        same_package = known.__module__.partition(".")[0] == adapter.config.__module__.partition(".")[0]
         advice = (
             "Restart Python instead of reloading peft_vlm: objects made before would no longer match their classes."
             if same_package
             else f"Use the method of that package, or a peft_vlm release that supports peft {version('peft')}."
         )
         raise PeftVLMError(
-            f"Cannot register the method {name!r}: the name belongs to "
+            f"Cannot register the adapter type {name!r}: the name belongs to "
             f"`{known.__module__}.{known.__qualname__}`. {advice}"
         )
-    extend_peft_type(name.upper())
-    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
-    METHODS[name], RECIPES[name] = config_cls, recipe or Recipe()
-    if about is not None:
-        ABOUT[name] = about
+    ADAPTERS[name] = adapter
+
+
+def register_method(method: TrainingMethod) -> None:
+    """Add a training method to `METHODS`.
+
+    Args:
+        method: The method.
+
+    Raises:
+        PeftVLMError: If its adapter type is not registered.
+    """
+    if method.adapter not in ADAPTERS:
+        raise PeftVLMError(
+            f"Expected the training method {method.name!r} to train one of the adapter types {sorted(ADAPTERS)!r}, "
+            f"got {method.adapter!r}. Register the adapter type first."
+        )
+    METHODS[method.name] = method

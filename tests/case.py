@@ -7,15 +7,16 @@ from typing import Any
 from peft import PeftConfig
 
 from peft_vlm.objective import Objective
+from peft_vlm.registry import METHODS
 
 
 @dataclass(frozen=True)
 class Case:
-    """A method as the contract tests see it.
+    """A training method and its adapters as the contract tests see them.
 
     Args:
-        method: Registered name.
-        config: Builds its configuration for the tiny model.
+        method: Registered name of the training method.
+        config: Builds a configuration of its adapter type for the tiny model.
         objective: Builds its objective for class prompts; keyword arguments override settings.
         other_shape: Settings of a second adapter with another shape, None if every adapter looks the same.
         starts_as_base: Whether an untrained adapter leaves the base model's output as it is.
@@ -40,3 +41,8 @@ class Case:
     zero_gradients: dict[str, str] = field(default_factory=dict)
     batch_dependent: str = ""
     bad_settings: Sequence[tuple[dict[str, Any], str]] = ()
+
+    @property
+    def adapter(self) -> str:
+        """Name of the adapter type that the method trains."""
+        return METHODS[self.method].adapter

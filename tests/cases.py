@@ -1,4 +1,6 @@
-"""One row per method: how to build it on a tiny model. The contract tests run every promise on every row."""
+"""One row per training method: how to build it on a tiny model. The contract tests run every promise on every row, and
+the promises about adapters alone once per adapter type.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -219,6 +221,9 @@ CASES = [
         ),
     ),
 ]
+
+#: The first row of each adapter type, for promises that do not depend on how an adapter was trained.
+ADAPTER_CASES = list({case.adapter: case for case in reversed(CASES)}.values())[::-1]
 
 
 def class_prompts(names: Sequence[str] | None = None) -> ClassPrompts:

@@ -14,8 +14,9 @@ from torch.testing import assert_close
 
 from peft_vlm.data.dataset import collate
 from peft_vlm.errors import AdapterError
-from peft_vlm.registry import ABOUT, METHODS
+from peft_vlm.registry import ADAPTERS, METHODS
 from tests.cases import (
+    ADAPTER_CASES,
     CASES,
     Case,
     base_model,
@@ -28,10 +29,19 @@ from tests.cases import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+#: What every training method has, beside the example of its adapter type.
+DOCUMENTS = (("tests/parity/test_", "py"), ("tests/methods/test_", "py"), ("docs/methods/", "md"))
+
+
+@pytest.fixture(params=ADAPTER_CASES, ids=lambda case: case.adapter)
+def case(request) -> Case:
+    """One row per adapter type."""
+    return request.param
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.method)
-def case(request) -> Case:
+def trained_by(request) -> Case:
+    """One row per training method."""
     return request.param
 
 
@@ -51,17 +61,13 @@ def test_every_registered_method_has_a_case_and_a_module_and_documents():
     """A method that slips past the contract would be promised but untested."""
     assert len(CASES) >= 1
     assert sorted(METHODS) == sorted(case.method for case in CASES)
-    assert set(ABOUT) == set(METHODS), "a model card cannot say what the method is"
+    assert sorted(ADAPTERS) == sorted(case.adapter for case in ADAPTER_CASES)
     folders = {p.name for p in resources.files("peft_vlm.methods").iterdir() if p.is_dir() and p.name[0] != "_"}
     assert folders == set(METHODS)
-    for method in METHODS:
-        for path in (
-            f"tests/parity/test_{method}.py",
-            f"tests/methods/test_{method}.py",
-            f"examples/train_{method}.py",
-            f"docs/methods/{method}.md",
-        ):
-            assert (ROOT / path).is_file(), f"{method} lacks {path}"
+    paths = {f"{place}{method}.{kind}" for method in METHODS for place, kind in DOCUMENTS}
+    paths |= {f"examples/train_{adapter}.py" for adapter in ADAPTERS}
+    assert len(paths) == 3 * len(METHODS) + len(ADAPTERS)
+    assert not [path for path in sorted(paths) if not (ROOT / path).is_file()]
 
 
 @pytest.mark.smoke
@@ -74,20 +80,20 @@ def test_adapter_acts_and_disabling_restores_the_base_bitwise(case):
 
 
 @pytest.mark.smoke
-def test_only_adapter_tensors_train_and_each_gets_a_gradient(case):
+def test_only_adapter_tensors_train_and_each_gets_a_gradient(trained_by):
     """A dead tensor costs memory and file size and never learns."""
-    model = adapted(case)
+    model = adapted(trained_by)
     dataset = images()
-    objective = prepared(case, model, dataset)
+    objective = prepared(trained_by, model, dataset)
     objective(model.train(), training_batch(dataset, range(0, 24, 3))).loss.backward()
     buffers = {name.replace(".default", "") for name, _ in model.named_buffers()}
     own = set(get_peft_model_state_dict(model)) - buffers
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == len(own) > 0
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trainable) == len(own) > 0
     for name, parameter in model.named_parameters():
-        if name not in trained:
+        if name not in trainable:
             assert parameter.grad is None, name
-        elif not any(name.removesuffix(".default").endswith(ending) for ending in case.zero_gradients):
+        elif not any(name.removesuffix(".default").endswith(ending) for ending in trained_by.zero_gradients):
             assert parameter.grad is not None, name
             assert parameter.grad.abs().max() > 1e-9, name
 
@@ -187,8 +193,8 @@ def test_configuration_survives_json(case, tmp_path):
     config.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "adapter_config.json").read_text())
     again = PeftConfig.from_pretrained(tmp_path)
-    assert type(again) is METHODS[case.method]
-    assert raw["peft_type"] == case.method.upper()
+    assert type(again) is ADAPTERS[case.adapter].config
+    assert raw["peft_type"] == case.adapter.upper()
     assert raw["format_version"] == 1
     assert again.to_dict() == config.to_dict()
 
@@ -230,33 +236,33 @@ def test_half_precision_bases_keep_shapes_and_dtypes(case, dtype):
     assert_close(actual.float(), expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))
 
 
-def test_bf16_autocast_keeps_the_loss(case):
-    model = adapted(case)
+def test_bf16_autocast_keeps_the_loss(trained_by):
+    model = adapted(trained_by)
     dataset = images()
-    exact = prepared(case, model, dataset)(model, training_batch(dataset, range(6))).loss
+    exact = prepared(trained_by, model, dataset)(model, training_batch(dataset, range(6))).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        objective = prepared(case, model, dataset)
+        objective = prepared(trained_by, model, dataset)
         loss = objective(model, training_batch(dataset, range(6))).loss
     assert loss.dtype == torch.float32
     assert_close(loss, exact, rtol=0.05, atol=0.05)
 
 
-def test_gradient_checkpointing_keeps_the_gradients(case):
+def test_gradient_checkpointing_keeps_the_gradients(trained_by):
     gradients = []
     for checkpointing in (False, True):
-        model = adapted(case).train()
+        model = adapted(trained_by).train()
         if checkpointing:
             model.get_base_model().activation_checkpointing_enable()
         dataset = images()
-        prepared(case, model, dataset)(model, training_batch(dataset, range(6))).loss.backward()
+        prepared(trained_by, model, dataset)(model, training_batch(dataset, range(6))).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
 
 
-def test_loss_terms_are_finite_scalars_that_sum_to_the_loss(case):
-    model = adapted(case)
+def test_loss_terms_are_finite_scalars_that_sum_to_the_loss(trained_by):
+    model = adapted(trained_by)
     dataset = images()
-    output = prepared(case, model, dataset)(model, training_batch(dataset, range(5)))
+    output = prepared(trained_by, model, dataset)(model, training_batch(dataset, range(5)))
     assert output.loss_terms
     assert all(term.ndim == 0 and torch.isfinite(term) for term in output.loss_terms.values())
     assert_close(output.loss, sum(output.loss_terms.values()))
@@ -265,13 +271,13 @@ def test_loss_terms_are_finite_scalars_that_sum_to_the_loss(case):
     assert not output.labels.is_floating_point()
 
 
-def test_predicted_logits_are_those_of_the_model(case):
-    model = adapted(case)
+def test_predicted_logits_are_those_of_the_model(trained_by):
+    model = adapted(trained_by)
     dataset = images(per_class=1)
-    objective = prepared(case, model, dataset)
+    objective = prepared(trained_by, model, dataset)
     with torch.no_grad():
         predicted = objective.predict(model, {"pixel_values": pixels()})
-    assert_close(predicted, logits_of(case, model), rtol=1e-5, atol=1e-4)
+    assert_close(predicted, logits_of(trained_by, model), rtol=1e-5, atol=1e-4)
 
 
 def test_pickle_and_deepcopy(case):

@@ -16,14 +16,14 @@ from peft_vlm.evaluation.loading import load_model
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.files import REPORT_NAME, TRANSFER_NAME, weights_sha256
 from peft_vlm.hub import AdapterFolder, write_folder
-from peft_vlm.registry import METHODS
+from peft_vlm.registry import ADAPTERS
 from tests.hub.card_rules import card_problems
 from tests.source_tree import ROOT
 
 FOLDERS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/adapter_config.json"))
 MEASURED = [folder for folder in FOLDERS if (folder / REPORT_NAME).is_file()]
 FEW_CLASSES = 6
-#: Methods whose adapter is not made yet; an entry goes when its folder comes.
+#: Adapter types of which none is not made yet; an entry goes when its folder comes.
 AWAITED: set[str] = set()
 
 
@@ -37,11 +37,11 @@ def name_of(folder: Path) -> str:
     return folder.name
 
 
-def test_every_method_has_a_published_adapter() -> None:
+def test_every_adapter_type_has_a_published_adapter() -> None:
     published = {AdapterFolder.read(folder).method for folder in FOLDERS}
     assert len(FOLDERS) >= 6
     assert not published & AWAITED
-    assert published == set(METHODS) - AWAITED
+    assert published == set(ADAPTERS) - AWAITED
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name_of)

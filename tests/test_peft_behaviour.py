@@ -12,10 +12,10 @@ from peft import set_peft_model_state_dict as set_state
 from torch.testing import assert_close
 
 from peft_vlm.errors import AdapterError
-from tests.cases import CASES, Case, base_model, logits_of, model_inputs, perturb, pixels
+from tests.cases import ADAPTER_CASES, Case, base_model, logits_of, model_inputs, perturb, pixels
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.method)
+@pytest.fixture(params=ADAPTER_CASES, ids=lambda case: case.adapter)
 def case(request) -> Case:
     return request.param
 
@@ -47,7 +47,7 @@ def test_status_and_summary(case, capsys):
     status = get_model_status(model)
     assert status.active_adapters == ["default"]
     assert status.enabled is True
-    assert status.peft_types == {"default": case.method.upper()}
+    assert status.peft_types == {"default": case.adapter.upper()}
     assert status.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
     model.print_trainable_parameters()
     assert "trainable params" in capsys.readouterr().out
@@ -154,7 +154,7 @@ def test_merging_two_adapters_is_refused(case):
 
 
 def test_mixed_models_are_refused_by_name(case):
-    with pytest.raises(ValueError, match=case.method.upper()):
+    with pytest.raises(ValueError, match=case.adapter.upper()):
         get_peft_model(base_model(), case.config(), mixed=True)
 
 

@@ -1,6 +1,7 @@
 """Registration with PEFT, and the traps of PEFT and transformers that an out-of-tree method meets."""
 
 import copy
+import dataclasses
 import importlib
 import json
 import pickle
@@ -9,19 +10,19 @@ import sys
 
 import pytest
 import torch
-from peft import AutoPeftModel, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft import AutoPeftModel, LoraConfig, LoraModel, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors.torch import load_file
 from transformers import AutoModelForZeroShotImageClassification, CLIPModel, pipeline
 
 import peft_vlm
-from peft_vlm import SkipTuningConfig, SkipTuningModel
+from peft_vlm import SkipTuningConfig, registry
 from peft_vlm.errors import AdapterError, PeftVLMError, PeftVLMWarning, UnsupportedModelError
-from peft_vlm.registry import METHODS, extend_peft_type, register_method
+from peft_vlm.registry import ADAPTERS, METHODS, AdapterType, extend_peft_type, register_adapter, register_method
 from peft_vlm.text import reserve_slots
 from tests import forked
 from tests.cases import (
-    CASES,
+    ADAPTER_CASES,
     Case,
     base_model,
     class_prompts,
@@ -36,8 +37,8 @@ from tests.cases import (
 
 def test_the_new_members_are_ordinary_members():
     """A plain string in PEFT's tables breaks `.value`, `mixed=True` and transformers' loader."""
-    assert METHODS
-    for name in METHODS:
+    assert ADAPTERS
+    for name in ADAPTERS:
         member = PeftType[name.upper()]
         assert member is PeftType(name.upper()) is getattr(PeftType, name.upper())
         assert member in list(PeftType)
@@ -50,7 +51,7 @@ def test_the_new_members_are_ordinary_members():
 
 
 def test_registering_the_same_classes_again_changes_nothing():
-    register_method("skip_tuning", config_cls=SkipTuningConfig, model_cls=SkipTuningModel)
+    register_adapter(ADAPTERS["skip_tuning"])
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType["SKIP_TUNING"]] is SkipTuningConfig
 
 
@@ -71,7 +72,23 @@ def reload_a_method() -> None:
 def test_a_name_that_peft_owns_is_refused():
     """What a later PEFT with a method of the same name would look like."""
     with pytest.raises(PeftVLMError, match=r"'lora': the name belongs to `peft\..*Use the method of that package"):
-        register_method("lora", config_cls=SkipTuningConfig, model_cls=SkipTuningModel)
+        register_adapter(dataclasses.replace(ADAPTERS["skip_tuning"], name="lora"))
+    assert "lora" not in ADAPTERS
+
+
+def test_a_type_of_peft_itself_can_be_an_adapter_type(monkeypatch):
+    """Methods that train PEFT's LoRA need its record, and PEFT's own registration must stay as it is."""
+    monkeypatch.setattr(registry, "ADAPTERS", dict(ADAPTERS))
+    lora = {"name": "lora", "config": LoraConfig, "tuner": LoraModel, "title": "LoRA", "trained": "low-rank updates"}
+    register_adapter(AdapterType(**lora, paper=ADAPTERS["coop"].paper))
+    assert registry.ADAPTERS["lora"].config is LoraConfig is PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA]
+
+
+def test_a_method_needs_a_registered_adapter_type():
+    """A misspelt type would be found in the middle of somebody's run."""
+    with pytest.raises(PeftVLMError, match=r"'coop' to train one of .*got 'cop'\. Register"):
+        register_method(dataclasses.replace(METHODS["coop"], adapter="cop"))
+    assert METHODS["coop"].adapter_type is ADAPTERS["coop"]
 
 
 def test_without_the_import_peft_does_not_know_the_type_but_a_pickle_brings_it(tmp_path):
@@ -90,7 +107,7 @@ def test_without_the_import_peft_does_not_know_the_type_but_a_pickle_brings_it(t
     assert result.stdout.splitlines() == ["KeyError('SKIP_TUNING')", "2", "SkipTuningConfig"], result.stderr
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.method)
+@pytest.fixture(params=ADAPTER_CASES, ids=lambda case: case.adapter)
 def saved(request, tmp_path):
     """A perturbed adapter on disk, its base model's folder, and the logits."""
     base = tmp_path / "base"

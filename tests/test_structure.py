@@ -35,6 +35,7 @@ SAME_LAYER = {
     ("files", "errors"),
     *((part, "evaluation") for part in ("training", "hub")),
     ("training", "hub"),
+    ("conversion", "registry"),
 }
 OPEN_LAYERS = {4, 5}
 

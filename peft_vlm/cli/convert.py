@@ -8,7 +8,7 @@ from typing import Any
 from peft_vlm.cli.command import add_command, print_json
 from peft_vlm.conversion.clip_folder import convert_clip
 from peft_vlm.conversion.clip_names import is_clip
-from peft_vlm.conversion.formats import FORMATS, convert, export, recognise
+from peft_vlm.conversion.formats import convert, export, known_formats, recognise
 from peft_vlm.conversion.official_file import OfficialFile
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.evaluation.loading import load_model
@@ -67,7 +67,7 @@ def register(commands: Any) -> None:
         "convert",
         run,
         summary="official checkpoints to adapters and back, OpenAI and open_clip weights to base models",
-        description=DESCRIPTION.format(kinds=", ".join(sorted(FORMATS))),
+        description=DESCRIPTION.format(kinds=", ".join(official.name for official in known_formats())),
         examples=EXAMPLES,
     )
     command.add_argument(
@@ -129,7 +129,7 @@ def _to_adapter(file: OfficialFile, folder: str, given: dict[str, Any]) -> dict[
     """An adapter from an official checkpoint."""
     if "class_names" in given:
         given["class_names"] = _listed(given["class_names"])
-    if recognise(file).method == "promptkd":
+    if "class_vectors" in recognise(file).settings():
         given |= _from_teacher(given)
     given.pop("teacher", None)
     return {"written": folder, **convert(file, folder, **given).to_dict()}

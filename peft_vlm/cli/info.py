@@ -12,7 +12,8 @@ from peft_vlm.adapters.config import VLMConfig, read_config
 from peft_vlm.cli.command import add_command, print_json
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.files import BASELINE_NAME, REPORT_NAME, SUMMARY_NAME, WEIGHTS_NAME
-from peft_vlm.registry import ABOUT, METHODS, RECIPES
+from peft_vlm.objective import Paper
+from peft_vlm.registry import ADAPTERS, METHODS, TrainingMethod
 from peft_vlm.serving.plain import load_exported
 from peft_vlm.training.reports import environment
 
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     if what is None:
         facts = _installed()
     elif what in METHODS:
-        facts = _method(what)
+        facts = _method(METHODS[what])
     elif what.endswith(".safetensors") and Path(what).is_file():
         facts = {"exported classifier": what, **asdict(load_exported(what).card)}
     else:
@@ -61,27 +62,22 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _installed() -> dict[str, Any]:
     """Versions, and what each method trains."""
-    trained = {name: ABOUT[name].trained if name in ABOUT else "" for name in sorted(METHODS)}
+    trained = {name: METHODS[name].adapter_type.trained for name in sorted(METHODS)}
     return {"versions": environment(), "methods": trained}
 
 
-def _method(name: str) -> dict[str, Any]:
+def _method(method: TrainingMethod) -> dict[str, Any]:
     """Settings of a method with their defaults."""
-    recipe, facts = RECIPES[name], _origin(name)
-    facts["config"] = _defaults(METHODS[name])
-    for key, target in (("objective", recipe.objective), ("objective on text models", recipe.answer_objective)):
-        if target is not None:
-            facts[key] = _defaults(target)
-    facts["page"] = f"docs/methods/{name}.md"
-    return facts
+    facts = {"method": method.name, "adapter": method.adapter, "trained": method.adapter_type.trained}
+    facts |= {"paper": _cited(method.paper), "config": _defaults(method.adapter_type.config)}
+    targets = (("objective", method.objective), ("objective on text models", method.answer_objective))
+    facts |= {key: _defaults(target) for key, target in targets if target is not None}
+    return facts | {"page": f"docs/methods/{method.name}.md"}
 
 
-def _origin(name: str) -> dict[str, Any]:
-    """What a method trains, and the paper it comes from."""
-    if name not in ABOUT:
-        return {"method": name}
-    about = ABOUT[name]
-    return {"method": name, "trained": about.trained, "paper": f"{about.paper.title}, {about.paper.url}"}
+def _cited(paper: Paper) -> str:
+    """Title and address of a paper."""
+    return f"{paper.title}, {paper.url}"
 
 
 def _defaults(target: Callable[..., Any]) -> dict[str, Any]:
@@ -97,13 +93,14 @@ def _adapter(adapter: str) -> dict[str, Any]:
         config = read_config(adapter)
     except (OSError, ValueError) as error:
         raise PeftVLMError(f"{adapter!r} is no method and no adapter that can be read: {error}") from error
-    method = config.peft_type.value.lower()
-    if method not in METHODS:
+    kind = ADAPTERS.get(config.peft_type.value.lower())
+    if kind is None:
         raise PeftVLMError(
-            f"Expected an adapter of {sorted(METHODS)!r}, got one of PEFT's {config.peft_type.value!r}."
+            f"Expected an adapter of {sorted(ADAPTERS)!r}, got one of PEFT's {config.peft_type.value!r}."
         )
     values = config.to_dict()
-    facts: dict[str, Any] = {"adapter": adapter, **_origin(method), "base model": config.base_model_name_or_path}
+    facts: dict[str, Any] = {"adapter": adapter, "method": kind.name, "trained": kind.trained}
+    facts |= {"paper": _cited(kind.paper), "base model": config.base_model_name_or_path}
     facts |= {"classes": values["class_names"], "template": values["template"]}
     facts["images"] = {name: values[f"image_{name}"] for name in ("size", "mean", "std")}
     facts["settings"] = {name: value for name, value in values.items() if name not in SHARED_FIELDS}

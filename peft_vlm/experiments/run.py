@@ -27,7 +27,7 @@ from peft_vlm.experiments.transfer import ImageTextModel
 from peft_vlm.files import BASELINE_NAME
 from peft_vlm.models.towers import FAMILIES
 from peft_vlm.objective import Objective
-from peft_vlm.registry import METHODS, RECIPES, Preset
+from peft_vlm.registry import METHODS, Preset
 from peft_vlm.text.answers import tokenize_candidates
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import check_same_vocabulary, tokenize_for_model
@@ -171,7 +171,7 @@ def preset_of(settings: RunSettings) -> Preset:
     check_choice("method", settings.method, sorted(METHODS))
     if settings.preset is None:
         return Preset()
-    preset_for = RECIPES[settings.method].preset_for
+    preset_for = METHODS[settings.method].preset_for
     if preset_for is None:
         raise PeftVLMError(f"{settings.method!r} has no presets. Leave out `preset`.")
     return preset_for(settings.preset, **accepted(preset_for, {"shots": settings.shots}))
@@ -232,7 +232,7 @@ def _classifier(
         check_same_vocabulary(loaded.tokenizer, teacher.tokenizer)
         one = tokenize_for_model(teacher.model, teacher.tokenizer, ["a"], template=settings.template)
         offered |= {"teacher": teacher.model, "class_dim": encode_classes(teacher.model, one).shape[-1]}
-    objective = _objective(RECIPES[settings.method].objective, settings, prompts, offered, options)
+    objective = _objective(METHODS[settings.method].objective, settings, prompts, offered, options)
     model = _adapted(loaded.model, settings.method, loaded.image_processor, config, offered)
     validation = None
     if settings.eval_split is not None:
@@ -262,7 +262,7 @@ def _answerer(
         include_end=True,  # one class name may be the beginning of another
         end_token=member.collator.end_token,
     )
-    objective = _objective(RECIPES[settings.method].answer_objective, settings, candidates, {}, options)
+    objective = _objective(METHODS[settings.method].answer_objective, settings, candidates, {}, options)
     model = _adapted(member.model, settings.method, member.collator.processor.image_processor, config, {})
 
     def evaluate() -> dict[str, float]:
@@ -296,8 +296,9 @@ def _adapted(
 ) -> PeftModel:
     """The model with a new adapter."""
     mean, std = mean_and_std_of(image_processor)
-    known = accepted(METHODS[method], {"image_mean": list(mean), "image_std": list(std), **offered})
-    return get_peft_model(base, build(METHODS[method], known | config, name="config", hidden=VLMConfig))
+    target = METHODS[method].adapter_type.config
+    known = accepted(target, {"image_mean": list(mean), "image_std": list(std), **offered})
+    return get_peft_model(base, build(target, known | config, name="config", hidden=VLMConfig))
 
 
 def _objective(

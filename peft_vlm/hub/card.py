@@ -9,7 +9,7 @@ from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.files import PICTURE_NAME, WEIGHTS_NAME
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.scores import index_entries, score_table
-from peft_vlm.registry import ABOUT
+from peft_vlm.registry import ADAPTERS
 
 TEMPLATE = resources.files("peft_vlm.hub").joinpath("card_template.md")
 SHOWN_CLASSES = 100
@@ -65,7 +65,7 @@ def render_card(
     place = f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
     snippet = CLASSIFIER_SNIPPET if is_classifier(folder.config) else MODEL_SNIPPET
     facts = _facts(folder, base) | {
-        "title": title or f"{ABOUT[folder.method].title}: {name}",
+        "title": title or f"{ADAPTERS[folder.method].title}: {name}",
         "snippet": snippet.format(adapter=place, base=base),
         "note": note,
         "licence": license or "The publisher gave none: ask before use.",
@@ -75,7 +75,7 @@ def render_card(
 
 def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
     """What the folder itself says, for the template."""
-    about, evaluation = ABOUT[folder.method], folder.evaluation
+    about, evaluation = ADAPTERS[folder.method], folder.evaluation
     return {
         "summary": _summary(folder, base),
         "score_table": score_table(evaluation.scores) if evaluation else "",
@@ -117,7 +117,7 @@ def tags_of(folder: AdapterFolder, base: str) -> list[str]:
     """
     tags = {"peft", "peft_vlm", "vision-language", folder.method.replace("_", "-")}
     tags.add((folder.config.base_architecture or {}).get("model_type") or "vision")
-    tags |= {"parameter-efficient-fine-tuning", f"arxiv:{ABOUT[folder.method].paper.arxiv_id}"}
+    tags |= {"parameter-efficient-fine-tuning", f"arxiv:{ADAPTERS[folder.method].paper.arxiv_id}"}
     return sorted(tags | ({f"base_model:adapter:{base}"} if HUB_ID.fullmatch(base) else set()))
 
 
@@ -134,7 +134,7 @@ def settings_of(folder: AdapterFolder) -> dict[str, Any]:
 
 
 def _summary(folder: AdapterFolder, base: str) -> str:
-    about, config = ABOUT[folder.method], folder.config
+    about, config = ADAPTERS[folder.method], folder.config
     size = f"{folder.num_parameters:,} numbers, {_weights_size(folder)}"
     named = f"[{base}](https://huggingface.co/{base})" if HUB_ID.fullmatch(base) else f"`{base}`"
     does = "classifies images" if is_classifier(config) else "answers questions about images"
@@ -181,7 +181,7 @@ def _data_facts(folder: AdapterFolder) -> list[str]:
 
 
 def _limits(folder: AdapterFolder, base: str) -> list[str]:
-    about, config, evaluation = ABOUT[folder.method], folder.config, folder.evaluation
+    about, config, evaluation = ADAPTERS[folder.method], folder.config, folder.evaluation
     limits = list(about.limits)
     if not stores_classes(config) and is_classifier(config) and config.class_names:
         limits.append("Other class names can be given; the figures hold for those of the evaluation only.")

@@ -13,7 +13,7 @@ from peft_vlm.cli import main
 from peft_vlm.cli.command import as_flags
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.experiments.run import RunSettings, build, named_values, preset_of
-from peft_vlm.registry import METHODS, RECIPES
+from peft_vlm.registry import METHODS
 from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 from tests.tiny_questions import llava_processor, tiny_llava
 
@@ -65,7 +65,7 @@ def own_words(method, root) -> list[str]:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_is_trained_by_its_name(method, words, tmp_path, capsys) -> None:
-    """A method that is not registered with a recipe, or needs what no flag gives, fails here."""
+    """A method that is not registered with an objective, or needs what no flag gives, fails here."""
     root, flags = words
     flags = [*flags, *own_words(method, root), "--no_evaluate", "--output_dir", str(tmp_path / "run")]
     assert main(["train", "--method", method, *flags, "--json"]) == 0
@@ -187,7 +187,7 @@ def test_presets_are_the_methods_own() -> None:
     names = {"coop": "random", "promptkd": "base_to_new", "promptsrc": "base_to_new", "skip_tuning": "few_shot"}
     names |= {"tvp": "cifar10", "rpp": "imagenet21k"}
     for method in METHODS:
-        if RECIPES[method].preset_for is not None:
+        if METHODS[method].preset_for is not None:
             preset = preset_of(RunSettings(method=method, model="m", dataset="d", shots=1, preset=names[method]))
             assert preset.training
             assert VLMTrainingArguments(output_dir="unused", use_cpu=True, **preset.training).learning_rate > 0

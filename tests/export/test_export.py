@@ -16,7 +16,7 @@ from peft_vlm.serving.onnx import OnnxClassifier
 from peft_vlm.serving.plain import load_exported
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import tokenize_for_model
-from tests.cases import CASES, Case, base_model, class_prompts, logits_of, perturb, pixels, tvp_config
+from tests.cases import ADAPTER_CASES, Case, base_model, class_prompts, logits_of, perturb, pixels, tvp_config
 from tests.tiny import clip_processor, colour_names, noise_image, siglip_processor, tiny_siglip, tiny_tokenizer
 
 #: Of a logit; float32 kernels of torch and onnxruntime add in other orders. Observed: up to 4e-6.
@@ -36,7 +36,7 @@ def exported(model: nn.Module, processor=None):
     return plain_classifier(model, features, colour_names(), image_processor=processor or clip_processor())
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.method for case in CASES])
+@pytest.mark.parametrize("case", ADAPTER_CASES, ids=lambda case: case.adapter)
 def test_every_format_gives_the_logits_of_the_adapter(case: Case, tmp_path) -> None:
     """For batches of one and of three: a dynamic axis that was traced as a constant shows here."""
     model = adapted(case.config())
@@ -90,7 +90,7 @@ def test_siglip_is_exported_with_its_pooling_and_bias(tmp_path) -> None:
 def test_pixel_prompts_of_every_kind_are_exported(settings) -> None:
     """The shrinking is a pair of matrices in the export, an interpolation in the adapter."""
     model = adapted(tvp_config(**settings))
-    case = next(case for case in CASES if case.method == "tvp")
+    case = next(case for case in ADAPTER_CASES if case.adapter == "tvp")
     torch.testing.assert_close(exported(model)(pixels()), logits_of(case, model), atol=TOLERANCE, rtol=0)
 
 
@@ -106,14 +106,14 @@ def test_pixel_prompts_of_every_kind_are_exported(settings) -> None:
 )
 def test_prompts_of_the_attention_become_constants(settings) -> None:
     """Queries, keys and values of the slots, and what the slots carry past the attention."""
-    case = next(case for case in CASES if case.method == "rpp")
+    case = next(case for case in ADAPTER_CASES if case.adapter == "rpp")
     model = adapted(case.config(**settings))
     torch.testing.assert_close(exported(model)(pixels()), logits_of(case, model), atol=TOLERANCE, rtol=0)
 
 
 def test_the_active_adapter_is_exported() -> None:
     """With two adapters on one model, and with none switched on."""
-    case = next(case for case in CASES if case.method == "promptsrc")
+    case = next(case for case in ADAPTER_CASES if case.adapter == "promptsrc")
     model = adapted(case.config())
     first = exported(model)(pixels())
     model.add_adapter("other", case.config(**case.other_shape))
@@ -127,7 +127,7 @@ def test_the_active_adapter_is_exported() -> None:
 
 def test_half_precision_keeps_its_type() -> None:
     """A bfloat16 model exports as one; its logits come in float32."""
-    model = adapted(CASES[0].config(), model=base_model().to(torch.bfloat16))
+    model = adapted(ADAPTER_CASES[0].config(), model=base_model().to(torch.bfloat16))
     classifier = exported(model)
     assert classifier.tower.positions.dtype == torch.bfloat16
     assert classifier(pixels().bfloat16()).dtype == torch.float32
@@ -135,7 +135,7 @@ def test_half_precision_keeps_its_type() -> None:
 
 def test_files_carry_classes_and_preprocessing(tmp_path) -> None:
     """One file is enough; tensors come back bit for bit."""
-    classifier = exported(adapted(CASES[0].config()))
+    classifier = exported(adapted(ADAPTER_CASES[0].config()))
     names = [path.name for path in write_export(classifier, tmp_path / "new", ["safetensors"])]
     assert names == ["classifier.safetensors", "classifier.json"]
     loaded = load_exported(tmp_path / "new" / "classifier.safetensors")

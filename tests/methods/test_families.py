@@ -16,14 +16,14 @@ from transformers import (
 )
 
 from peft_vlm.errors import UnsupportedModelError
-from peft_vlm.registry import METHODS
+from peft_vlm.registry import ADAPTERS
 from peft_vlm.text.prompts import reserve_slots
-from tests.cases import CASES, class_prompts, pixels
+from tests.cases import ADAPTER_CASES, class_prompts, pixels
 from tests.tiny import noise_image, tiny_clip, tiny_siglip
 from tests.tiny_mllm import ARCHITECTURES, BOS, EOS, IMAGE, PAD, blip, tiny_mllm
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
-CASE_OF = {case.method: case for case in CASES}
+CASE_OF = {case.adapter: case for case in ADAPTER_CASES}
 
 
 def table() -> dict[tuple[str, str], str]:
@@ -71,7 +71,7 @@ def test_the_table_has_every_method_and_every_tested_family():
     """A new method or architecture without a row would be promised nothing and tested nowhere."""
     cells = table()
     assert len(cells) >= 85
-    assert {method for _, method in cells} == set(METHODS)
+    assert {method for _, method in cells} == set(ADAPTERS)
     others = {"CLIPModel", "SiglipModel", "Siglip2Model", "BertModel", "blip_2 with T5"}
     assert {model for model, _ in cells} == set(ARCHITECTURES) | others
     assert set(cells.values()) == {"works", "refused"}

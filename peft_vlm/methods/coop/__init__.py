@@ -1,24 +1,34 @@
 """CoOp (IJCV 2022): learned context vectors in the class prompts."""
 
 from peft_vlm.methods.coop.config import CoOpConfig
-from peft_vlm.methods.coop.convert import convert_checkpoint, export_checkpoint
+from peft_vlm.methods.coop.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.coop.model import CoOpModel
 from peft_vlm.methods.coop.objective import PAPER, CoOpObjective
 from peft_vlm.methods.coop.presets import preset_for
-from peft_vlm.objective import About
-from peft_vlm.registry import Recipe, register_method
+from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
-register_method(
-    "coop",
-    config_cls=CoOpConfig,
-    model_cls=CoOpModel,
-    about=About(
+register_adapter(
+    AdapterType(
+        name="coop",
+        config=CoOpConfig,
+        tuner=CoOpModel,
         title="CoOp",
         trained="context vectors that stand around the class name in every class prompt",
         paper=PAPER,
         limits=("Class names that were not trained on can be given, but may score lower than without the adapter.",),
-    ),
-    recipe=Recipe(objective=CoOpObjective, preset_for=preset_for),
+        formats=OFFICIAL_FORMATS,
+        export=export_checkpoint,
+    )
+)
+register_method(
+    TrainingMethod(
+        name="coop",
+        title="CoOp",
+        adapter="coop",
+        paper=PAPER,
+        objective=CoOpObjective,
+        preset_for=preset_for,
+    )
 )
 
 __all__ = ["CoOpConfig", "CoOpModel", "CoOpObjective", "convert_checkpoint", "export_checkpoint", "preset_for"]

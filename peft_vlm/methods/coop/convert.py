@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from peft_vlm.conversion.base_model import load_base, official_pixels, write_adapter
 from peft_vlm.conversion.class_texts import training_class_names, word_ids
 from peft_vlm.conversion.export import adapter_tensors, base_tensors, prompt_buffers, save_official
-from peft_vlm.conversion.formats import OfficialFormat, register_export, register_format
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.coop.config import CoOpConfig
+from peft_vlm.registry import OfficialFormat
 from peft_vlm.text.prompts import tokenizer_of
 
 CONTEXT = "text_model.embeddings.token_embedding.coop_prompt"
@@ -139,35 +139,30 @@ def export_checkpoint(
     return settings | {"CLASS_TOKEN_POSITION": config.class_position}
 
 
-def is_coop(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file is CoOp's: a context, and at most the buffers beside it.
-
-    Args:
-        tensors: Tensors of the file.
-    """
+def _is_coop(tensors: Mapping[str, Tensor]) -> bool:
+    """Recognise a file of CoOp: a context, and at most the buffers beside it."""
     names = {name.removeprefix("prompt_learner.") for name in tensors}
     return "ctx" in names <= COOP_TENSORS
 
 
-def is_kgcoop(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file is KgCoOp's: a context with vectors that nothing reads.
-
-    Args:
-        tensors: Tensors of the file.
-    """
+def _is_kgcoop(tensors: Mapping[str, Tensor]) -> bool:
+    """Recognise a file of KgCoOp: a context with vectors that nothing reads."""
     return "prompt_learner.bias_vectors" in tensors or {"ctx", "bias_vectors"} <= set(tensors)
 
 
-def is_pomp(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file is POMP's: a context with buffers for training and evaluation.
-
-    Args:
-        tensors: Tensors of the file.
-    """
+def _is_pomp(tensors: Mapping[str, Tensor]) -> bool:
+    """Recognise a file of POMP: a context with buffers for training and evaluation."""
     return {"ctx", "train_token_suffix"} <= set(tensors)
 
 
-register_format(OfficialFormat("CoOp", is_coop, convert_checkpoint, "coop"))
-register_format(OfficialFormat("KgCoOp", is_kgcoop, convert_kgcoop, "coop"))
-register_format(OfficialFormat("POMP", is_pomp, convert_checkpoint, "coop"))
-register_export("coop", export_checkpoint)
+def _is_cocoop(tensors: Mapping[str, Tensor]) -> bool:
+    """Recognise a file of CoCoOp: a network shifts the context by the image, for which there is no adapter."""
+    return "meta_net.linear2.weight" in tensors
+
+
+OFFICIAL_FORMATS = (
+    OfficialFormat("CoOp", _is_coop, convert_checkpoint),
+    OfficialFormat("KgCoOp", _is_kgcoop, convert_kgcoop),
+    OfficialFormat("POMP", _is_pomp, convert_checkpoint),
+    OfficialFormat("CoCoOp", _is_cocoop, None),
+)

@@ -18,12 +18,12 @@ from peft_vlm.conversion.base_model import (
     write_adapter,
 )
 from peft_vlm.conversion.export import adapter_tensors, base_tensors, official_tokens, save_official
-from peft_vlm.conversion.formats import OfficialFormat, register_export, register_format
 from peft_vlm.conversion.learned_tokens import VISION, take_learned_tokens
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.promptkd.config import PromptKDConfig
 from peft_vlm.methods.promptkd.model import PromptKDModel
+from peft_vlm.registry import OfficialFormat
 
 KIND = "PromptKD"
 PROJECTOR = {
@@ -122,14 +122,9 @@ def export_checkpoint(
     return {"N_CTX_VISION": config.num_vision_tokens, "PROMPT_DEPTH_VISION": config.vision_depth}
 
 
-def is_promptkd(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file has the projector of a student.
-
-    Args:
-        tensors: Tensors of the file.
-    """
+def _is_promptkd(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file has the projector of a student."""
     return any(name.startswith("VPT_image_trans.") for name in tensors)
 
 
-register_format(OfficialFormat(KIND, is_promptkd, convert_checkpoint, "promptkd"))
-register_export("promptkd", export_checkpoint)
+OFFICIAL_FORMATS = (OfficialFormat(KIND, _is_promptkd, convert_checkpoint),)

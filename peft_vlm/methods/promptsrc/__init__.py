@@ -1,25 +1,35 @@
 """PromptSRC (ICCV 2023): learned tokens in both towers, held close to the frozen model and averaged over epochs."""
 
 from peft_vlm.methods.promptsrc.config import PromptSRCConfig
-from peft_vlm.methods.promptsrc.convert import convert_checkpoint, export_checkpoint
+from peft_vlm.methods.promptsrc.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.promptsrc.model import PromptSRCModel
 from peft_vlm.methods.promptsrc.objective import PAPER, PromptSRCObjective
 from peft_vlm.methods.promptsrc.presets import preset_for
 from peft_vlm.methods.promptsrc.templates import OFFICIAL_TEMPLATES
-from peft_vlm.objective import About
-from peft_vlm.registry import Recipe, register_method
+from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
-register_method(
-    "promptsrc",
-    config_cls=PromptSRCConfig,
-    model_cls=PromptSRCModel,
-    about=About(
+register_adapter(
+    AdapterType(
+        name="promptsrc",
+        config=PromptSRCConfig,
+        tuner=PromptSRCModel,
         title="PromptSRC",
         trained="learned tokens in the text and the vision tower",
         paper=PAPER,
         limits=("The learned tokens take places in the class prompt: give class names, not whole sentences.",),
-    ),
-    recipe=Recipe(objective=PromptSRCObjective, preset_for=preset_for),
+        formats=OFFICIAL_FORMATS,
+        export=export_checkpoint,
+    )
+)
+register_method(
+    TrainingMethod(
+        name="promptsrc",
+        title="PromptSRC",
+        adapter="promptsrc",
+        paper=PAPER,
+        objective=PromptSRCObjective,
+        preset_for=preset_for,
+    )
 )
 
 __all__ = [

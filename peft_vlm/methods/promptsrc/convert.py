@@ -23,12 +23,12 @@ from peft_vlm.conversion.export import (
     prompt_buffers,
     save_official,
 )
-from peft_vlm.conversion.formats import OfficialFormat, register_export, register_format
 from peft_vlm.conversion.learned_tokens import TEXT, VISION, take_learned_tokens
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.promptsrc.config import PromptSRCConfig
 from peft_vlm.methods.promptsrc.model import PromptSRCModel
+from peft_vlm.registry import OfficialFormat
 from peft_vlm.text.prompts import tokenizer_of
 
 KIND = "PromptSRC or IVLP"
@@ -127,16 +127,19 @@ def export_checkpoint(
     return settings | {"CTX_INIT": config.context_init or ""}
 
 
-def is_promptsrc(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file has learned tokens in one or two towers and nothing else that is trained.
-
-    Args:
-        tensors: Tensors of the file.
-    """
+def _is_promptsrc(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file has learned tokens in one or two towers and nothing else that is trained."""
     learned = TEXT.shallow in tensors or VISION.shallow in tensors
     towers = any(name.startswith(("image_encoder.", "text_encoder.")) for name in tensors)
     return learned and towers and not any(name.startswith(OTHERS) for name in tensors)
 
 
-register_format(OfficialFormat(KIND, is_promptsrc, convert_checkpoint, "promptsrc"))
-register_export("promptsrc", export_checkpoint)
+def _is_maple(tensors: Mapping[str, Tensor]) -> bool:
+    """Recognise a file of MaPLe: vision prompts are projected from text prompts, for which there is no adapter."""
+    return "prompt_learner.proj.weight" in tensors
+
+
+OFFICIAL_FORMATS = (
+    OfficialFormat(KIND, _is_promptsrc, convert_checkpoint),
+    OfficialFormat("MaPLe", _is_maple, None),
+)

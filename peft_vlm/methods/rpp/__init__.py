@@ -6,14 +6,13 @@ from peft_vlm.methods.rpp.model import RPPModel
 from peft_vlm.methods.rpp.objective import RPPObjective
 from peft_vlm.methods.rpp.paper import PAPER
 from peft_vlm.methods.rpp.presets import PRESETS, preset_for
-from peft_vlm.objective import About
-from peft_vlm.registry import Recipe, register_method
+from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
-register_method(
-    "rpp",
-    config_cls=RPPConfig,
-    model_cls=RPPModel,
-    about=About(
+register_adapter(
+    AdapterType(
+        name="rpp",
+        config=RPPConfig,
+        tuner=RPPModel,
         title="RPP",
         trained="prompts for the queries, keys and values of the lower layers of both towers",
         paper=PAPER,
@@ -22,8 +21,17 @@ register_method(
             "The paper's code and settings are not published: residual, depth, soft-label weight and rate are choices "
             "of this package.",
         ),
-    ),
-    recipe=Recipe(objective=RPPObjective, preset_for=preset_for),
+    )
+)
+register_method(
+    TrainingMethod(
+        name="rpp",
+        title="RPP",
+        adapter="rpp",
+        paper=PAPER,
+        objective=RPPObjective,
+        preset_for=preset_for,
+    )
 )
 
 __all__ = ["PRESETS", "RPPConfig", "RPPModel", "RPPObjective", "preset_for", "start_shared_prompts"]

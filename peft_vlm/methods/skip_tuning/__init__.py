@@ -2,24 +2,35 @@
 
 from peft_vlm.methods.skip_tuning.answers import SkipTuningAnswerObjective
 from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
-from peft_vlm.methods.skip_tuning.convert import convert_checkpoint, export_checkpoint
+from peft_vlm.methods.skip_tuning.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.skip_tuning.model import SkipTuningModel
 from peft_vlm.methods.skip_tuning.objective import PAPER, SkipTuningObjective
 from peft_vlm.methods.skip_tuning.presets import preset_for
-from peft_vlm.objective import About
-from peft_vlm.registry import Recipe, register_method
+from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
-register_method(
-    "skip_tuning",
-    config_cls=SkipTuningConfig,
-    model_cls=SkipTuningModel,
-    about=About(
+register_adapter(
+    AdapterType(
+        name="skip_tuning",
+        config=SkipTuningConfig,
+        tuner=SkipTuningModel,
         title="Skip Tuning",
         trained="trained copies of the upper layers, final norms and projections of both towers",
         paper=PAPER,
         limits=("It replaces layers of the base model, so it fits this base model only.",),
-    ),
-    recipe=Recipe(objective=SkipTuningObjective, answer_objective=SkipTuningAnswerObjective, preset_for=preset_for),
+        formats=OFFICIAL_FORMATS,
+        export=export_checkpoint,
+    )
+)
+register_method(
+    TrainingMethod(
+        name="skip_tuning",
+        title="Skip Tuning",
+        adapter="skip_tuning",
+        paper=PAPER,
+        objective=SkipTuningObjective,
+        answer_objective=SkipTuningAnswerObjective,
+        preset_for=preset_for,
+    )
 )
 
 __all__ = [

@@ -20,11 +20,11 @@ from peft_vlm.conversion.base_model import (
 )
 from peft_vlm.conversion.clip_names import to_hf_names
 from peft_vlm.conversion.export import adapter_tensors, base_tensors, save_official
-from peft_vlm.conversion.formats import OfficialFormat, register_export, register_format
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
 from peft_vlm.methods.skip_tuning.model import SkipTuningModel
+from peft_vlm.registry import OfficialFormat
 
 KIND = "Skip Tuning"
 HEADS = r"text_encoder\.(ln_final\..*|text_projection)|image_encoder\.(ln_post\..*|proj)"
@@ -123,16 +123,11 @@ def export_checkpoint(
     return {"START_LAYER": min(model.active_peft_config.start_layers)}
 
 
-def is_skip_tuning(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file has both towers and no learned tokens.
-
-    Args:
-        tensors: Tensors of the file.
-    """
+def _is_skip_tuning(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file has both towers and no learned tokens."""
     towers = {found[1] for found in map(LAYER.fullmatch, tensors) if found}
     others = any("VPT" in name or name.startswith("prompt_learner.") for name in tensors)
     return towers == {"text", "image"} and not others
 
 
-register_format(OfficialFormat(KIND, is_skip_tuning, convert_checkpoint, "skip_tuning"))
-register_export("skip_tuning", export_checkpoint)
+OFFICIAL_FORMATS = (OfficialFormat(KIND, _is_skip_tuning, convert_checkpoint),)

@@ -2,7 +2,7 @@
 
 from peft_vlm.adapters.pixel_prompt import prompt_layer_of, prompt_of, render_prompt, show_prompted, without_prompt
 from peft_vlm.methods.tvp.config import TVPConfig
-from peft_vlm.methods.tvp.convert import convert_checkpoint, export_checkpoint
+from peft_vlm.methods.tvp.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.tvp.guide import ClipGuide
 from peft_vlm.methods.tvp.model import TVPModel
 from peft_vlm.methods.tvp.normalization import set_normalization
@@ -11,14 +11,13 @@ from peft_vlm.methods.tvp.optimizer import NormalizedGradient
 from peft_vlm.methods.tvp.presets import preset_for
 from peft_vlm.methods.tvp.sharing import share_prompt
 from peft_vlm.methods.tvp.sources import Source
-from peft_vlm.objective import About
-from peft_vlm.registry import Recipe, register_method
+from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
-register_method(
-    "tvp",
-    config_cls=TVPConfig,
-    model_cls=TVPModel,
-    about=About(
+register_adapter(
+    AdapterType(
+        name="tvp",
+        config=TVPConfig,
+        tuner=TVPModel,
         title="TVP",
         trained="one learned picture that is added to every image, in pixel units",
         paper=PAPER,
@@ -26,8 +25,20 @@ register_method(
             "Unless `shrink` is `none`, images are shrunk to make room for the picture.",
             "Measure what it gains on a model it was not trained on.",
         ),
-    ),
-    recipe=Recipe(objective=TVPObjective, answer_objective=TVPObjective, preset_for=preset_for),
+        formats=OFFICIAL_FORMATS,
+        export=export_checkpoint,
+    )
+)
+register_method(
+    TrainingMethod(
+        name="tvp",
+        title="TVP",
+        adapter="tvp",
+        paper=PAPER,
+        objective=TVPObjective,
+        answer_objective=TVPObjective,
+        preset_for=preset_for,
+    )
 )
 
 __all__ = [

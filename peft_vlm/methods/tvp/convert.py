@@ -14,11 +14,11 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from peft_vlm.adapters.pixel_prompt import prompt_of
 from peft_vlm.conversion.export import save_whole
-from peft_vlm.conversion.formats import OfficialFormat, register_export, register_format
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.files import CONVERSION_NAME, new_folder, write_json
 from peft_vlm.methods.tvp.config import TVPConfig
+from peft_vlm.registry import OfficialFormat
 
 KIND = "TVP"
 OFFICIAL_KEY = "perturbation"
@@ -122,12 +122,8 @@ def official_prompt(file: OfficialFile) -> Float[Tensor, "channels canvas canvas
     return prompt
 
 
-def is_tvp(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file is a pixel prompt.
-
-    Args:
-        tensors: Tensors of the file.
-    """
+def _is_tvp(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file is a pixel prompt."""
     return OFFICIAL_KEY in tensors
 
 
@@ -141,5 +137,4 @@ def border_of(prompt: Float[Tensor, "channels canvas canvas"]) -> int:
     return 0
 
 
-register_format(OfficialFormat(KIND, is_tvp, convert_checkpoint, "tvp"))
-register_export("tvp", export_checkpoint)
+OFFICIAL_FORMATS = (OfficialFormat(KIND, _is_tvp, convert_checkpoint),)

@@ -48,7 +48,7 @@ class PromptedClassifier:
         ```python
         import peft_vlm
 
-        classifier = peft_vlm.PromptedClassifier.from_pretrained("outputs/demo/adapter")
+        classifier = peft_vlm.PromptedClassifier.from_pretrained("outputs/readme")
         print(classifier.predict("photo.png", top_k=3)[0].label)
         ```
     """

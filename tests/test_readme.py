@@ -1,5 +1,6 @@
 """The README is executable: its Python runs, its make targets, scripts and links exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -96,3 +97,13 @@ def test_local_links_lead_somewhere() -> None:
                 dead.append(f"{page.relative_to(ROOT)}: {target}")
     assert checked >= 3
     assert not dead
+
+
+def test_the_results_of_the_readme_are_those_of_its_pages() -> None:
+    """A number that was measured again would be corrected in one place and stay old in another."""
+    results = json.loads((ROOT / "docs" / "results.json").read_text(encoding="utf-8"))
+    assert len(results) >= 8
+    readme = README.read_text(encoding="utf-8")
+    for entry in results:
+        assert f"{entry['gain']:+.1f} +- {entry['std']:.1f} |" in readme, entry
+        assert entry["quote"] in (ROOT / "docs" / entry["page"]).read_text(encoding="utf-8"), entry

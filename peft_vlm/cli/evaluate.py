@@ -10,8 +10,8 @@ from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
 EXAMPLES = """
   peft-vlm evaluate --protocol zero-shot --dataset examples/assets/icons --model examples/assets/clip_student \\
       --template "a {} icon" --output_dir outputs/zero_shot
-  peft-vlm evaluate --protocol base-to-new --dataset my_images/ --adapter outputs/demo/icons/skip_tuning/seed1 \\
-      --output_dir outputs/base_to_new
+  peft-vlm evaluate --protocol base-to-new --dataset examples/assets/icons \\
+      --adapter outputs/demo/icons/skip_tuning/seed1 --output_dir outputs/base_to_new
   peft-vlm evaluate settings.yaml
 """
 

@@ -9,11 +9,11 @@ from peft_vlm.evaluation.run import SEVERAL, SINGLE, EvaluationArguments, run_ev
 from peft_vlm.hub import publish
 
 EXAMPLES = """
-  peft-vlm publish outputs/demo user/my-adapter --license apache-2.0
-      the folder holds the reports of `peft-vlm evaluate --baseline --adapter outputs/demo --output_dir outputs/demo`
-  peft-vlm publish outputs/demo user/my-adapter --license mit --protocol few-shot --dataset my_images/ --shots 16
+  peft-vlm publish outputs/readme user/my-adapter --license apache-2.0
+      the folder holds the reports of `peft-vlm evaluate --baseline --adapter outputs/readme --output_dir outputs/readme`
+  peft-vlm publish outputs/readme user/my-adapter --license mit --protocol few-shot --dataset my_images/ --shots 16
       evaluates adapter and base model first, into the folder
-  peft-vlm publish outputs/demo user/my-adapter --license mit --private --base_model openai/clip-vit-base-patch16
+  peft-vlm publish outputs/readme user/my-adapter --license mit --private --base_model openai/clip-vit-base-patch16
 """
 
 

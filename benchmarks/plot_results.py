@@ -2,8 +2,8 @@
 
     python benchmarks/plot_results.py [--output docs/results.png]
 
-Nothing is trained or measured here. Each entry of the file names the command that measured it, the number of seeds, and
-the page that reports it.
+Nothing is trained or measured here. Each entry of the file names the command that measured it, the number of seeds,
+and the page that reports it.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from peft_vlm.hub import publish
 
 EXAMPLES = """
   peft-vlm publish outputs/readme user/my-adapter --license apache-2.0
-      the folder holds the reports of `peft-vlm evaluate --baseline --adapter outputs/readme --output_dir outputs/readme`
+      the folder holds the reports of `peft-vlm evaluate --baseline ... --output_dir outputs/readme`
   peft-vlm publish outputs/readme user/my-adapter --license mit --protocol few-shot --dataset my_images/ --shots 16
       evaluates adapter and base model first, into the folder
   peft-vlm publish outputs/readme user/my-adapter --license mit --private --base_model openai/clip-vit-base-patch16

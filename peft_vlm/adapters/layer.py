@@ -28,6 +28,11 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
 
+    @property
+    def base_layer(self) -> nn.Module:
+        """The frozen layer; found without `__getattr__`, as every step asks for it."""
+        return own_module(self, "base_layer")
+
     def add_adapter(self, adapter_name: str, config: Any) -> None:
         """Create the tensors of a new adapter.
 
@@ -52,8 +57,11 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters or self.merged_adapters or not self.active_adapters:
             return None
         name = self.active_adapters[0]
-        containers = self.adapter_layer_names + self.other_param_names
-        return name if any(name in getattr(self, container) for container in containers) else None
+        for container in (*self.adapter_layer_names, *self.other_param_names):
+            own = self._modules.get(container)
+            if name in (getattr(self, container) if own is None else own):
+                return name
+        return None
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter.
@@ -99,8 +107,27 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         )
 
 
-class StandInLayer(PromptLayer):
-    """A layer that others may ask for anything the layer it wraps has: unknown attributes are those of that layer."""
+def own_module(module: nn.Module, name: str) -> Any:
+    """A submodule by its name, without the detour over `__getattr__` that torch makes for submodules.
+
+    Args:
+        module: Module that has it.
+        name: Its name.
+
+    Raises:
+        AttributeError: If it has none yet, so that `hasattr` answers.
+    """
+    try:
+        return module.__dict__["_modules"][name]
+    except KeyError as error:
+        raise AttributeError(name) from error
+
+
+class DelegatingLayer(PromptLayer):
+    """A layer that others may ask for anything the layer it wraps has: unknown attributes are those of that layer.
+
+    Its own submodules are read by `own_module`: a step asks for them often, and each would come by here.
+    """
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -111,7 +138,7 @@ class StandInLayer(PromptLayer):
             return getattr(super().__getattr__("base_layer"), name)
 
 
-class LearnedPrompt(StandInLayer):
+class LearnedPrompt(DelegatingLayer):
     """A layer with one learned tensor per adapter.
 
     Args:
@@ -127,7 +154,7 @@ class LearnedPrompt(StandInLayer):
     @property
     def prompts(self) -> nn.ParameterDict:
         """Learned tensors by adapter name."""
-        return getattr(self, self.adapter_layer_names[0])
+        return own_module(self, self.adapter_layer_names[0])
 
 
 def replaced(parameter: torch.Tensor, *, init_weights: bool, dtype: torch.dtype | None) -> nn.Parameter:

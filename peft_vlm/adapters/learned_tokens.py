@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from peft_vlm.adapters.layer import LearnedPrompt, StandInLayer
+from peft_vlm.adapters.layer import DelegatingLayer, LearnedPrompt
 from peft_vlm.errors import AdapterError
 from peft_vlm.text.slots import Slots, slot_mask
 
 
-class TextSlots(StandInLayer):
+class TextSlots(DelegatingLayer):
     """CLIP's token embedding whose reserved slots hold fixed vectors: the embeddings of the initial words, or zeros.
 
     Args:
@@ -54,7 +54,7 @@ class TextSlots(StandInLayer):
         return fill_slots(embedded, input_ids, words, slots)
 
 
-class VisionSlots(StandInLayer):
+class VisionSlots(DelegatingLayer):
     """CLIP's vision embeddings with zero tokens behind the patches, which the first norm turns into its bias.
 
     Args:

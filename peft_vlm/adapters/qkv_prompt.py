@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft_vlm.adapters.layer import StandInLayer
+from peft_vlm.adapters.layer import DelegatingLayer, own_module
 from peft_vlm.adapters.learned_tokens import INIT_STD
 
 PARTS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
@@ -60,6 +60,11 @@ class SlotProjection(nn.Module):
         self.projection, self.part = projection, part
         self._owner = (owner,)  # in a tuple: as a submodule it would contain itself
 
+    @property
+    def projection(self) -> nn.Module:
+        """The frozen projection."""
+        return own_module(self, "projection")
+
     def forward(self, normed: Float[Tensor, "rows tokens width"]) -> Float[Tensor, "rows tokens width"]:
         """Projections of all tokens; those of the slots are the same in every row.
 
@@ -86,7 +91,7 @@ class SlotProjection(nn.Module):
             return getattr(super().__getattr__("projection"), name)
 
 
-class ProjectionPrompts(StandInLayer):
+class ProjectionPrompts(DelegatingLayer):
     """A transformer layer with prompts for its queries, keys and values.
 
     Args:
@@ -159,7 +164,7 @@ class ProjectionPrompts(StandInLayer):
         Args:
             part: Key of `PARTS`, or `"shared"`.
         """
-        return getattr(self, self.adapter_layer_names[(*PARTS, "shared").index(part)])
+        return own_module(self, self.adapter_layer_names[(*PARTS, "shared").index(part)])
 
     def carries(self, part: str, adapter_name: str) -> bool:
         """Whether the slots carry a prompt past the attention, so that its size counts; else only the norm reads it.

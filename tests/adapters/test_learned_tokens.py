@@ -7,10 +7,12 @@ from torch.testing import assert_close
 
 from peft_vlm import CoOpConfig, PromptSRCConfig
 from peft_vlm.adapters.context import trained_towers
+from peft_vlm.adapters.layer import DelegatingLayer
 from peft_vlm.adapters.learned_tokens import DeepTokens, TextContext, VisionTokens
+from peft_vlm.adapters.qkv_prompt import SlotProjection
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 from peft_vlm.text import reserve_slots
-from tests.cases import class_prompts, pixels
+from tests.cases import CASES, base_model, class_prompts, images, pixels
 from tests.tiny import tiny_clip, tiny_siglip, tiny_tokenizer
 
 WORDS = tiny_tokenizer()("ab", add_special_tokens=False)["input_ids"]
@@ -194,3 +196,19 @@ def test_other_architectures_are_refused_by_name():
     bert = BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
     with pytest.raises(UnsupportedModelError, match="got `BertModel`"):
         get_peft_model(bert, PromptSRCConfig(context_init=None))
+
+
+@pytest.mark.parametrize("method", ["coop", "promptsrc", "promptkd", "rpp"])
+def test_a_step_asks_wrapped_layers_for_nothing_that_is_their_own(method: str, monkeypatch) -> None:
+    """Each submodule of a wrapper would be looked up by two Python calls, dozens of times a step."""
+    (case,) = [case for case in CASES if case.method == method]
+    model, objective, dataset = get_peft_model(base_model(), case.config()), case.objective(class_prompts()), images()
+    objective.prepare(model, dataset)
+    objective.epoch_start(model, dataset, 0)
+    batch = dataset.collate([dataset[position] for position in range(4)])
+    asked = []
+    for layer in (DelegatingLayer, SlotProjection):
+        found = layer.__getattr__
+        monkeypatch.setattr(layer, "__getattr__", lambda self, name, f=found: (asked.append(name), f(self, name))[1])
+    objective(model, batch).loss.backward()
+    assert asked == []

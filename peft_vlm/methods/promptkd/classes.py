@@ -11,14 +11,14 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from peft_vlm.adapters.layer import PromptLayer, StandInLayer
+from peft_vlm.adapters.layer import DelegatingLayer, PromptLayer
 from peft_vlm.errors import AdapterError, ClassNameError
 from peft_vlm.methods.promptkd.config import PromptKDConfig
 from peft_vlm.models.towers import towers_of
 from peft_vlm.text.prompts import check_class_names, readable
 
 
-class StoredClassText(StandInLayer):
+class StoredClassText(DelegatingLayer):
     """The text tower, which has no work while a PromptKD adapter is active: it only checks what it is asked.
 
     Args:

@@ -9,6 +9,7 @@
 | prompts  | tokenised texts (templates x classes)                        |
 | tokens   | positions of one sequence, text or patches                   |
 | slots    | positions of a sequence that a prompt takes                  |
+| before, after | positions of a sequence before and after the slots      |
 | vocabulary | token ids of a language model                              |
 | width    | hidden size of one tower                                     |
 | dim      | size of the space that image and text features share         |

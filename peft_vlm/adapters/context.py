@@ -9,7 +9,7 @@ from torch import nn
 from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.adapters.learned_tokens import DeepTokens, LearnedTokens, TextContext, VisionTokens
 from peft_vlm.errors import UnsupportedModelError
-from peft_vlm.models.towers import Towers, towers_of
+from peft_vlm.models.towers import Side, towers_of
 from peft_vlm.text.prompts import tokenizer_of
 from peft_vlm.text.slots import Slots
 
@@ -76,9 +76,7 @@ def complete_context(config: TextContextConfig, model: Any) -> None:
     Raises:
         ValueError: If the initial words are fewer tokens than `num_text_tokens`.
     """
-    text = model.config.text_config
-    # OpenAI's configs say `bos_token_id=0, eos_token_id=2`, which are not the tokens of their tokenizer
-    config.placeholder_id = text.vocab_size - 2 if text.eos_token_id == 2 else text.bos_token_id
+    config.placeholder_id = towers_of(model).start_token_id
     read_context_words(config, model)
     if config.context_init_ids is None:
         return
@@ -113,18 +111,6 @@ def read_context_words(config: TextContextConfig, model: Any) -> None:
     config.context_init_ids = list(tokenizer(config.context_init, add_special_tokens=False)["input_ids"])
 
 
-def trained_towers(model: nn.Module) -> tuple[bool, bool]:
-    """Whether anything on the text side, and anything on the vision side, requires a gradient.
-
-    Args:
-        model: CLIP-like model, with or without adapters.
-    """
-    towers = towers_of(model)
-    vision = {path.partition(".")[0] for path in (towers.vision_layers_path, *towers.vision_head_paths)}
-    parts = {name.partition(".")[0] for name, p in towers.model.named_parameters() if p.requires_grad}
-    return bool(parts - vision - {"logit_scale"}), bool(parts & vision)
-
-
 def learned_token_pattern(model: nn.Module, *, text_depth: int, vision_depth: int, first_layer: int = 1) -> str:
     """Names of the modules that carry learned tokens.
 
@@ -143,7 +129,7 @@ def learned_token_pattern(model: nn.Module, *, text_depth: int, vision_depth: in
         ValueError: If a depth exceeds its tower, or both are 0.
     """
     towers = towers_of(model)
-    if type(towers) is not Towers:
+    if not towers.takes_learned_tokens:
         raise UnsupportedModelError(
             f"Expected a `CLIPModel`, got `{type(model).__name__}`. Learned tokens are placed relative to CLIP's "
             "start and class tokens, which this family does not have; Skip Tuning works for it."
@@ -151,18 +137,20 @@ def learned_token_pattern(model: nn.Module, *, text_depth: int, vision_depth: in
     if not text_depth and not vision_depth:
         raise ValueError("Expected learned tokens in at least one tower, got depth 0 or no tokens in both.")
     parts: list[str] = []
-    for tower, depth, layers, path, entrance in (
-        ("text", text_depth, towers.text_layers, towers.text_layers_path, "text_model.embeddings.token_embedding"),
-        ("vision", vision_depth, towers.vision_layers, towers.vision_layers_path, "vision_model.embeddings"),
-    ):
+    sides: dict[Side, tuple[int, nn.ModuleList]] = {
+        "text": (text_depth, towers.text_layers),
+        "vision": (vision_depth, towers.vision_layers),
+    }
+    for tower, (depth, layers) in sides.items():
         if depth > len(layers):
             raise ValueError(
                 f"Expected `{tower}_depth` from 0 to {len(layers)}, the layers of the {tower} tower, got {depth!r}."
             )
         if depth:
-            parts.append(re.escape(entrance))
+            parts.append(re.escape(towers.entrance_paths[tower]))
         if depth > first_layer:
-            parts.append(rf"{re.escape(path)}\.({'|'.join(str(layer) for layer in range(first_layer, depth))})")
+            numbers = "|".join(str(layer) for layer in range(first_layer, depth))
+            parts.append(rf"{re.escape(towers.layers_paths[tower])}\.({numbers})")
     return "|".join(f"({part})" for part in parts)
 
 
@@ -177,7 +165,7 @@ def learned_tokens(model: nn.Module, target: nn.Module, *, prefix: str) -> Learn
     towers = towers_of(model)
     if target is towers.token_embedding:
         return TextContext(target, prefix=prefix)
-    if target is towers.model.vision_model.embeddings:
+    if target is towers.vision_embeddings:
         return VisionTokens(target, prefix=prefix)
-    tower = "text" if any(target is layer for layer in towers.text_layers) else "vision"
+    tower: Side = "text" if any(target is layer for layer in towers.text_layers) else "vision"
     return DeepTokens(target, prefix=prefix, tower=tower)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from peft_vlm.adapters.layer import DelegatingLayer, LearnedPrompt
 from peft_vlm.errors import AdapterError
-from peft_vlm.text.slots import Slots, slot_mask
+from peft_vlm.models.towers import Side, split_at_prompts, token_like
+from peft_vlm.text.slots import SlotLayer, Slots, slot_mask
 
 
-class TextSlots(DelegatingLayer):
+class TextSlots(DelegatingLayer, SlotLayer):
     """CLIP's token embedding whose reserved slots hold fixed vectors: the embeddings of the initial words, or zeros.
 
     Args:
@@ -98,7 +99,7 @@ class LearnedTokens(LearnedPrompt):
         return nn.Parameter((INIT_STD * torch.randn(tokens, like.shape[-1])).to(like))
 
 
-class TextContext(LearnedTokens):
+class TextContext(LearnedTokens, SlotLayer):
     """CLIP's token embedding whose reserved slots are filled with learned context vectors, before positions are added.
 
     Args:
@@ -190,8 +191,8 @@ class VisionTokens(LearnedTokens):
             adapter_name: Key of the new tensor.
             config: Configuration with `num_vision_tokens`.
         """
-        weight = self.get_base_layer().position_embedding.weight
-        self.prompts[adapter_name] = self._random(config.num_vision_tokens, weight)
+        like = token_like(self.get_base_layer())
+        self.prompts[adapter_name] = self._random(config.num_vision_tokens, like)
 
     def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, "batch tokens width"]:
         """Patch and class embeddings, then the learned tokens."""
@@ -209,7 +210,7 @@ class DeepTokens(LearnedTokens):
         tower: `"text"`: positions 1 to n, behind the start token; `"vision"`: the last n.
     """
 
-    def __init__(self, base_layer: nn.Module, *, prefix: str, tower: str) -> None:
+    def __init__(self, base_layer: nn.Module, *, prefix: str, tower: Side) -> None:
         super().__init__(base_layer, prefix=prefix)
         self.tower = tower
 
@@ -221,7 +222,7 @@ class DeepTokens(LearnedTokens):
             config: Configuration with `num_text_tokens` or `num_vision_tokens`.
         """
         tokens = config.num_text_tokens if self.tower == "text" else config.num_vision_tokens
-        self.prompts[adapter_name] = self._random(tokens, self.get_base_layer().layer_norm1.weight)
+        self.prompts[adapter_name] = self._random(tokens, token_like(self.get_base_layer()))
 
     def forward(self, hidden: Float[Tensor, "rows tokens width"], *args: Any, **kwargs: Any) -> Any:
         """The layer on its input with the learned tokens in place.
@@ -233,9 +234,6 @@ class DeepTokens(LearnedTokens):
         """
         prompt = self.active_prompt(hidden)
         if prompt is not None:
-            count, prompt = len(prompt), prompt.expand(len(hidden), -1, -1)
-            if self.tower == "text":
-                hidden = torch.cat([hidden[:, :1], prompt, hidden[:, 1 + count :]], dim=1)
-            else:
-                hidden = torch.cat([hidden[:, :-count], prompt], dim=1)
+            before, after = split_at_prompts(hidden, len(prompt), side=self.tower)
+            hidden = torch.cat([before, prompt.expand(len(hidden), -1, -1), after], dim=1)
         return self.base_layer(hidden, *args, **kwargs)

@@ -21,8 +21,15 @@ from torch import Tensor, nn
 
 from peft_vlm.adapters.layer import DelegatingLayer, own_module
 from peft_vlm.adapters.learned_tokens import INIT_STD
+from peft_vlm.models.towers import (
+    PROJECTIONS,
+    Side,
+    attention_norm_of,
+    attention_of,
+    split_at_prompts,
+    token_like,
+)
 
-PARTS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 SHARING = ("none", "all")
 RESIDUALS = ("stream", "replaced")
 
@@ -52,7 +59,7 @@ class SlotProjection(nn.Module):
     Args:
         projection: The frozen projection.
         owner: The layer with the prompts.
-        part: Key of `PARTS`.
+        part: Key of `PROJECTIONS`.
     """
 
     def __init__(self, projection: nn.Module, *, owner: "ProjectionPrompts", part: str) -> None:
@@ -75,10 +82,10 @@ class SlotProjection(nn.Module):
         prompt = owner.projected(self.part, normed)
         if prompt is None:
             return self.projection(normed)
-        before, after = owner.around_slots(normed, len(prompt))
+        before, after = split_at_prompts(normed, len(prompt), side=owner.tower)
         rows = prompt.expand(len(normed), -1, -1)
-        if not before.shape[1]:
-            return torch.cat([self.projection(after), rows], dim=1)
+        if not after.shape[1]:
+            return torch.cat([self.projection(before), rows], dim=1)
         rest = self.projection(torch.cat([before, after], dim=1))
         return torch.cat([rest[:, : before.shape[1]], rows, rest[:, before.shape[1] :]], dim=1)
 
@@ -101,23 +108,23 @@ class ProjectionPrompts(DelegatingLayer):
         number: Position of the layer in its tower, from 0.
     """
 
-    def __init__(self, base_layer: nn.Module, *, prefix: str, tower: str, number: int) -> None:
+    def __init__(self, base_layer: nn.Module, *, prefix: str, tower: Side, number: int) -> None:
         super().__init__(base_layer)
         self.tower, self.number = tower, number
-        self.adapter_layer_names = tuple(f"{prefix}{part}" for part in (*PARTS, "shared"))
+        self.adapter_layer_names = tuple(f"{prefix}{part}" for part in (*PROJECTIONS, "shared"))
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.residuals: dict[str, str] = {}
         self.other_param_names = ("residuals",)
         self._constants: dict[tuple[str, str], Tensor] = {}
-        attention = base_layer.self_attn
-        for part, leaf in PARTS.items():
+        attention = attention_of(base_layer)
+        for part, leaf in PROJECTIONS.items():
             setattr(attention, leaf, SlotProjection(getattr(attention, leaf), owner=self, part=part))
 
     def release(self) -> None:
         """Give the attention block its own projections back."""
-        attention = self.base_layer.self_attn
-        for leaf in PARTS.values():
+        attention = attention_of(self.base_layer)
+        for leaf in PROJECTIONS.values():
             setattr(attention, leaf, getattr(attention, leaf).projection)
 
     def add_adapter(self, adapter_name: str, config: Any) -> None:
@@ -128,7 +135,7 @@ class ProjectionPrompts(DelegatingLayer):
             config: Configuration with tokens, `share_qkv`, `slot_residual` and `dead_layers(tower)`.
         """
         tokens = config.num_text_tokens if self.tower == "text" else config.num_vision_tokens
-        weight = self.base_layer.layer_norm1.weight
+        weight = token_like(self.base_layer)
         self.residuals[adapter_name] = config.slot_residual
         for part in self.parts_of(config):
             prompt = INIT_STD * torch.randn(tokens, weight.shape[-1])
@@ -156,21 +163,22 @@ class ProjectionPrompts(DelegatingLayer):
         """
         if config.share_qkv == "all":
             return ("shared",)
-        return tuple(part for part in PARTS if part != "query" or self.number not in config.dead_layers(self.tower))
+        dead = self.number in config.dead_layers(self.tower)
+        return tuple(part for part in PROJECTIONS if part != "query" or not dead)
 
     def container(self, part: str) -> nn.ParameterDict:
         """Prompts of one part by adapter name.
 
         Args:
-            part: Key of `PARTS`, or `"shared"`.
+            part: Key of `PROJECTIONS`, or `"shared"`.
         """
-        return own_module(self, self.adapter_layer_names[(*PARTS, "shared").index(part)])
+        return own_module(self, self.adapter_layer_names[(*PROJECTIONS, "shared").index(part)])
 
     def carries(self, part: str, adapter_name: str) -> bool:
         """Whether the slots carry a prompt past the attention, so that its size counts; else only the norm reads it.
 
         Args:
-            part: Key of `PARTS`, or `"shared"`.
+            part: Key of `PROJECTIONS`, or `"shared"`.
             adapter_name: Name of the adapter.
         """
         return self.residuals[adapter_name] == "replaced" and part in ("query", "shared")
@@ -179,7 +187,7 @@ class ProjectionPrompts(DelegatingLayer):
         """Prompt of the active adapter for one part; None where it has none.
 
         Args:
-            part: Key of `PARTS`.
+            part: Key of `PROJECTIONS`.
         """
         name = self.current_adapter
         if name is None:
@@ -192,7 +200,7 @@ class ProjectionPrompts(DelegatingLayer):
         """What a prompt puts in place of the slots' projections; None where the layer's own are right.
 
         Args:
-            part: Key of `PARTS`.
+            part: Key of `PROJECTIONS`.
             normed: The layer's input behind its norm, for device and dtype.
         """
         name, prompt = self.current_adapter, self.prompt(part)
@@ -220,30 +228,19 @@ class ProjectionPrompts(DelegatingLayer):
     @torch.no_grad()
     def fixed_rows(self) -> dict[str, Float[Tensor, "slots width"]]:
         """What the active adapter puts in place of the slots' projections, by the name of the projection."""
-        like = self.base_layer.layer_norm1.weight
-        rows = {leaf: self.projected(part, like[None, None]) for part, leaf in PARTS.items()}
+        like = token_like(self.base_layer)
+        rows = {leaf: self.projected(part, like[None, None]) for part, leaf in PROJECTIONS.items()}
         return {leaf: tensor for leaf, tensor in rows.items() if tensor is not None}
 
     def _project(self, part: str, prompt: Float[Tensor, "slots width"]) -> Float[Tensor, "slots width"]:
-        leaf = getattr(self.base_layer.self_attn, PARTS[part])
-        return leaf.projection(self.base_layer.layer_norm1(prompt))
-
-    def around_slots(self, hidden: Float[Tensor, "rows tokens width"], count: int) -> tuple[Tensor, Tensor]:
-        """Tokens before and behind the slots; in the vision tower all of them count as behind none.
-
-        Args:
-            hidden: All tokens.
-            count: Number of slots.
-        """
-        if self.tower == "text":
-            return hidden[:, :1], hidden[:, 1 + count :]
-        return hidden[:, :0], hidden[:, :-count]
+        leaf = getattr(attention_of(self.base_layer), PROJECTIONS[part])
+        return leaf.projection(attention_norm_of(self.base_layer)(prompt))
 
     @torch.no_grad()
     def fold(self) -> None:
         """Compute the projected prompts of all adapters once, for inference; `unfold` or `train()` forgets them."""
-        weight = self.base_layer.layer_norm1.weight
-        for part in PARTS:
+        weight = token_like(self.base_layer)
+        for part in PROJECTIONS:
             for container in (self.container(part), self.container("shared")):
                 for name, prompt in container.items():
                     self._constants[name, part] = self._project(part, prompt.to(weight.dtype))
@@ -273,7 +270,6 @@ class ProjectionPrompts(DelegatingLayer):
         prompt = self.input_prompt
         if prompt is not None:
             rows = prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
-            before, after = self.around_slots(hidden, len(prompt))
-            order = [before, rows, after] if self.tower == "text" else [after, rows]
-            hidden = torch.cat(order, dim=1)
+            before, after = split_at_prompts(hidden, len(prompt), side=self.tower)
+            hidden = torch.cat([before, rows, after], dim=1)
         return self.base_layer(hidden, *args, **kwargs)

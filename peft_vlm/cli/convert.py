@@ -152,7 +152,7 @@ def _from_teacher(given: Mapping[str, Any]) -> dict[str, Any]:
             f"{given.get('class_names')!r} and {given.get('template')!r}."
         )
     prompts = tokenize_for_model(loaded.model, loaded.tokenizer, names, template=template)
-    scale = float(towers_of(loaded.model).model.logit_scale.detach().exp())
+    scale = towers_of(loaded.model).logit_scale
     settings = {"class_names": list(names), "template": template, "teacher_name": name, "teacher_logit_scale": scale}
     return settings | {"class_vectors": encode_classes(loaded.model, prompts)}
 

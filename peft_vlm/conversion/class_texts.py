@@ -8,7 +8,6 @@ embedding table they give the token ids back, hence the names, and they show whe
 import re
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,6 +16,7 @@ from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from peft_vlm.conversion.official_file import FROZEN_TOLERANCE, OfficialFile
 from peft_vlm.errors import AdapterError, ClassNameError
+from peft_vlm.models.towers import towers_of
 
 ROWS_AT_A_TIME = 512
 
@@ -52,7 +52,7 @@ def training_class_names(
             why = "no tokenizer beside the base model" if suffix in file.tensors else f"no {suffix!r} in the file"
             file.note(f"No class names: {why}. Name them when predicting, or convert again with class names.")
         return None if class_names is None else list(class_names)
-    rows = _texts(token_ids(file, suffix, base), _end_token(base), words_before, file)
+    rows = _texts(token_ids(file, suffix, base), towers_of(base).end_token_id, words_before, file)
     if class_names is None:
         return _decoded(rows, tokenizer, file)
     given = [_tokens(name, tokenizer) for name in class_names]
@@ -112,11 +112,6 @@ def token_ids(file: OfficialFile, name: str, base: CLIPModel) -> Int[Tensor, "cl
             )
         found[start : start + len(chunk)] = nearest
     return found[which].view(embeddings.shape[:2])
-
-
-def _end_token(base: CLIPModel) -> int:
-    text: Any = base.config.text_config
-    return text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
 
 
 def _texts(ids: Tensor, end: int, words_before: Sequence[int], file: OfficialFile) -> list[list[int]]:

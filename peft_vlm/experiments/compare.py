@@ -24,7 +24,7 @@ from peft_vlm.evaluation.classify import evaluate_classifier
 from peft_vlm.evaluation.metrics import harmonic_mean
 from peft_vlm.experiments.peak_memory import PeakMemory
 from peft_vlm.files import write_json
-from peft_vlm.models.towers import image_features, text_features, towers_of
+from peft_vlm.models.towers import image_features, text_features, text_length_of, towers_of
 from peft_vlm.objective import Objective, ObjectiveOutput
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import PromptObjective
@@ -403,7 +403,7 @@ class Experiment:
         return cls(
             load_model=lambda: CLIPModel.from_pretrained(model),
             tokenizer=tokenizer,
-            max_length=min(config.text_config.max_position_embeddings for config in configs),
+            max_length=min(map(text_length_of, configs)),
             train_transform=TrainTransform(processor, **augmentation),
             test_transform=EvalTransform(processor),
             output_dir=output_dir,

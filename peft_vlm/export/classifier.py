@@ -94,10 +94,9 @@ def plain_classifier(
     )
     with torch.device("meta"):  # every tensor is replaced
         classifier = PlainClassifier(card)
-    base: Any = towers_of(model).model
+    towers = towers_of(model)
     classifier.tower, classifier.class_vectors = tower, class_features.detach().clone()
-    classifier.scale = base.logit_scale.detach().float().exp()
-    classifier.bias = base.logit_bias.detach().float().reshape(()) if hasattr(base, "logit_bias") else torch.zeros(())
+    classifier.scale, classifier.bias = torch.tensor(towers.logit_scale), torch.tensor(towers.logit_bias)
     classifier = classifier.cpu().eval()
     pixels = torch.randn(2, 3, *shape["image_size"], generator=torch.Generator().manual_seed(0))
     pixels = pixels.to(classifier.tower.positions.dtype)
@@ -107,9 +106,9 @@ def plain_classifier(
     limit = TOLERANCE if pixels.dtype == torch.float32 else 1.0
     if not difference <= limit:
         raise PeftVLMError(
-            f"The exported classifier differs from `{type(base).__name__}` by {difference:.2g} in a logit, expected "
-            f"at most {limit}. Something in the image tower is changed that an export does not see, such as a hook "
-            "or a module of your own; please report it if there is none."
+            f"The exported classifier differs from `{type(towers.model).__name__}` by {difference:.2g} in a logit, "
+            f"expected at most {limit}. Something in the image tower is changed that an export does not see, such as "
+            "a hook or a module of your own; please report it if there is none."
         )
     return classifier
 

@@ -1,4 +1,7 @@
-"""The two towers of a CLIP-like model, cut at any layer. The only file that knows Hugging Face module paths.
+"""The two towers of a CLIP-like model, cut at any layer, and where prompts enter them.
+
+This folder alone knows module paths of Hugging Face models; a new family is a subclass of `Towers` and a row in
+`FAMILIES`.
 
 `towers_of(model)` returns an object with the same methods for every supported family:
 
@@ -12,14 +15,14 @@ the rest of the chain in one call, without the part of the last layer that nothi
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import CLIPModel, PreTrainedModel, Siglip2Model, SiglipModel
+from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel, Siglip2Model, SiglipModel
 from transformers.masking_utils import create_causal_mask
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from peft_vlm.errors import UnsupportedModelError
 
@@ -27,6 +30,40 @@ LEAVES_OF_A_LAYER = (
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
     *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
 )
+
+PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+"""Names of the three input projections inside `attention_of(layer)`."""
+
+Side = Literal["text", "vision"]
+
+_VISION_PARTS = {"vision_model", "visual_projection"}
+_LOGIT_PARAMETERS = ("logit_scale", "logit_bias")
+_OLD_EOS = 2
+"""OpenAI's configs say `bos_token_id=0, eos_token_id=2`, which are not the tokens of their tokenizer: those are the
+last two of the vocabulary."""
+
+
+def side_of(name: str) -> Side | None:
+    """Return the side of the model that a parameter or module belongs to; None for those that only scale logits.
+
+    Args:
+        name: Full name, with or without the prefix of a `PeftModel`. Everything that is not the vision side counts as
+            text, so that a method may add text modules anywhere.
+    """
+    parts = name.split(".")
+    if parts[-1] in _LOGIT_PARAMETERS:
+        return None
+    return "text" if _VISION_PARTS.isdisjoint(parts) else "vision"
+
+
+def text_length_of(config: PreTrainedConfig) -> int:
+    """Return the tokens that a model's text tower takes at most.
+
+    Args:
+        config: Configuration of a CLIP-like model.
+    """
+    text: Any = config.get_text_config()
+    return int(text.max_position_embeddings)
 
 
 class Towers:
@@ -36,11 +73,20 @@ class Towers:
         model: The Hugging Face model, not wrapped in a `PeftModel`.
     """
 
-    text_layers_path = "text_model.encoder.layers"
-    vision_layers_path = "vision_model.encoder.layers"
+    text_tower_path = "text_model"
+    layers_paths: dict[str, str] = {"text": "text_model.encoder.layers", "vision": "vision_model.encoder.layers"}
+    #: Modules through which tokens and images enter; prompts of the first layer's input wrap them.
+    entrance_paths: dict[str, str] = {
+        "text": "text_model.embeddings.token_embedding",
+        "vision": "vision_model.embeddings",
+    }
+    #: Norms and projections after the last layer, in order; the last one gives the features.
     text_head_paths: Sequence[str] = ("text_model.final_layer_norm", "text_projection")
     vision_head_paths: Sequence[str] = ("vision_model.post_layernorm", "visual_projection")
+    vision_norm_paths: Sequence[str] = ("vision_model.pre_layrnorm", "vision_model.post_layernorm")
     text_is_causal = True
+    #: False where the towers have no start and class token, relative to which learned tokens are placed.
+    takes_learned_tokens = True
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model  # its attributes differ by family
@@ -48,17 +94,84 @@ class Towers:
     @property
     def text_layers(self) -> nn.ModuleList:
         """Transformer layers of the text tower."""
-        return self.model.get_submodule(self.text_layers_path)
+        return self.model.get_submodule(self.layers_paths["text"])
 
     @property
     def vision_layers(self) -> nn.ModuleList:
         """Transformer layers of the vision tower."""
-        return self.model.get_submodule(self.vision_layers_path)
+        return self.model.get_submodule(self.layers_paths["vision"])
 
     @property
     def token_embedding(self) -> nn.Module:
         """The text tower's embedding table, or the layer that an adapter has put around it."""
-        return self.model.text_model.embeddings.token_embedding
+        return self.model.get_submodule(self.entrance_paths["text"])
+
+    @property
+    def vision_embeddings(self) -> nn.Module:
+        """The vision tower's embeddings, or the layer that an adapter has put around them."""
+        return self.model.get_submodule(self.entrance_paths["vision"])
+
+    @property
+    def text_tower(self) -> nn.Module:
+        """The whole text tower without the projection, or the layer that an adapter has put around it."""
+        return self.model.get_submodule(self.text_tower_path)
+
+    @property
+    def text_head(self) -> nn.Module:
+        """The module that gives the text features, or the layer that an adapter has put around it."""
+        return self.model.get_submodule(self.text_head_paths[-1])
+
+    @property
+    def vision_head(self) -> nn.Module:
+        """The module that gives the image features, or the layer that an adapter has put around it."""
+        return self.model.get_submodule(self.vision_head_paths[-1])
+
+    @property
+    def text_positions(self) -> Float[Tensor, "tokens width"]:
+        """Position embeddings of the text tower."""
+        return self.model.text_model.embeddings.position_embedding.weight
+
+    @property
+    def start_token_id(self) -> int:
+        """The start-of-text token, which no tokenizer puts anywhere but first: the placeholder of learned tokens."""
+        text = self.model.config.text_config
+        return int(text.vocab_size - 2 if text.eos_token_id == _OLD_EOS else text.bos_token_id)
+
+    @property
+    def end_token_id(self) -> int:
+        """The end-of-text token."""
+        text = self.model.config.text_config
+        return int(text.vocab_size - 1 if text.eos_token_id == _OLD_EOS else text.eos_token_id)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the text tower knows."""
+        return int(self.model.config.text_config.vocab_size)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that the text tower takes at most."""
+        return text_length_of(self.model.config)
+
+    @property
+    def image_size(self) -> int:
+        """Rows and columns of the images that the vision tower takes."""
+        return int(self.model.config.vision_config.image_size)
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor of the cosines, after exp."""
+        return float(self.model.logit_scale.detach().float().exp())
+
+    @property
+    def logit_bias(self) -> float:
+        """What is added to the scaled cosines."""
+        return 0.0
+
+    def trained_sides(self) -> set[Side]:
+        """Sides with a parameter that requires a gradient."""
+        sides: set[Side | None] = {side_of(name) for name, p in self.model.named_parameters() if p.requires_grad}
+        return {side for side in sides if side is not None}
 
     def embed_text(self, input_ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts tokens width"]:
         """What enters text layer 0: token plus position embeddings."""
@@ -92,8 +205,8 @@ class Towers:
     def pooled_positions(self, input_ids: Int[Tensor, "prompts tokens"]) -> Int[Tensor, " prompts"]:
         """Position that the text tower pools: the first end-of-text token (highest id for old configs, as in HF)."""
         eos = self.model.text_model.eos_token_id
-        ids = input_ids.to(torch.int)
-        return ids.argmax(dim=-1) if eos == 2 else (ids == eos).int().argmax(dim=-1)
+        ids = input_ids.to(torch.int)  # `argmax` gives the first of several, for int only
+        return ids.argmax(dim=-1) if eos == _OLD_EOS else (ids == eos).int().argmax(dim=-1)
 
     def pool_text(
         self, hidden: Float[Tensor, "prompts tokens width"], input_ids: Int[Tensor, "prompts tokens"]
@@ -109,22 +222,25 @@ class Towers:
 
     def finish_image(self, hidden: Float[Tensor, "batch tokens width"], start: int) -> Float[Tensor, "batch dim"]:
         """Image features from what enters vision layer `start`; the last layer computes the class token only."""
-        if start >= len(self.vision_layers) or not _is_plain(self.vision_layers[-1]):
+        layers = self.vision_layers
+        if start >= len(layers) or not _is_plain(layers[-1]):
             return self.pool_image(self.run_vision(hidden, start))
-        hidden = self.run_vision(hidden, start, len(self.vision_layers) - 1)
-        return self.pool_image(_one_query_layer(self.vision_layers[-1], hidden, hidden[:, :1], None))
+        hidden = self.run_vision(hidden, start, len(layers) - 1)
+        return self.pool_image(_one_query_layer(layers[-1], hidden, hidden[:, :1], None))
 
     def finish_text(
         self, hidden: Float[Tensor, "prompts tokens width"], input_ids: Int[Tensor, "prompts tokens"], start: int
     ) -> Float[Tensor, "prompts dim"]:
         """Text features from what enters text layer `start`; the last layer computes the pooled token only."""
-        if start >= len(self.text_layers) or not _is_plain(self.text_layers[-1]):
+        layers = self.text_layers
+        if start >= len(layers) or not _is_plain(layers[-1]):
             return self.pool_text(self.run_text(hidden, start), input_ids)
-        hidden = self.run_text(hidden, start, len(self.text_layers) - 1)
+        hidden = self.run_text(hidden, start, len(layers) - 1)
         positions = self.pooled_positions(input_ids).to(hidden.device)
-        query = hidden[torch.arange(len(hidden), device=hidden.device), positions][:, None]
+        query = hidden[torch.arange(len(hidden), device=hidden.device), positions][:, None]  # (prompts, 1, width)
+        # What the causal mask leaves to the query of each prompt: the tokens up to its own position.
         visible = torch.arange(hidden.shape[1], device=hidden.device) <= positions[:, None]
-        pooled = _one_query_layer(self.text_layers[-1], hidden, query, visible[:, None, None])
+        pooled = _one_query_layer(layers[-1], hidden, query, visible[:, None, None])
         return self.model.text_projection(self.model.text_model.final_layer_norm(pooled[:, 0]))
 
     def similarity_logits(
@@ -140,6 +256,7 @@ class Towers:
 class SiglipTowers(Towers):
     """SigLIP and SigLIP 2 (fixed resolution): bidirectional text, last token pooled, attention-pooled image."""
 
+    takes_learned_tokens = False
     text_head_paths = ("text_model.final_layer_norm", "text_model.head")
     # The pooling attention and its probe belong to the frozen part: nn.MultiheadAttention has no leaf layers to copy.
     vision_head_paths = (
@@ -186,6 +303,11 @@ class SiglipTowers(Towers):
         vision = self.model.vision_model
         return vision.head(vision.post_layernorm(hidden))
 
+    @property
+    def logit_bias(self) -> float:
+        """SigLIP's learned bias."""
+        return float(self.model.logit_bias.detach().float())
+
     def similarity_logits(
         self, image_features: Float[Tensor, "batch dim"], text_features: Float[Tensor, "classes dim"]
     ) -> Float[Tensor, "batch classes"]:
@@ -194,12 +316,16 @@ class SiglipTowers(Towers):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether `_one_query_layer` may stand in for the layer: nothing wraps or hooks it.
+    """Return whether `_one_query_layer` may replace the layer: nothing wraps it, and nothing watches what it skips.
+
+    The short form calls every module of the layer but two: the layer and its attention. Hooks of those two would not
+    run. Hooks further inside run, and see the one token that is computed.
 
     Gradient checkpointing does not reach a layer that runs this way; for one token there is little left to recompute.
     """
-    watched = any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
-    return isinstance(layer, CLIPEncoderLayer) and not watched
+    if not isinstance(layer, CLIPEncoderLayer):
+        return False
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in (layer, layer.self_attn))
 
 
 def _one_query_layer(
@@ -218,6 +344,7 @@ def _one_query_layer(
     """
     attention = layer.self_attn
     shape = (hidden.shape[0], -1, attention.num_heads, attention.head_dim)
+    # Every token gives a key and a value, so the first norm and two projections still run over all of them.
     normed = layer.layer_norm1(hidden)
     queries, keys, values = (
         projection(tokens).view(shape).transpose(1, 2)
@@ -231,8 +358,48 @@ def _one_query_layer(
     attended = nn.functional.scaled_dot_product_attention(
         queries, keys, values, attn_mask=visible, dropout_p=dropout, scale=attention.scale
     )
-    query = query + attention.out_proj(attended.transpose(1, 2).flatten(2))
+    query = query + attention.out_proj(attended.transpose(1, 2).flatten(2))  # (batch, 1, width)
     return query + layer.mlp(layer.layer_norm2(query))
+
+
+def split_at_prompts(
+    hidden: Float[Tensor, "rows tokens width"], count: int, *, side: Side
+) -> tuple[Float[Tensor, "rows before width"], Float[Tensor, "rows after width"]]:
+    """Split hidden states into the tokens before and after the learned tokens.
+
+    In the text tower these are positions 1 to `count`, after the start token; in the vision tower they are the last
+    `count`, after class token and patches.
+
+    Args:
+        hidden: All tokens.
+        count: Number of learned tokens.
+        side: The tower.
+    """
+    start = 1 if side == "text" else hidden.shape[1] - count
+    return hidden[:, :start], hidden[:, start + count :]
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """Return the attention block of a transformer layer, whose input projections are `PROJECTIONS`."""
+    return layer.self_attn
+
+
+def attention_norm_of(layer: nn.Module) -> Any:
+    """Return the norm between a transformer layer's input and its projections."""
+    return layer.layer_norm1
+
+
+def token_like(module: nn.Module) -> Float[Tensor, "*rows width"]:
+    """Return a weight of an embedding or layer that has the width, dtype and device of its tokens.
+
+    Args:
+        module: Entrance or layer of a tower, without the layer of an adapter around it.
+    """
+    if isinstance(module, nn.Embedding):
+        return module.weight
+    if isinstance(module, CLIPVisionEmbeddings):
+        return module.position_embedding.weight
+    return attention_norm_of(module).weight
 
 
 FAMILIES: dict[type[PreTrainedModel], type[Towers]] = {CLIPModel: Towers, SiglipModel: SiglipTowers}

@@ -1,5 +1,6 @@
 """Text features of a class list: computed once, and known to be stale when anything on the text side has changed."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_vlm.distributed import divided, num_processes
 from peft_vlm.errors import AdapterError, ClassNameError
-from peft_vlm.models.towers import image_features, text_features, towers_of
+from peft_vlm.models.towers import image_features, side_of, text_features, towers_of
 from peft_vlm.objective import Objective
 from peft_vlm.shapes import Batch
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
@@ -29,6 +30,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+class StoredFeaturesLayer(ABC):
+    """A layer around the head of the text tower that stores class features, for texts to be left out."""
+
+    @abstractmethod
+    def stored_features(self, class_names: Sequence[str]) -> Float[Tensor, "classes dim"] | None:
+        """Stored features of some classes; None where the layer acts as the base layer.
+
+        Args:
+            class_names: Classes in label order.
+        """
 
 
 @torch.no_grad()
@@ -96,14 +109,13 @@ def stored_class_features(model: nn.Module, class_names: Sequence[str]) -> Float
         model: CLIP-like model, with or without adapters.
         class_names: Classes whose features are wanted; a layer that stores features refuses those it does not have.
     """
-    projection = getattr(towers_of(model).model, "text_projection", None)
-    stored = getattr(projection, "stored_features", None)
-    return None if stored is None else stored(class_names)
+    head = towers_of(model).text_head
+    return head.stored_features(class_names) if isinstance(head, StoredFeaturesLayer) else None
 
 
 def _check_vocabulary(model: nn.Module, input_ids: Int[Tensor, "prompts tokens"]) -> None:
     towers = towers_of(model)
-    highest, size = int(input_ids.max()), int(towers.model.config.text_config.vocab_size)
+    highest, size = int(input_ids.max()), towers.vocab_size
     if highest >= size:
         raise ClassNameError(
             f"The prompts hold the token id {highest}, the model's vocabulary has {size} tokens: they were made with "
@@ -189,14 +201,11 @@ def _difference(
 
 def _text_state(model: nn.Module) -> _TextState:
     towers = towers_of(model)
-    # Everything that is not the vision side counts, so that a method may add text modules anywhere. Parameters that
-    # sit directly on the model scale the logits and leave the features alone.
-    vision = {path.partition(".")[0] for path in (towers.vision_layers_path, *towers.vision_head_paths)}
     tensors: list[tuple[object, ...]] = []
     digests: list[Tensor] = []
     adapters: list[tuple[object, ...]] = []
-    for name, part in towers.model.named_children():
-        if name in vision:
+    for name, part in towers.model.named_children():  # parameters of the model itself only scale the logits
+        if side_of(name) == "vision":
             continue
         for tensor in (*part.parameters(), *part.buffers()):
             tensors.append((tuple(tensor.shape), tensor.dtype, tensor.device))

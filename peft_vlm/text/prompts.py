@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_vlm.errors import ClassNameError
 from peft_vlm.models.towers import towers_of
-from peft_vlm.text.slots import Slots
+from peft_vlm.text.slots import SlotLayer, Slots
 
 
 def has_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -205,9 +205,12 @@ def tokenize_for_model(
         template: One text with `{}`, or several.
     """
     towers = towers_of(model)
-    limit = towers.model.config.text_config.max_position_embeddings
     return tokenize_classes(
-        tokenizer, class_names, template=template, max_length=limit, pad_to_max=not towers.text_is_causal
+        tokenizer,
+        class_names,
+        template=template,
+        max_length=towers.text_length,
+        pad_to_max=not towers.text_is_causal,
     )
 
 
@@ -268,7 +271,8 @@ def _check_distinct(rows: list[list[int]], names: tuple[str, ...], templates: tu
 
 def slots_of(model: nn.Module) -> Slots | None:
     """The slots that the active adapter fills; None without learned context, or while adapters are switched off."""
-    return getattr(towers_of(model).token_embedding, "slots", None)
+    embedding = towers_of(model).token_embedding
+    return embedding.slots if isinstance(embedding, SlotLayer) else None
 
 
 def reserve_slots(model: nn.Module, prompts: ClassPrompts) -> ClassPrompts:
@@ -294,7 +298,7 @@ def reserve_slots(model: nn.Module, prompts: ClassPrompts) -> ClassPrompts:
         )
     assert slots is not None
     ids = _with_slots(prompts, slots)
-    limit = towers_of(model).model.config.text_config.max_position_embeddings
+    limit = towers_of(model).text_length
     if ids.shape[1] > limit:
         raise ClassNameError(
             f"The longest of the class prompts needs {ids.shape[1]} tokens with the {slots.num_tokens} context "

@@ -1,5 +1,6 @@
 """Places in a tokenised prompt that learned context vectors take."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Int
@@ -29,6 +30,15 @@ class Slots:
     placeholder_id: int
     position: str = "end"
     initial_ids: tuple[int, ...] | None = None
+
+
+class SlotLayer(ABC):
+    """A layer around the token embedding that fills slots: what texts are made for the model with its adapters."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> Slots | None:
+        """Slots of the active adapter; None where the layer acts as the base layer."""
 
 
 def slot_mask(input_ids: Int[Tensor, "prompts tokens"], placeholder_id: int) -> Bool[Tensor, "prompts tokens"]:

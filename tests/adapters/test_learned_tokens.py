@@ -6,11 +6,11 @@ from peft import get_peft_model
 from torch.testing import assert_close
 
 from peft_vlm import CoOpConfig, PromptSRCConfig
-from peft_vlm.adapters.context import trained_towers
 from peft_vlm.adapters.layer import DelegatingLayer
 from peft_vlm.adapters.learned_tokens import DeepTokens, TextContext, VisionTokens
 from peft_vlm.adapters.qkv_prompt import SlotProjection
 from peft_vlm.errors import AdapterError, UnsupportedModelError
+from peft_vlm.models.towers import towers_of
 from peft_vlm.text import reserve_slots
 from tests.cases import CASES, base_model, class_prompts, images, pixels
 from tests.tiny import tiny_clip, tiny_siglip, tiny_tokenizer
@@ -101,7 +101,8 @@ def test_a_tower_without_tokens_or_depth_has_none(settings, kinds):
     model = prompted(**settings)
     found = {type(module) for module in model.modules() if isinstance(module, TextContext | VisionTokens | DeepTokens)}
     assert found == kinds
-    assert trained_towers(model) == (TextContext in kinds, VisionTokens in kinds)
+    expected = {"text": TextContext in kinds, "vision": VisionTokens in kinds}
+    assert towers_of(model).trained_sides() == {side for side, trained in expected.items() if trained}
 
 
 def test_random_prompts_have_the_official_spread():

@@ -12,9 +12,9 @@ from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from peft_vlm import PromptSRCConfig, RPPConfig
-from peft_vlm.adapters.qkv_prompt import PARTS, ProjectionPrompts, dead_queries
+from peft_vlm.adapters.qkv_prompt import ProjectionPrompts, dead_queries
 from peft_vlm.errors import PeftVLMWarning
-from peft_vlm.models.towers import towers_of
+from peft_vlm.models.towers import PROJECTIONS, towers_of
 from peft_vlm.text import reserve_slots
 from tests.cases import class_prompts, perturb, pixels, rpp_config
 from tests.tiny import tiny_clip
@@ -89,7 +89,7 @@ def test_a_layer_computes_the_published_equations(tower: str, residual: str):
         return out
 
     heads = {}
-    for part, leaf in PARTS.items():
+    for part, leaf in PROJECTIONS.items():
         projected = getattr(base.self_attn, leaf).projection(base.layer_norm1(replaced(layer.prompt(part))))
         heads[part] = projected.view(3, 6, 2, 4).transpose(1, 2)
     scores = heads["query"] @ heads["key"].transpose(-1, -2) / 2.0 + mask
@@ -128,7 +128,7 @@ def test_tied_prompts_are_a_plain_deep_prompt_model(shared: bool):
     for tower, prompt in first.items():
         layers = getattr(target, f"{tower}_layers")
         for number, value in enumerate((prompt, getattr(source, f"{tower}_layers")[1].prompts["default"])):
-            for part in ("shared",) if shared else PARTS:
+            for part in ("shared",) if shared else PROJECTIONS:
                 layers[number].container(part)["default"].copy_(value)
     assert_close(logits(model), logits(deep), rtol=1e-5, atol=1e-5)
 
@@ -145,7 +145,7 @@ def test_query_prompts_are_dead_where_the_rule_says_so_and_alive_elsewhere(resid
     for tower in ("text", "vision"):
         layers = getattr(towers_of(model), f"{tower}_layers")
         for number in range(depth):
-            grads = {part: layers[number].container(part)["default"].grad for part in PARTS}
+            grads = {part: layers[number].container(part)["default"].grad for part in PROJECTIONS}
             largest = {part: 0.0 if grad is None else float(grad.abs().max()) for part, grad in grads.items()}
             assert largest["key"] > 1e-6
             assert largest["value"] > 1e-6

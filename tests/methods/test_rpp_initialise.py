@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import CLIPModel
 
-from peft_vlm.adapters.qkv_prompt import PARTS, ProjectionPrompts
+from peft_vlm.adapters.qkv_prompt import ProjectionPrompts
 from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.methods.rpp.initialise import WORD_STD, word_states
-from peft_vlm.models.towers import towers_of
+from peft_vlm.models.towers import PROJECTIONS, towers_of
 from peft_vlm.text import reserve_slots
 from tests.cases import WORD_A, class_prompts, pixels, rpp_config
 from tests.tiny import tiny_clip
@@ -52,7 +52,8 @@ def test_prompts_that_start_from_words_move_in_every_layer(settings: dict):
     base = large_stream_clip()(pixel_values=pixels(), input_ids=class_prompts().input_ids).logits_per_image
     assert_close(logits(model), base, rtol=0, atol=0.02)  # of logits near 10
     layers = [module for module in model.modules() if isinstance(module, ProjectionPrompts)]
-    places = [(layer, part) for layer in layers for part in (*PARTS, "shared") if "default" in layer.container(part)]
+    parts = (*PROJECTIONS, "shared")
+    places = [(layer, part) for layer in layers for part in parts if "default" in layer.container(part)]
     assert len(places) == {"all": 2}.get(settings.get("share_qkv"), 5 if settings else 6)
     F.cross_entropy(logits(model), torch.arange(4)).backward()
     for layer, part in places:

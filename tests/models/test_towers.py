@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from peft_vlm.models.towers import image_features, text_features, towers_of
+from peft_vlm.models.towers import image_features, side_of, split_at_prompts, text_features, towers_of
 from tests.tiny import tiny_clip, tiny_siglip
 
 PROMPTS = torch.tensor([[512, 3, 9, 513, 513, 513], [512, 4, 5, 6, 7, 513], [512, 1, 513, 8, 2, 513]])
@@ -60,6 +60,52 @@ def test_a_hooked_last_layer_runs_whole():
     model.vision_model.encoder.layers[-1].register_forward_hook(lambda *call: shapes.append(call[2].shape))
     in_pieces(model, 0)
     assert shapes == [torch.Size([3, 5, 32])]
+
+
+def test_a_hooked_attention_runs_whole():
+    """The short form does not call the attention block, so that a watcher would silently see nothing."""
+    model = tiny_clip()
+    calls = []
+    attention = model.text_model.encoder.layers[-1].self_attn
+    attention.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
+    in_pieces(model, 0)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("text_model.encoder.layers.0.mlp.fc1.weight", "text"),
+        ("base_model.model.text_model.embeddings.token_embedding.coop_prompt.default", "text"),
+        ("text_projection.weight", "text"),
+        ("an_added_text_module.weight", "text"),
+        ("base_model.model.vision_model.embeddings.promptsrc_prompt.default", "vision"),
+        ("visual_projection.promptkd_linear1.default.weight", "vision"),
+        ("base_model.model.logit_scale", None),
+        ("logit_bias", None),
+    ],
+)
+def test_every_parameter_has_one_side(name, side):
+    """A parameter on the wrong side would be trained with the other tower's learning rate."""
+    assert side_of(name) == side
+
+
+@pytest.mark.parametrize(("given", "expected"), [((0, 2), (512, 513)), ((5, 6), (5, 6))])
+def test_token_ids_of_old_configs_are_the_last_two_of_the_vocabulary(given, expected):
+    """OpenAI's configs name tokens 0 and 2, which are punctuation in their vocabulary."""
+    model = tiny_clip()
+    text = model.config.text_config
+    text.vocab_size, text.bos_token_id, text.eos_token_id = 514, *given
+    towers = towers_of(model)
+    assert (towers.start_token_id, towers.end_token_id) == expected
+
+
+@pytest.mark.parametrize(("side", "first"), [("text", 1), ("vision", 3)])
+def test_prompts_stand_after_the_start_token_or_last(side, first):
+    """All layers must agree on the places, or a layer would overwrite a word or a patch."""
+    before, after = split_at_prompts(torch.arange(5.0).view(1, 5, 1), 2, side=side)
+    assert before.flatten().tolist() == list(range(first))
+    assert after.flatten().tolist() == list(range(first + 2, 5))
 
 
 def test_the_last_layer_computes_one_token_only():

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft_vlm.adapters.context import trained_towers
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import all_image_features
 from peft_vlm.data.streaming import ImageStream
@@ -101,7 +100,7 @@ class CoOpObjective(PromptObjective):
         Raises:
             ValueError: If something on the vision side is to be trained.
         """
-        if trained_towers(model)[1]:
+        if "vision" in towers_of(model).trained_sides():
             raise ValueError(
                 "Expected nothing to train on the vision side, whose features CoOp computes without gradients; got "
                 f"`modules_to_save`={model.active_peft_config.modules_to_save!r}. Leave it out, or use PromptSRC "

@@ -15,6 +15,7 @@ from peft_vlm.adapters.layer import DelegatingLayer, PromptLayer
 from peft_vlm.errors import AdapterError, ClassNameError
 from peft_vlm.methods.promptkd.config import PromptKDConfig
 from peft_vlm.models.towers import towers_of
+from peft_vlm.text.class_features import StoredFeaturesLayer
 from peft_vlm.text.prompts import check_class_names, readable
 
 
@@ -68,7 +69,7 @@ class StoredClassText(DelegatingLayer):
         return BaseModelOutputWithPooling(pooler_output=request)
 
 
-class StoredClasses(PromptLayer):
+class StoredClasses(PromptLayer, StoredFeaturesLayer):
     """The text projection, which gives the stored class vectors while a PromptKD adapter is active.
 
     Args:
@@ -218,7 +219,7 @@ def stored_classes(model: nn.Module) -> StoredClasses:
     Raises:
         AdapterError: If there is none, or it is switched off.
     """
-    layer = getattr(towers_of(model).model, "text_projection", None)
+    layer = towers_of(model).text_head
     if not isinstance(layer, StoredClasses) or layer.current_adapter is None:
         raise AdapterError(
             f"Expected a model with an active PromptKD adapter, got `{type(model).__name__}` without one. Make it "
@@ -238,7 +239,7 @@ def texts_are_stored_classes(model: nn.Module) -> Iterator[None]:
         model: Model with an active PromptKD adapter.
     """
     stored_classes(model)
-    layer = towers_of(model).model.text_model
+    layer: Any = towers_of(model).text_tower
     before, layer.texts_are_classes = layer.texts_are_classes, True
     try:
         yield

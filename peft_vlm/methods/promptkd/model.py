@@ -22,8 +22,6 @@ from peft_vlm.methods.promptkd.teacher import Teacher
 from peft_vlm.models.towers import LEAVES_OF_A_LAYER, towers_of
 from peft_vlm.text.prompts import readable, tokenize_for_model
 
-HEADS = {"visual_projection": Projector, "text_projection": StoredClasses, "text_model": StoredClassText}
-
 
 class PromptKDModel(VLMTuner):
     """The tuner behind `get_peft_model(student, PromptKDConfig(class_dim=...))`.
@@ -58,13 +56,15 @@ class PromptKDModel(VLMTuner):
             )
         self._check_neighbours(config)
         self._check_logit_scale(config)
-        parts = [re.escape(path) for path in HEADS]
+        towers = towers_of(self.model)
+        heads = (towers.vision_head_paths[-1], towers.text_head_paths[-1], towers.text_tower_path)
+        parts = [re.escape(path) for path in heads]
         if config.vision_depth:
             parts.append(learned_token_pattern(self.model, text_depth=0, vision_depth=config.vision_depth))
         if config.tune_vision:
             leaves = "|".join(re.escape(leaf) for leaf in LEAVES_OF_A_LAYER)
-            parts.append(rf"{re.escape(towers_of(self.model).vision_layers_path)}\.\d+\.({leaves})")
-            parts.append(r"vision_model\.(pre_layrnorm|post_layernorm)")
+            parts.append(rf"{re.escape(towers.layers_paths['vision'])}\.\d+\.({leaves})")
+            parts += [re.escape(path) for path in towers.vision_norm_paths]
         return "|".join(f"({part})" for part in parts)
 
     def wrap(self, target: nn.Module) -> PromptLayer:
@@ -73,9 +73,13 @@ class PromptKDModel(VLMTuner):
         Args:
             target: Module of the student.
         """
-        for name, layer in HEADS.items():
-            if target is getattr(self.model, name):
-                return layer(target, prefix=self.prefix)
+        towers = towers_of(self.model)
+        if target is towers.vision_head:
+            return Projector(target, prefix=self.prefix)
+        if target is towers.text_head:
+            return StoredClasses(target, prefix=self.prefix)
+        if target is towers.text_tower:
+            return StoredClassText(target, prefix=self.prefix)
         if isinstance(target, nn.Linear | nn.LayerNorm):
             return LayerCopy(target, prefix=self.prefix)
         return learned_tokens(self.model, target, prefix=self.prefix)
@@ -178,10 +182,10 @@ class PromptKDModel(VLMTuner):
 
     def _check_logit_scale(self, config: PromptKDConfig) -> None:
         """Warn where the base model is not the one of the training, as its logit scale shows."""
-        recorded, scale = config.student_logit_scale, self.model.logit_scale
-        if recorded is None or scale.is_meta:
+        recorded = config.student_logit_scale
+        if recorded is None or self.model.logit_scale.is_meta:
             return
-        actual = float(scale.detach().float().exp())
+        actual = towers_of(self.model).logit_scale
         if abs(actual - recorded) > 0.01 * recorded:
             warnings.warn(
                 f"The adapter was trained with logit scale {recorded:.4g}, this base model has {actual:.4g}: it is "
@@ -213,7 +217,7 @@ def store_classes(
     layer.store(name, class_names, vectors)
     config = layer.adapter_configs[name]
     config.teacher_name_or_path, config.teacher_logit_scale = teacher_name, teacher_logit_scale
-    config.student_logit_scale = float(towers_of(model).model.logit_scale.detach().float().exp())
+    config.student_logit_scale = towers_of(model).logit_scale
 
 
 def check_stored(model: nn.Module, class_names: Sequence[str], teacher_name: str) -> None:

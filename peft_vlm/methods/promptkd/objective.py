@@ -20,7 +20,7 @@ from peft_vlm.methods.promptkd.paper import PAPER
 from peft_vlm.methods.promptkd.settings import check_settings
 from peft_vlm.methods.promptkd.teacher import Teacher, Teachers
 from peft_vlm.methods.promptkd.views import ViewCache, align_projector, projector_of, student_features
-from peft_vlm.models.towers import image_features, towers_of, unwrap
+from peft_vlm.models.towers import Towers, image_features, towers_of, unwrap
 from peft_vlm.objective import Objective, ObjectiveOutput, check_other_model
 from peft_vlm.shapes import Batch
 from peft_vlm.text.prompts import ClassPrompts, readable
@@ -144,7 +144,7 @@ class PromptKDObjective(Objective):
         self.teachers.prepare(self.prompts, next(model.parameters()).device)
         check_stored(model, self.prompts.class_names, self.teachers.members[0].name)
         if self.student_cache == "views" and any(
-            p.requires_grad for name, p in model.named_parameters() if "vision_model." in name
+            p.requires_grad and _group_of(name) == "vision" for name, p in model.named_parameters()
         ):
             raise PeftVLMError(
                 "Expected a frozen vision tower with `student_cache`='views', got trainable tensors in it: stored "
@@ -226,7 +226,7 @@ class PromptKDObjective(Objective):
         """
         groups: dict[str, list[nn.Parameter]] = {"projector": [], "vision": []}
         for name, parameter in named_parameters:
-            groups["vision" if "vision_model." in name else "projector"].append(parameter)
+            groups[_group_of(name)].append(parameter)
         return groups
 
     def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
@@ -287,6 +287,11 @@ class PromptKDObjective(Objective):
         """
         self.agreement.counts, self.agreement.epoch = state["agreement"], int(state["agreement_epoch"])
         self._aligned, self._restored = bool(state["aligned"]), True
+
+
+def _group_of(name: str) -> str:
+    """Parameter group of a trainable tensor: what is wrapped around the image head is the projector."""
+    return "projector" if Towers.vision_head_paths[-1] in name.split(".") else "vision"
 
 
 def _as_teachers(given: nn.Module | Teacher | Sequence[nn.Module | Teacher]) -> list[Teacher]:

@@ -42,12 +42,12 @@ class Teacher:
     @property
     def logit_scale(self) -> float:
         """The factor in its logits."""
-        return float(towers_of(self.model).model.logit_scale.detach().float().exp())
+        return towers_of(self.model).logit_scale
 
     @property
     def vocab_size(self) -> int:
         """Tokens that its text tower knows."""
-        return int(towers_of(self.model).model.config.text_config.vocab_size)
+        return towers_of(self.model).vocab_size
 
     def to(self, device: torch.device) -> None:
         """Move the model to a device and to evaluation mode."""
@@ -104,7 +104,7 @@ class Teacher:
 
     def _pixels(self, pixels: Float[Tensor, "batch channels rows cols"], model: nn.Module, transform: Any) -> Tensor:
         """The student's pixels as this teacher takes them; rows and columns may be others."""
-        size: Any = model.config.vision_config.image_size
+        size = towers_of(model).image_size
         if self.image_processor is None:
             if size != pixels.shape[-1]:
                 raise DataError(

@@ -122,7 +122,7 @@ def student_features(
 
 def projector_of(model: nn.Module) -> Projector:
     """The projector layer of a student."""
-    layer = towers_of(model).model.visual_projection
+    layer = towers_of(model).vision_head
     assert isinstance(layer, Projector), "the objective checks for a PromptKD adapter first"
     return layer
 

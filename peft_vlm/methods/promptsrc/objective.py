@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from peft_vlm.adapters.context import trained_towers
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import all_image_features
 from peft_vlm.data.streaming import ImageStream
@@ -145,10 +144,11 @@ class PromptSRCObjective(PromptObjective):
             model: `PeftModel` with the active adapter.
             dataset: Training images.
         """
-        trains_text, self._trains_vision = trained_towers(model)
+        trained = towers_of(model).trained_sides()
+        self._trains_vision = "vision" in trained
         ids = reserve_slots(model, self.prompts).input_ids
         self._input_ids = ids.to(next(model.parameters()).device)
-        self._fixed_text = None if trains_text else encode_classes(model, self.prompts, divide=True)
+        self._fixed_text = None if "text" in trained else encode_classes(model, self.prompts, divide=True)
         self._frozen_text = self._frozen_images = None
         if self.weights["text"] or self.weights["logit"]:
             self._frozen_text = frozen_class_features(model, self.frozen_prompts)

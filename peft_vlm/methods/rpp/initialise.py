@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from peft_vlm.adapters.context import TextContextConfig
 from peft_vlm.adapters.layer import PromptLayer
 from peft_vlm.adapters.learned_tokens import INIT_STD, LearnedTokens
-from peft_vlm.adapters.qkv_prompt import PARTS, ProjectionPrompts
+from peft_vlm.adapters.qkv_prompt import ProjectionPrompts
 from peft_vlm.errors import AdapterError, PeftVLMWarning
 from peft_vlm.files import WEIGHTS_NAME
 from peft_vlm.methods.rpp.config import RPPConfig
-from peft_vlm.models.towers import Towers, towers_of
+from peft_vlm.models.towers import PROJECTIONS, Towers, towers_of
 
 #: Standard deviation of an initial prompt that only its layer's norm reads: far above the root of the norm's epsilon
 #: (0.003), so that its function stays, and near that of embedded words.
@@ -48,7 +48,7 @@ def start_from_words(model: nn.Module, adapter_name: str, config: TextContextCon
     layers = [layer for layer in towers_of(model).text_layers if isinstance(layer, ProjectionPrompts)]
     states = word_states(model, slots.initial_ids, depth=len(layers))
     for layer, state in zip(layers, states, strict=True):
-        for part in (*PARTS, "shared"):
+        for part in (*PROJECTIONS, "shared"):
             prompts = layer.container(part)
             if adapter_name in prompts:
                 start = state.cpu() if layer.carries(part, adapter_name) else at_most(WORD_STD, state.cpu())
@@ -75,11 +75,10 @@ def word_states(model: nn.Module, word_ids: tuple[int, ...], *, depth: int) -> l
         word_ids: Token ids of the words that follow the start token.
         depth: Number of layers, from the first on.
     """
-    towers, text = towers_of(model), towers_of(model).model.config.text_config
-    start = text.vocab_size - 2 if text.eos_token_id == 2 else text.bos_token_id
-    states = []
+    towers, states = towers_of(model), []
     with base_behaviour(model):
-        hidden = towers.embed_text(torch.tensor([[start, *word_ids]], device=model.logit_scale.device))
+        ids = torch.tensor([[towers.start_token_id, *word_ids]], device=towers.text_positions.device)
+        hidden = towers.embed_text(ids)
         for number in range(depth):
             states.append(hidden[0, 1:])
             hidden = towers.run_text(hidden, number, number + 1)
@@ -140,17 +139,17 @@ def start_shared_prompts(model: nn.Module, adapter: str | Path) -> None:
     if config.depths["text"] and position != "end":
         inexact.append(f"the class name stands at the {position!r} of the context, and at the end of RPP's")
     for tower, depth in config.depths.items():
-        layers = f"{tower}_model.encoder.layers"
+        layers = towers.layers_paths[tower]
         prompts = [state[f"base_model.model.{layers}.{number}.rpp_shared"] for number in range(depth)]
         targets = _learned_tokens(towers, tower)
         _check_shapes(tower, prompts, targets)
         if not prompts:
             continue
         if tower == "text":
-            positions = towers.model.text_model.embeddings.position_embedding.weight
+            positions = towers.text_positions
             prompts[0] = prompts[0].to(positions) - positions[1 : 1 + len(prompts[0])]
         else:
-            norm = towers.model.vision_model.pre_layrnorm
+            norm = towers.model.get_submodule(towers.vision_norm_paths[0])
             prompts[0] = (prompts[0].to(norm.weight) - norm.bias) / norm.weight
             inexact.append("first vision tokens pass a norm that RPP's do not")
         for target, prompt in zip(targets, prompts, strict=True):
@@ -162,7 +161,7 @@ def start_shared_prompts(model: nn.Module, adapter: str | Path) -> None:
 
 def _learned_tokens(towers: Towers, tower: str) -> Prompts:
     """Active learned tokens of a tower, from its entrance upwards."""
-    entrance = towers.token_embedding if tower == "text" else towers.model.vision_model.embeddings
+    entrance = towers.token_embedding if tower == "text" else towers.vision_embeddings
     layers = towers.text_layers if tower == "text" else towers.vision_layers
     found = [module for module in (entrance, *layers) if isinstance(module, LearnedTokens)]
     return [module.prompts[module.current_adapter] for module in found if module.current_adapter is not None]

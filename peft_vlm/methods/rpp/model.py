@@ -12,7 +12,7 @@ from peft_vlm.adapters.qkv_prompt import ProjectionPrompts
 from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.methods.rpp.config import RPPConfig
 from peft_vlm.methods.rpp.initialise import start_from_words
-from peft_vlm.models.towers import towers_of
+from peft_vlm.models.towers import Side, towers_of
 
 
 class RPPModel(VLMTuner):
@@ -48,9 +48,9 @@ class RPPModel(VLMTuner):
         towers = towers_of(self.model)
         if target is towers.token_embedding:
             return TextSlots(target)
-        if target is towers.model.vision_model.embeddings:
+        if target is towers.vision_embeddings:
             return VisionSlots(target)
-        layers = {"text": list(towers.text_layers), "vision": list(towers.vision_layers)}
+        layers: dict[Side, list[nn.Module]] = {"text": [*towers.text_layers], "vision": [*towers.vision_layers]}
         (place,) = [(tower, layers[tower].index(target)) for tower in layers if target in layers[tower]]
         return ProjectionPrompts(target, prefix=self.prefix, tower=place[0], number=place[1])
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPModel
 
-from peft_vlm.adapters.context import trained_towers
 from peft_vlm.data.feature_store import RowStore
 from peft_vlm.data.splits import BalancedBatches
 from peft_vlm.distributed import gather_rows
@@ -30,7 +29,7 @@ from peft_vlm.losses import (
 )
 from peft_vlm.methods.rpp.paper import PAPER
 from peft_vlm.methods.rpp.teacher import ZeroShotTeacher, check_same_classes, stream_class_features
-from peft_vlm.models.towers import Towers, towers_of
+from peft_vlm.models.towers import Towers, side_of, towers_of
 from peft_vlm.objective import EpochBatchSampler, ObjectiveOutput
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import CompactPrompts, PromptObjective
@@ -124,7 +123,7 @@ class RPPObjective(PromptObjective):
         """
         groups: dict[str, list[nn.Parameter]] = {"text": [], "vision": []}
         for name, parameter in named_parameters:
-            groups["vision" if "vision_model" in name or "visual_projection" in name else "text"].append(parameter)
+            groups[side_of(name) or "text"].append(parameter)
         return groups
 
     def check_stream(self) -> None:
@@ -167,7 +166,7 @@ class RPPObjective(PromptObjective):
             )
         self._tokens = CompactPrompts(prompts, towers.pooled_positions(prompts.input_ids) + 1)
         self._fixed_text = None
-        if not trained_towers(model)[0]:
+        if "text" not in towers_of(model).trained_sides():
             options = {"storage": self.storage, "chunk_size": self.text_chunk_size}
             self._fixed_text = stream_class_features(model, prompts, **options)
         if self.teacher is not None:

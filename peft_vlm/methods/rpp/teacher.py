@@ -82,7 +82,7 @@ class ZeroShotTeacher:
             DataError: If the two take images of different sizes.
         """
         check_other_model(self.model, student)
-        sizes = [towers_of(model).model.config.vision_config.image_size for model in (student, self.model)]
+        sizes = [towers_of(model).image_size for model in (student, self.model)]
         if sizes[0] != sizes[1]:
             raise DataError(
                 f"Expected a teacher for images of {sizes[0]} pixels, as the student's, got one for {sizes[1]}. Both "

@@ -40,7 +40,7 @@ class SkipTuningModel(VLMTuner):
             return self._language_pattern(config)
         towers = towers_of(self.model)
         starts = dict(zip(("vision", "text"), config.start_layers, strict=True))
-        paths = {"vision": towers.vision_layers_path, "text": towers.text_layers_path}
+        paths = towers.layers_paths
         counts = {"vision": len(towers.vision_layers), "text": len(towers.text_layers)}
         leaves = "|".join(re.escape(leaf) for leaf in LEAVES_OF_A_LAYER)
         heads = [re.escape(path) for path in (*towers.vision_head_paths, *towers.text_head_paths)]

@@ -18,7 +18,7 @@ from peft_vlm.distributed import gather_rows
 from peft_vlm.losses import kept_classes, num_top_classes, rank_classes, rank_keep_probability
 from peft_vlm.methods.skip_tuning.feature_cache import fill, initial_prototypes, text_hidden_states
 from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
-from peft_vlm.models.towers import towers_of
+from peft_vlm.models.towers import side_of, towers_of
 from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import PromptObjective, evaluation_mode
@@ -188,8 +188,7 @@ class SkipTuningObjective(PromptObjective):
         """
         groups: dict[str, list[nn.Parameter]] = {"text": [], "vision": []}
         for name, parameter in named_parameters:
-            vision = "vision_model." in name or "visual_projection." in name
-            groups["vision" if vision else "text"].append(parameter)
+            groups[side_of(name) or "text"].append(parameter)
         return groups
 
     def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:

@@ -113,10 +113,10 @@ def test_the_adapter_repeats_every_accuracy(folder: Path) -> None:
 @pytest.mark.parametrize("folder", MEASURED, ids=name_of)
 def test_the_code_of_the_card_runs(folder: Path, tmp_path: Path) -> None:
     code = (folder / "README.md").read_text("utf-8").partition("```python\n")[2].partition("```")[0]
-    picture = tmp_path / "picture.png"
-    load_image_dataset("examples/assets/icons", split="test").image(0).save(picture)
+    photo = tmp_path / "photo.png"
+    load_image_dataset("examples/assets/icons", split="test").image(0).save(photo)
     names: dict[str, object] = {}
-    exec(code.replace("picture.png", str(picture)), names)  # noqa: S102 - the card's own code
+    exec(code.replace("photo.png", str(photo)), names)  # noqa: S102 - the card's own code
     assert isinstance(names["classifier"], PromptedClassifier)
 
 

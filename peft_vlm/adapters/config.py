@@ -98,8 +98,7 @@ class VLMConfig(PeftConfig):
         if self.format_version > FORMAT_VERSION:
             raise AdapterError(
                 f"Expected an adapter of format version {FORMAT_VERSION} or older, got "
-                f"{self.format_version!r}, written "
-                f"by peft_vlm {self.peft_vlm_version}. Upgrade: pip install -U peft-vlm."
+                f"{self.format_version!r}, written by peft_vlm {self.peft_vlm_version}. Install a newer release of peft_vlm."
             )
         if self.task_type is not None:
             raise ValueError(
@@ -153,8 +152,8 @@ class VLMConfig(PeftConfig):
         """The settings that only this method has, as JSON values by name."""
         return {name: value for name, value in self.to_dict().items() if name not in VLMConfig.__dataclass_fields__}
 
-    def picture(self, tensors: dict[str, Tensor]) -> Image.Image | None:
-        """What the adapter looks like, for methods whose adapter is something to look at; None for the others.
+    def prompt_image(self, tensors: dict[str, Tensor]) -> Image.Image | None:
+        """The adapter as an image, for pixel prompts; None for all others.
 
         Args:
             tensors: The weights file.

@@ -128,5 +128,5 @@ def _load_exported(path: Path) -> Any:
     try:
         from peft_vlm.serving.onnx import OnnxClassifier
     except ImportError as error:
-        raise PeftVLMError("ONNX files need onnxruntime. Install: pip install 'peft-vlm[onnx]'.") from error
+        raise PeftVLMError("ONNX files need onnxruntime. Install: pip install onnxruntime.") from error
     return OnnxClassifier(path)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from peft_vlm.data.transforms import EvalTransform, ImageTransform
 from peft_vlm.errors import DataError
-from peft_vlm.serving.pictures import open_raster, to_rgb
+from peft_vlm.serving.images import open_raster, to_rgb
 from peft_vlm.shapes import Batch
 
 logger = logging.getLogger(__name__)

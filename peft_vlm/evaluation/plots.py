@@ -23,7 +23,7 @@ def require_matplotlib() -> None:
         ImportError: If it is not installed.
     """
     if not has_matplotlib():
-        raise ImportError("Plots need matplotlib. Install it with: pip install 'peft-vlm[plots]'")
+        raise ImportError("Plots need matplotlib. Install it with: pip install matplotlib")
 
 
 def new_figure(width: float | int, height: float | int) -> Any:

@@ -18,7 +18,7 @@ from peft_vlm.evaluation.loading import load_model
 from peft_vlm.export.tower import copy_tower
 from peft_vlm.models.towers import towers_of, unwrap
 from peft_vlm.serving.card import ClassifierCard
-from peft_vlm.serving.pictures import Preprocessing
+from peft_vlm.serving.images import Preprocessing
 from peft_vlm.serving.plain import PlainClassifier
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import tokenize_for_model

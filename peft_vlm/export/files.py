@@ -50,7 +50,9 @@ def save_onnx(classifier: PlainClassifier, path: Path) -> None:
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise PeftVLMError(f"Writing ONNX needs {' and '.join(missing)}. Install: pip install 'peft-vlm[onnx]'.")
+        raise PeftVLMError(
+            f"Writing ONNX needs {' and '.join(missing)}. Install: pip install onnx onnxscript onnxruntime."
+        )
     names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
     with _quiet():
         program = torch.onnx.export(export_program(classifier), dynamo=True, verbose=False, **names)

@@ -34,7 +34,7 @@ class AdapterFolder:
         config: Configuration.
         num_parameters: Numbers in the weights file.
         finite: Whether all of them are finite.
-        picture: What the adapter looks like, where it is something to look at.
+        prompt_image: The adapter as an image; None where there is nothing to see.
         summary: What the trainer wrote about the run; None where nothing is known of it.
         evaluation: What was measured; None where nothing was.
     """
@@ -43,7 +43,7 @@ class AdapterFolder:
     config: VLMConfig
     num_parameters: int
     finite: bool
-    picture: Image.Image | None
+    prompt_image: Image.Image | None
     summary: dict[str, Any] | None
     evaluation: Evaluation | None
 
@@ -78,7 +78,7 @@ class AdapterFolder:
             config,
             sum(tensor.numel() for tensor in tensors.values()),
             all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()),
-            config.picture(tensors),
+            config.prompt_image(tensors),
             json.loads(summary.read_text("utf-8")) if summary.is_file() else None,
             read_evaluation(path),
         )

@@ -1,4 +1,4 @@
-"""Model cards from facts: every sentence comes from the adapter folder or from the method's own record."""
+"""Model cards made from facts: every sentence comes from the adapter folder or from the record of the adapter type."""
 
 from importlib import resources
 from typing import Any
@@ -6,19 +6,21 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from peft_vlm.adapters.config import VLMConfig
-from peft_vlm.files import PICTURE_NAME, WEIGHTS_NAME
+from peft_vlm.files import PROMPT_IMAGE_NAME, WEIGHTS_NAME
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.scores import index_entries, score_table
 from peft_vlm.registry import ADAPTERS
 
 TEMPLATE = resources.files("peft_vlm.hub").joinpath("card_template.md")
+#: To be changed here and in the README when the package is on an index.
+INSTALL = 'pip install "git+<URL of the peft_vlm repository>"'
 SHOWN_CLASSES = 100
 TWO_TOWERS = ("clip", "siglip")
 
 CLASSIFIER_SNIPPET = """import peft_vlm
 
 classifier = peft_vlm.PromptedClassifier.from_pretrained({adapter})
-print(classifier.predict("picture.png", top_k=3))"""
+print(classifier.predict("photo.png", top_k=3))"""
 MODEL_SNIPPET = """import peft_vlm  # makes PEFT know the method
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -41,9 +43,9 @@ def render_card(
     """The model card of an adapter folder.
 
     Args:
-        folder: What lies in the folder.
+        folder: The adapter folder.
         repo_id: Where it will be loaded from: a Hub id, or a folder.
-        license: Identifier of the licence, as the Hub spells it; None is said on the card.
+        license: Identifier of the licence, as the Hub spells it; without one the card says so.
         base_model: Hub id of the base model; None for what the configuration names.
         subfolder: Where in the repository it lies.
         title: Heading; by default the method and the last part of `repo_id`.
@@ -74,13 +76,14 @@ def render_card(
 
 
 def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
-    """What the folder itself says, for the template."""
+    """Facts of the folder for the template."""
     about, evaluation = ADAPTERS[folder.method], folder.evaluation
     return {
+        "install": INSTALL,
         "summary": _summary(folder, base),
         "score_table": score_table(evaluation.scores) if evaluation else "",
         "evaluation_facts": evaluation.facts if evaluation else (),
-        "picture": PICTURE_NAME if folder.picture else "",
+        "prompt_image": PROMPT_IMAGE_NAME if folder.prompt_image else "",
         "classes": _classes(folder.config),
         "data_facts": _data_facts(folder),
         "settings": [(f"`{name}`", f"`{_shown(value)}`") for name, value in settings_of(folder).items()],
@@ -92,27 +95,27 @@ def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
 
 
 def is_classifier(config: VLMConfig) -> bool:
-    """Whether the adapter sits on a model of two towers, which classifies by itself."""
+    """True for an adapter on a model of two towers, which classifies by itself."""
     return (config.base_architecture or {}).get("model_type") in TWO_TOWERS
 
 
 def pipeline_tag(config: VLMConfig) -> str:
-    """The Hub's name for what the adapted model does."""
+    """The Hub's name of the task of the adapted model."""
     if not is_classifier(config):
         return "image-text-to-text"
     return "image-classification" if stores_classes(config) else "zero-shot-image-classification"
 
 
 def stores_classes(config: VLMConfig) -> bool:
-    """Whether the adapter classifies with stored vectors of its classes instead of reading class names."""
+    """True for an adapter that classifies with stored class vectors instead of reading class names."""
     return bool(config.to_dict().get("num_classes"))
 
 
 def tags_of(folder: AdapterFolder, base: str) -> list[str]:
-    """Words that the Hub finds the adapter by.
+    """Tags of the adapter on the Hub.
 
     Args:
-        folder: What lies in the folder.
+        folder: The adapter folder.
         base: The base model.
     """
     tags = {"peft", "peft_vlm", "vision-language", folder.method.replace("_", "-")}
@@ -122,10 +125,10 @@ def tags_of(folder: AdapterFolder, base: str) -> list[str]:
 
 
 def settings_of(folder: AdapterFolder) -> dict[str, Any]:
-    """Every setting of adapter, objective and training that is not empty, in this order.
+    """Settings of adapter, objective and training that are not None, in this order.
 
     Args:
-        folder: What lies in the folder.
+        folder: The adapter folder.
     """
     settings = folder.config.method_settings()
     for part in ("objective", "training"):
@@ -135,7 +138,7 @@ def settings_of(folder: AdapterFolder) -> dict[str, Any]:
 
 def _summary(folder: AdapterFolder, base: str) -> str:
     about, config = ADAPTERS[folder.method], folder.config
-    size = f"{folder.num_parameters:,} numbers, {_weights_size(folder)}"
+    size = f"{folder.num_parameters:,} parameters, {_weights_size(folder)}"
     named = f"[{base}](https://huggingface.co/{base})" if HUB_ID.fullmatch(base) else f"`{base}`"
     does = "classifies images" if is_classifier(config) else "answers questions about images"
     return (
@@ -184,12 +187,12 @@ def _limits(folder: AdapterFolder, base: str) -> list[str]:
     about, config, evaluation = ADAPTERS[folder.method], folder.config, folder.evaluation
     limits = list(about.limits)
     if not stores_classes(config) and is_classifier(config) and config.class_names:
-        limits.append("Other class names can be given; the figures hold for those of the evaluation only.")
+        limits.append("Other class names can be given; the scores hold for those of the evaluation only.")
     if evaluation is None:
         limits.append("It was not evaluated.")
     else:
         limits.append("One run, one test set: how results vary with seeds and data is not known from this card.")
-    limits.append(f"Errors and biases of `{base}` stay.")
+    limits.append(f"The adapter keeps the errors and biases of `{base}`.")
     return limits + [f"Needs peft_vlm: format version {config.format_version}, written by {config.peft_vlm_version}."]
 
 

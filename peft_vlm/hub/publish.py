@@ -17,7 +17,7 @@ from peft_vlm.files import (
     CLASSES_NAME,
     CURVE_NAME,
     METRICS_NAME,
-    PICTURE_NAME,
+    PROMPT_IMAGE_NAME,
     REPORT_NAME,
     SUMMARY_NAME,
     TRANSFER_NAME,
@@ -26,7 +26,7 @@ from peft_vlm.files import (
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.card import render_card
 
-#: What is copied as it is, where it exists; configuration, class names, picture and card are written anew.
+#: What is copied as it is, where it exists; configuration, class names, image of the prompt and card are written again.
 REPORTS = (
     *(SUMMARY_NAME, METRICS_NAME, REPORT_NAME, BASELINE_NAME, TRANSFER_NAME),
     CURVE_NAME,
@@ -96,8 +96,8 @@ def write_folder(
     config.save_pretrained(str(target))
     if config.class_names:
         (target / CLASSES_NAME).write_text("\n".join(config.class_names) + "\n", "utf-8")
-    if folder.picture is not None:
-        folder.picture.save(target / PICTURE_NAME)
+    if folder.prompt_image is not None:
+        folder.prompt_image.save(target / PROMPT_IMAGE_NAME)
     place = {"repo_id": repo_id, "base_model": base_model, "subfolder": subfolder}
     render_card(folder, license=license, title=title, note=note, **place).save(target / CARD_NAME)
 

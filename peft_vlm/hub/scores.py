@@ -1,4 +1,4 @@
-"""What a card says about results: figures of an evaluation with the base model's beside them."""
+"""The results on a model card: scores of an evaluation beside those of the base model."""
 
 import re
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ TITLES = {"accuracy": "accuracy", "base": "base accuracy", "new": "new accuracy"
 
 @dataclass(frozen=True)
 class Score:
-    """One figure, in percent.
+    """One score in percent.
 
     Args:
         dataset: Name of the test set.
         split: Part of it; empty where the report names none.
         title: What was measured, for example "base accuracy".
         value: With the adapter.
-        baselines: Without it, by what was measured instead.
+        baselines: Score without the adapter, by the name of the baseline.
     """
 
     dataset: str
@@ -38,8 +38,8 @@ class Evaluation:
     """An evaluation as a card shows it.
 
     Args:
-        scores: Figures.
-        facts: Lines that say how they were measured.
+        scores: Scores.
+        facts: How they were measured, a line each.
         shots: Training images per class, where known.
         weights_sha256: The weights that were evaluated; None where the report does not say.
     """
@@ -96,7 +96,7 @@ def _of_transfer(report: TransferReport) -> Evaluation:
     scores = []
     for name, effect in report.effects.items():
         title = f"accuracy of {name} ({'trained on' if name in report.sources else 'unseen'})"
-        baselines = {"without adapter": effect.full_size, "shrunken, no picture": effect.shrunken}
+        baselines = {"without adapter": effect.full_size, "shrunken, no prompt": effect.shrunken}
         scores.append(Score(report.task, "", title, effect.prompted, baselines))
     gain = report.mean_gain(over="full_size")
     facts = [] if gain is None else [f"Mean gain on unseen models over no adapter: {gain:+.2f} points."]
@@ -104,25 +104,25 @@ def _of_transfer(report: TransferReport) -> Evaluation:
 
 
 def score_table(scores: tuple[Score, ...]) -> str:
-    """The figures as a Markdown table.
+    """The scores as a Markdown table.
 
     Args:
-        scores: Figures, all with the same baselines.
+        scores: Scores, all with the same baselines.
     """
     baselines = list(scores[0].baselines)
-    rows = [["data", "figure", "this adapter %", *(f"{name} %" for name in baselines)], ["---"] * (3 + len(baselines))]
+    rows = [["data", "metric", "this adapter %", *(f"{name} %" for name in baselines)], ["---"] * (3 + len(baselines))]
     for score in scores:
         data = f"{score.dataset}, {score.split}" if score.split else score.dataset
-        figures = [score.value, *(score.baselines[name] for name in baselines)]
-        rows.append([data, score.title, *(f"{figure:.2f}" for figure in figures)])
+        values = [score.value, *(score.baselines[name] for name in baselines)]
+        rows.append([data, score.title, *(f"{value:.2f}" for value in values)])
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
 
 
 def index_entries(scores: tuple[Score, ...], *, task: str) -> list[EvalResult]:
-    """The figures as the Hub's `model-index` has them; each baseline is a metric of its own, named as such.
+    """The scores in the form of the Hub's `model-index`; each baseline is a metric of its own, named as such.
 
     Args:
-        scores: Figures.
+        scores: Scores.
         task: The pipeline tag.
     """
     entries = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .pictures import Preprocessing
+from .images import Preprocessing
 
 #: Key of the text in the metadata of a safetensors, ONNX or torch.export file.
 METADATA_KEY = "peft_vlm_classifier"
@@ -56,11 +56,11 @@ class ClassifierCard:
         if values["format_version"] > FORMAT_VERSION:
             raise ValueError(
                 f"{where!r} has format version {values['format_version']}, this release reads {FORMAT_VERSION}. "
-                "Upgrade: pip install -U peft-vlm, or copy its folder `serving` again."
+                "Install a newer release of peft_vlm, or copy its folder `serving` again."
             )
-        pictures = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("preprocessing").items()}
+        preprocessing = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("preprocessing").items()}
         names = tuple(values.pop("class_names"))
-        return cls(names, Preprocessing(**pictures), **values)
+        return cls(names, Preprocessing(**preprocessing), **values)
 
 
 def best_labels(logits: np.ndarray, class_names: Sequence[str], top_k: int) -> list[list[tuple[str, float]]]:

@@ -11,16 +11,16 @@ from PIL import Image
 
 from peft_vlm.data import read_image
 from peft_vlm.errors import DataError
-from peft_vlm.serving import pictures
+from peft_vlm.serving import images as serving_images
 from tests.tiny import noise_image
 
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet() -> Iterator[None]:
     """Conversions are logged once per process."""
-    pictures._said.clear()
+    serving_images._said.clear()
     yield
-    pictures._said.clear()
+    serving_images._said.clear()
 
 
 def as_bytes(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
@@ -133,14 +133,14 @@ def test_what_is_no_image_is_refused(value: object, message: str) -> None:
         read_image(value)
 
 
-@pytest.mark.parametrize("file_format", pictures.RASTER_FORMATS)
+@pytest.mark.parametrize("file_format", serving_images.RASTER_FORMATS)
 def test_every_raster_format_is_known_by_its_content(file_format: str, tmp_path: Path) -> None:
     """The name decides nothing: a list that differs from what is opened loses files silently."""
     data = as_bytes(noise_image(16, 16), file_format)
     (tmp_path / "no ending").write_bytes(data)
     assert read_image(tmp_path / "no ending").size == (16, 16)
-    assert pictures.is_raster_image(data[:16])
-    assert len(pictures.RASTER_FORMATS) == 9
+    assert serving_images.is_raster_image(data[:16])
+    assert len(serving_images.RASTER_FORMATS) == 9
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_every_raster_format_is_known_by_its_content(file_format: str, tmp_path:
 def test_vector_and_foreign_formats_are_never_opened(head: bytes, tmp_path: Path) -> None:
     """Pillow starts Ghostscript on whatever begins like PostScript, also where the file is called x.png."""
     (tmp_path / "x.png").write_bytes(head + bytes(64))
-    assert not pictures.is_raster_image(head)
+    assert not serving_images.is_raster_image(head)
     for source in (tmp_path / "x.png", head + bytes(64)):
         with pytest.raises(DataError, match="cannot be read as an image: (cannot identify|Unsupported BMP)"):
             read_image(source)

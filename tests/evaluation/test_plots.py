@@ -34,5 +34,5 @@ def test_bars_take_gaps_and_spreads(tmp_path: Path) -> None:
 def test_a_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A bare ModuleNotFoundError does not say how to get it."""
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'peft-vlm\[plots\]'"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         bars_png({"one": {"accuracy": 50.0}}, tmp_path / "one.png")

@@ -19,10 +19,10 @@ register_adapter(
         config=TVPConfig,
         tuner=TVPModel,
         title="TVP",
-        trained="one learned picture that is added to every image, in pixel units",
+        trained="one pixel prompt that is added to every image, in units of [0, 1]",
         paper=PAPER,
         limits=(
-            "Unless `shrink` is `none`, images are shrunk to make room for the picture.",
+            "Unless `shrink` is `none`, images are shrunk to make room for the prompt.",
             "Measure what it gains on a model it was not trained on.",
         ),
         formats=OFFICIAL_FORMATS,

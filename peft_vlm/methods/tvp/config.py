@@ -118,8 +118,8 @@ class TVPConfig(VLMConfig):
             image_std=tuple(self.image_std),
         )
 
-    def picture(self, tensors: dict[str, Tensor]) -> Image.Image:
-        """The prompt as a picture of at least 448 px.
+    def prompt_image(self, tensors: dict[str, Tensor]) -> Image.Image:
+        """The prompt as an image of at least 448 px.
 
         Args:
             tensors: The weights file, whose one tensor is the prompt.

@@ -20,7 +20,7 @@ CURVE_NAME = "training_curve.png"
 #: Evaluation of the adapter, and of the base model alone with the same images and texts.
 REPORT_NAME = "report.json"
 BASELINE_NAME = "zero_shot.json"
-#: Evaluation of a pixel prompt on several multimodal models, which holds its own baselines, and an image of the prompt.
+#: Evaluation of a pixel prompt on several multimodal models, with its own baselines, and an image of the prompt.
 TRANSFER_NAME = "transfer.json"
 PROMPT_IMAGE_NAME = "prompt.png"
 #: What became of each tensor of an official checkpoint that the adapter was converted from.

@@ -98,7 +98,8 @@ class VLMConfig(PeftConfig):
         if self.format_version > FORMAT_VERSION:
             raise AdapterError(
                 f"Expected an adapter of format version {FORMAT_VERSION} or older, got "
-                f"{self.format_version!r}, written by peft_vlm {self.peft_vlm_version}. Install a newer release of peft_vlm."
+                f"{self.format_version!r}, written by peft_vlm {self.peft_vlm_version}. "
+                "Install a newer release of peft_vlm."
             )
         if self.task_type is not None:
             raise ValueError(

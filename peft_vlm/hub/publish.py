@@ -26,7 +26,7 @@ from peft_vlm.files import (
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.card import render_card
 
-#: What is copied as it is, where it exists; configuration, class names, image of the prompt and card are written again.
+#: Files copied as they are; configuration, class names, image of the prompt and card are written again.
 REPORTS = (
     *(SUMMARY_NAME, METRICS_NAME, REPORT_NAME, BASELINE_NAME, TRANSFER_NAME),
     CURVE_NAME,

@@ -3,9 +3,9 @@
     python benchmarks/rpp_many_classes.py [--json] [--output FOLDER] [--models student vit_b16] [--steps 2]
 
 Names have the same distribution of lengths whatever their number. Beside POMP's sampling: the plain objective over
-all classes, measured at 100 and 1,000 classes; its text part grows with their number. Each figure comes from a process
-of its own; memory is the peak of the process less what it held before the steps. The bundled student samples 256 and
-1,000 classes, the ViT-B/16 256.
+all classes, measured at 100 and 1,000 classes; its text part grows with their number. Each value is measured in a
+process of its own; memory is the peak of the process less what it held before the steps. The bundled student samples
+256 and 1,000 classes, the ViT-B/16 256.
 """
 
 import argparse

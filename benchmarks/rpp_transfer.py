@@ -2,7 +2,7 @@
 
     python benchmarks/rpp_transfer.py [--json] [--variants rpp shared hard ...] [--seeds 1 2 3] [--shots 1 4 16]
 
-Every variant pretrains from the same settings but for what its name says, transfers to the three bundled test sets,
+Every variant has the same settings except the one in its name: it pretrains, transfers to the three bundled test sets,
 and starts few-shot training on emoji and icons. `half` is the same as `rpp` on a CLIP that was trained on half of the
 names (`--half_model`, made by `train_clip.py --half`). An interrupted run continues. Hours on two CPU cores.
 Take variants one by one.

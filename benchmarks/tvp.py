@@ -6,7 +6,7 @@
 Variants, each in a child process of its own, in turn over several rounds; ratios are taken within a round:
 
     fca_computed   task and FCA on a small LLaVA, the clean side computed in every step
-    fca_cached     the same with the clean side stored, as from the second epoch on for pictures that stay the same
+    fca_cached     the same with the clean side stored, as from the second epoch on for images that stay the same
     tse_computed   task and TSE by a CLIP ViT-B/16, the captions of the batch encoded at length 77 in every step,
                    without autograd (the official code does so with autograd)
     tse_cached     the same with the class features computed once
@@ -62,7 +62,7 @@ def random_questions() -> dict[str, Tensor]:
 
 
 class RandomQuestions:
-    """A few noise pictures with questions and answers of three tokens, and the same pictures for a CLIP."""
+    """A few noise images with questions and answers of three tokens, and the same images for a CLIP."""
 
     has_fixed_pixels = True
     class_names = tuple(f"class {index}" for index in range(NUM_CLASSES))
@@ -171,7 +171,7 @@ def plain_loop_scores(model: Any, inputs: dict[str, Tensor], candidates: Any) ->
 
 
 def scoring_child(variant: str, steps: int) -> dict[str, float]:
-    """CPU seconds to score one batch of questions; both variants must agree, or the figures mean nothing.
+    """CPU seconds to score one batch of questions; both variants must agree.
 
     Args:
         variant: One of `SCORING_VARIANTS`.

@@ -1,4 +1,4 @@
-"""What makes a visual prompt transfer, and how far: on the bundled multimodal models, colours by lamplight.
+"""What makes a pixel prompt transfer, and how far: on the bundled multimodal models, colours under warm light.
 
     python benchmarks/tvp_transfer.py                                  # all parts, one seed, one JSON file per part
     python benchmarks/tvp_transfer.py --parts shapes --seeds 1 2 3
@@ -7,7 +7,7 @@
 Parts: `shapes` and `sources` train prompts of other shapes and on other models; `corruptions` damages the test images
 of a prompt; `sizes` trains on fewer images; `domains` puts one prompt on images and questions that it was not trained
 for. Everything starts from the demo preset of examples/train_tvp.py with both extra losses off (`visual_prompting`).
-Figures are accuracies in percent, from the same test images.
+Results are accuracies in percent, on the same test images.
 """
 
 import argparse
@@ -63,7 +63,7 @@ KINDS = ("gaussian_noise", "defocus_blur", "contrast", "jpeg", "pixelate")
 
 
 class Bench:
-    """The demo's models and data, and where results go.
+    """Models and data of the demo, and the output folder.
 
     Args:
         output: Folder of the results.
@@ -92,7 +92,7 @@ class Bench:
     def on_all(
         self, experiment: TransferExperiment, folder: Path, measure: Callable[[PeftModel, Any], Any]
     ) -> dict[str, Any]:
-        """What `measure` makes of the prompt on every model, with the model's collator."""
+        """Results of `measure` for the prompt on every model, with the model's collator."""
         results = {}
         for name, member in experiment.models.items():
             model = PeftModel.from_pretrained(member.model, folder).eval()
@@ -168,10 +168,10 @@ def sizes(bench: Bench) -> dict[str, Any]:
 
 
 def domains(bench: Bench) -> dict[str, Any]:
-    """The three conditions of the lamplight prompt under other lights, for another question, and on photos."""
+    """The three conditions of the prompt for warm light under other lights, for another question, and on photos."""
     experiment = bench.experiment("domains", PRESETS["demo"]["prompt"])
     tests = {f"colour, {light}": _questions(inked_icons("test", LIGHTS[light]), "lamplight") for light in LIGHTS}
-    tests["name, lamp"] = _questions(named_icons("test", LIGHTS["lamp"]), "fashion")
+    tests["name, warm_light"] = _questions(named_icons("test", LIGHTS["warm_light"]), "fashion")
     tests["fashion"] = ImageQuestionDataset.from_images(
         load_domain("fashion", split="test"), question=DOMAINS["fashion"]
     )

@@ -2,7 +2,7 @@
 
     peft-vlm export outputs/readme exported
     python examples/serve.py exported/classifier.onnx --port 8000
-    curl --data-binary @picture.png "http://127.0.0.1:8000/classify?top_k=3"
+    curl --data-binary @photo.png "http://127.0.0.1:8000/classify?top_k=3"
 
 On a server without peft_vlm: copy this file and the folder `peft_vlm/serving` beside it, and begin the two imports
 with `serving.` instead of `peft_vlm.serving.`.
@@ -10,8 +10,8 @@ with `serving.` instead of `peft_vlm.serving.`.
     GET  /            what the classifier is: classes, preprocessing, origin
     POST /classify    the bytes of an image file -> {"labels": [{"label": ..., "probability": ...}, ...]}
 
-It listens on this machine only and has no log-in: put a web server with both in front of it. Requests are read in
-threads and classified one at a time, since one call already uses all threads that it was given.
+It listens on this machine only, without encryption and log-in: put a web server with both before it. Requests are read
+in threads and classified one at a time, since one call already uses all threads that it was given.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """CoOp against zero-shot: few-shot on all classes, several seeds.
 
 Paper: Learning to Prompt for Vision-Language Models, arXiv 2109.01134.
-Hardware and time: the demo preset takes a few minutes on 2 CPU cores (numbers: docs/methods/coop.md).
+Hardware and time: the demo preset takes a few minutes on 2 CPU cores (results: docs/methods/coop.md).
     python examples/train_coop.py                                            # bundled CLIP and emoji, no network
     python examples/train_coop.py --model openai/clip-vit-base-patch16 --dataset <Hub id or folder> --preset random \
         --template "{}."                                                     # the paper's 16 random vectors
@@ -72,7 +72,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the experiment and say what was written."""
+    """Run the experiment and print where the results are."""
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = settings_of(args)

@@ -1,7 +1,7 @@
 """PromptKD in two stages: a teacher with PromptSRC on few labelled images, then a small student on unlabelled ones.
 
 Paper: PromptKD: Unsupervised Prompt Distillation for Vision-Language Models, arXiv 2403.02781.
-Time: the demo preset takes 15 to 25 minutes on 2 CPU cores (numbers: docs/methods/promptkd.md).
+Time: the demo preset takes 15 to 25 minutes on 2 CPU cores (results: docs/methods/promptkd.md).
     python examples/train_promptkd.py                                       # bundled CLIPs and data, no network
     python examples/train_promptkd.py --teacher openai/clip-vit-large-patch14 --model openai/clip-vit-base-patch16 \
         --dataset <Hub id or folder> --preset base_to_new --template "a photo of a {}."
@@ -130,7 +130,7 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
 
 
 def main() -> None:
-    """Run the experiment and say what was written."""
+    """Run the experiment and print where the results are."""
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings, tasks = settings_of(args), tasks_of(args)

@@ -1,7 +1,7 @@
 """PromptSRC against zero-shot and the same prompts without self-regulation (IVLP): base-to-new, several seeds.
 
 Paper: Self-regulating Prompts: Foundational Model Adaptation without Forgetting, arXiv 2307.06948.
-Hardware and time: the demo preset takes a few minutes on 2 CPU cores (numbers: docs/methods/promptsrc.md).
+Hardware and time: the demo preset takes a few minutes on 2 CPU cores (results: docs/methods/promptsrc.md).
     python examples/train_promptsrc.py                                       # bundled CLIP and icons, no network
     python examples/train_promptsrc.py --model openai/clip-vit-base-patch16 --dataset <Hub id or folder> \
         --preset base_to_new                                                 # the paper's settings
@@ -104,7 +104,7 @@ def learners_of(settings: dict[str, Any], experiment: Experiment) -> list[Any]:
 
 
 def main() -> None:
-    """Run the experiment and say what was written."""
+    """Run the experiment and print where the results are."""
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = settings_of(args)

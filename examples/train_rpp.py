@@ -1,7 +1,7 @@
 """RPP: pretrain prompts on thousands of classes, transfer them without training, start few-shot training from them.
 
 Paper: Revisiting Prompt Pretraining of Vision-Language Models, arXiv 2409.06166; sampling of POMP, arXiv 2304.04704.
-Hardware and time: the demo preset takes about ten minutes on 2 CPU cores (numbers: docs/methods/rpp.md).
+Hardware and time: the demo preset takes about ten minutes on 2 CPU cores (results: docs/methods/rpp.md).
     python examples/train_rpp.py                                             # bundled CLIPs and corpus, no network
     python examples/train_rpp.py --model openai/clip-vit-base-patch16 --teacher openai/clip-vit-large-patch14 \
         --preset imagenet21k --data <folder of shards> --class_names words.txt --images_per_class 16
@@ -202,7 +202,7 @@ def main() -> None:
         for name, scores in report["transfer"].items():
             print(f"{name}: " + ", ".join(f"{key} {value:.1f} %" for key, value in scores.items()))
         print(f"Written to {args.output_dir}/: metrics.json and the adapter in pretrained/. Use it:")
-        print(f"    peft-vlm predict {str(args.output_dir / 'pretrained')!r} image.png")
+        print(f"    peft-vlm predict {str(args.output_dir / 'pretrained')!r} photo.png")
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 Paper: Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves, arXiv
     2412.11509.
-Hardware and time: the demo preset takes six to ten minutes on 2 CPU cores (numbers: docs/methods/skip_tuning.md).
+Hardware and time: the demo preset takes six to ten minutes on 2 CPU cores (results: docs/methods/skip_tuning.md).
     python examples/train_skip_tuning.py --preset demo                      # bundled CLIP and data, no network
     python examples/train_skip_tuning.py --model openai/clip-vit-base-patch16 --dataset <Hub id or folder> \
         --preset base_to_new --template "a photo of a {}."                   # the paper's settings
@@ -127,7 +127,7 @@ def learners_of(settings: dict[str, Any], test_transform: EvalTransform) -> list
 
 
 def main() -> None:
-    """Run the experiment and say what was written."""
+    """Run the experiment and print where the results are."""
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     settings = settings_of(args)

@@ -1,7 +1,7 @@
-"""A transferable visual prompt: trained on one multimodal model, tried on models it never saw.
+"""A transferable visual prompt: trained on one multimodal model, tested on models it never saw.
 
 Paper: Exploring the Transferability of Visual Prompting for Multimodal Large Language Models, arXiv 2404.11207.
-Hardware and time: the demo preset takes about 10 minutes on 2 CPU cores (numbers: docs/methods/tvp.md).
+Hardware and time: the demo preset takes about 10 minutes on 2 CPU cores (results: docs/methods/tvp.md).
     accelerate launch --cpu examples/train_tvp.py                             # bundled models and images, no network
     accelerate launch --cpu examples/train_tvp.py --domain fashion            # the other domain (tvp_domains.py)
     accelerate launch examples/train_tvp.py                                   # one GPU
@@ -9,9 +9,9 @@ Hardware and time: the demo preset takes about 10 minutes on 2 CPU cores (number
     accelerate launch examples/train_tvp.py --preset official --models llava-hf/llava-1.5-7b-hf \
         Salesforce/blip2-opt-2.7b --clip openai/clip-vit-base-patch32 --dataset <Hub id or folder> --dtype bfloat16
 
-The default domain is colours by lamplight (tvp_domains.py), where all bundled models fail. The prompt is trained on
-the first model, or on --sources, with and without its two extra losses (FCA, TSE). Below --output_dir: metrics.json,
-table.md, plots, and per run the adapter with its reports.
+The default domain is colours under warm light (tvp_domains.py), where all bundled models fail. The prompt is trained
+on the first model, or on --sources, with and without its two extra losses (FCA, TSE). Below --output_dir:
+metrics.json, table.md, plots, and per run the adapter with its reports.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def load_models(args: argparse.Namespace, clip_processor: Any) -> list[ImageText
 
 
 def load_data(args: argparse.Namespace) -> tuple[ImageClassificationDataset, ImageClassificationDataset, str]:
-    """Training pool, held-out images, and what is asked about them."""
+    """Training pool, held-out images, and the question."""
     if args.dataset is None:
         pool, test = (load_domain(args.domain, split=split) for split in ("train", args.split))
         return pool, test, DOMAINS[args.domain]
@@ -145,7 +145,7 @@ def experiment_of(args: argparse.Namespace, preset: dict[str, Any], training: di
 
 
 def main() -> None:
-    """Run the experiment and say what was written."""
+    """Run the experiment and print where the results are."""
     args = parse_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     preset = PRESETS[args.preset]

@@ -1,7 +1,7 @@
 """Two domains that the bundled multimodal models are weak in, for train_tvp.py.
 
-`lamplight`: which colour is an icon drawn in, seen in the light of a warm lamp? The models tell eleven colours apart
-by daylight; under the lamp they get about a third of that right. `fashion`: which garment is on a photo
+`lamplight`: which colour is an icon drawn in, seen under warm light? The models distinguish eleven colours in
+daylight; under warm light they get about a third of that right. `fashion`: which garment is on a photo
 (Fashion-MNIST), by names that the models were trained to write? They were trained on drawings, not on photos.
 """
 
@@ -20,11 +20,11 @@ from peft_vlm.data.dataset import ImageClassificationDataset
 ASSETS = Path(__file__).parent / "assets"
 DOMAINS = {"lamplight": "what colour is it?", "fashion": "what is this?"}
 
-#: Share of red, green and blue that a lamp leaves; daylight leaves all.
+#: Share of red, green and blue that each light contains; daylight contains all.
 LIGHTS = {
     "daylight": (1.0, 1.0, 1.0),
-    "lamp": (1.0, 0.72, 0.42),
-    "dim_lamp": (0.75, 0.54, 0.32),
+    "warm_light": (1.0, 0.72, 0.42),
+    "dim_warm_light": (0.75, 0.54, 0.32),
     "cold": (0.55, 0.8, 1.0),
 }
 
@@ -44,7 +44,7 @@ INKS = {
 }
 ICONS_PER_INK = {"train": 100, "val": 20, "test": 50}
 
-#: Class names of Fashion-MNIST in words that stand in the models' training names.
+#: Class names of Fashion-MNIST in words that occur among the models' training names.
 GARMENTS = ("t shirt", "pants", "sweater", "dress", "coat", "sandal", "shirt", "shoe", "bag", "boot")
 
 
@@ -52,12 +52,12 @@ def load_domain(name: str, *, split: str) -> ImageClassificationDataset:
     """Labelled images of one of `DOMAINS`.
 
     Args:
-        name: Which domain.
+        name: Key of `DOMAINS`.
         split: `"train"`, `"val"` or `"test"`; no icon family is in two splits.
     """
     if name == "fashion":
         return load_image_dataset(ASSETS / "fashion", split=split, class_names=GARMENTS)
-    return load_image_dataset(inked_icons(split, LIGHTS["lamp"]))
+    return load_image_dataset(inked_icons(split, LIGHTS["warm_light"]))
 
 
 def inked_icons(split: str, light: Sequence[float]) -> HFDataset:
@@ -65,7 +65,7 @@ def inked_icons(split: str, light: Sequence[float]) -> HFDataset:
 
     Args:
         split: Split of the icons.
-        light: Share of red, green and blue that arrives.
+        light: Share of red, green and blue.
     """
     icons = load_dataset("parquet", data_files=str(ASSETS / "icons" / f"{split}.parquet"), split="train")
     plain = [row for row, domain in enumerate(icons["domain"]) if domain == "plain"]
@@ -83,7 +83,7 @@ def named_icons(split: str, light: Sequence[float], *, every: int = 11) -> HFDat
 
     Args:
         split: Split of the icons.
-        light: Share of red, green and blue that arrives.
+        light: Share of red, green and blue.
         every: One class in so many.
     """
     icons = load_dataset("parquet", data_files=str(ASSETS / "icons" / f"{split}.parquet"), split="train")
@@ -97,12 +97,12 @@ def named_icons(split: str, light: Sequence[float], *, every: int = 11) -> HFDat
 
 
 def _inked(icon: Image.Image, ink: tuple[float, float, float], light: Sequence[float]) -> Image.Image:
-    """A grey icon redrawn: ink where it is dark, and a ground that stands out from the ink."""
+    """A grey icon redrawn: ink where it is dark, on a ground that contrasts with the ink."""
     shade = np.asarray(icon.convert("L"), dtype=float)[..., None] / 255
     ground = 1.0 if np.mean(ink) < 0.55 else 0.05
     return _lit(shade * ground + (1 - shade) * np.array(ink), light)
 
 
 def _lit(pixels: np.ndarray, light: Sequence[float]) -> Image.Image:
-    """Pixels in [0, 1] as a picture in some light."""
+    """Pixels in [0, 1] as an image under some light."""
     return Image.fromarray((255 * pixels * np.array(light)).round().astype(np.uint8))

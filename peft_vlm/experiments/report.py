@@ -39,7 +39,7 @@ def markdown_table(report: Mapping[str, Any]) -> str:
             "method",
             *(SCORES[key] for key in scores),
             f"gain in {headline}",
-            "trained numbers",
+            "trainable parameters",
             *COSTS.values(),
         ]
         lines = [f"### {name}, {_seeds(report)}", "", _row(header), _row(["---"] * len(header))]

@@ -13,13 +13,13 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 from tvp_domains import INKS, LIGHTS, inked_icons, load_domain, named_icons  # noqa: E402
 
 
-def test_the_lamp_takes_its_share_of_every_colour():
+def test_warm_light_scales_every_colour():
     """Daylight times the light, up to the rounding of a byte."""
-    day, lamp = (inked_icons("val", LIGHTS[light]) for light in ("daylight", "lamp"))
-    assert day["label"] == lamp["label"]
+    day, warm = (inked_icons("val", LIGHTS[light]) for light in ("daylight", "warm_light"))
+    assert day["label"] == warm["label"]
     for row in range(0, 220, 20):
-        plain, lit = (np.asarray(data[row]["image"], dtype=float) for data in (day, lamp))
-        np.testing.assert_allclose(lit, plain * LIGHTS["lamp"], atol=1.01)
+        plain, lit = (np.asarray(data[row]["image"], dtype=float) for data in (day, warm))
+        np.testing.assert_allclose(lit, plain * LIGHTS["warm_light"], atol=1.01)
 
 
 def test_as_many_icons_of_each_ink():
@@ -38,7 +38,7 @@ def test_ink_is_where_the_icon_is_dark():
 
 
 def test_named_icons_keep_their_names():
-    data = named_icons("val", LIGHTS["lamp"])
+    data = named_icons("val", LIGHTS["warm_light"])
     assert data.features["label"].names[:2] == ["airplane", "building"]
     assert max(data["label"]) < len(data.features["label"].names) == 11
 

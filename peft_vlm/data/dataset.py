@@ -20,6 +20,7 @@ from peft_vlm.data.transforms import EvalTransform, ImageTransform
 from peft_vlm.errors import DataError
 from peft_vlm.serving.images import open_raster, to_rgb
 from peft_vlm.shapes import Batch
+from peft_vlm.text.prompts import check_class_names
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +91,6 @@ class UnreadableImages:
         raise DataError("Expected at least one readable image of each class, got none of one class.") from problem
 
 
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-"""What counts as an image in a folder. Pillow registers more, PDF and video among them, which it cannot read."""
-
-
 def read_image(value: Any, *, where: str = "image") -> Image.Image:
     """Open an image and convert it to RGB.
 
@@ -101,9 +98,9 @@ def read_image(value: Any, *, where: str = "image") -> Image.Image:
     and the EXIF orientation of photos is applied (as `datasets` does). What was converted is logged once per kind.
 
     Args:
-        value: A path, file content as `bytes`, a mapping with `bytes` or `path` (an undecoded `datasets` image), a PIL
-            image, or an array of shape (rows, cols), (rows, cols, 1), (rows, cols, 3) or (rows, cols, 4) with integers
-            in [0, 255].
+        value: A path, also one that `datasets` opens such as `zip://0.png::images.zip`, file content as `bytes`, a
+            mapping with `bytes` or `path` (an undecoded `datasets` image), a PIL image, or an array of shape
+            (rows, cols), (rows, cols, 1), (rows, cols, 3) or (rows, cols, 4) with integers in [0, 255].
         where: What the value is, for the error message, such as `"image 17"`.
 
     Raises:
@@ -138,6 +135,11 @@ def _source_name(value: Any) -> str:
 def _open(value: Any) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
+    if isinstance(value, str) and "://" in value:  # as in `zip://0.png::images.zip`
+        from datasets.utils.file_utils import xopen
+
+        with xopen(value, "rb") as file:
+            return open_raster(file.read())
     if isinstance(value, str | Path | bytes):
         return open_raster(value)
     if isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path") is not None):
@@ -201,7 +203,8 @@ class ImageClassificationDataset(Dataset):
             if isinstance(source.features[image_column], ImageFeature):
                 source = source.cast_column(image_column, ImageFeature(decode=False))
         self.source, self.image_column = source, image_column
-        self.class_names = tuple(class_names)
+        # Free answers to questions have no classes.
+        self.class_names = check_class_names(class_names) if isinstance(class_names, str) or len(class_names) else ()
         self.labels: list[int] = (
             [-1] * len(source) if label_column is None else _checked_labels(source, label_column, self.class_names)
         )

@@ -4,6 +4,7 @@ import io
 import logging
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ def is_raster_image(head: bytes) -> bool:
     return _SIGNATURE.match(head) is not None
 
 
+@cache
 def raster_suffixes() -> frozenset[str]:
     """File endings that promise one of `RASTER_FORMATS`, in lower case."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in RASTER_FORMATS)

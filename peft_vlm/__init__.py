@@ -1,19 +1,34 @@
-"""Prompts and selective tuning for vision-language models, as PEFT methods. Importing it registers them with PEFT."""
+"""Prompts and selective tuning for vision-language models, as PEFT methods. Importing it registers them with PEFT.
 
-from peft_vlm.classifier import PromptedClassifier
-from peft_vlm.hub import publish
-from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
-from peft_vlm.methods.promptkd import PromptKDConfig, PromptKDModel, PromptKDObjective
-from peft_vlm.methods.promptsrc import PromptSRCConfig, PromptSRCModel, PromptSRCObjective
-from peft_vlm.methods.rpp import RPPConfig, RPPModel, RPPObjective
-from peft_vlm.methods.skip_tuning import (
-    SkipTuningAnswerObjective,
-    SkipTuningConfig,
-    SkipTuningModel,
-    SkipTuningObjective,
-)
-from peft_vlm.methods.tvp import TVPConfig, TVPModel, TVPObjective
-from peft_vlm.training import VLMTrainer, VLMTrainingArguments
+`import peft_vlm` itself loads neither PEFT nor torch: a name below is loaded when it is used, and the methods are
+registered at the first import of PEFT, or of a part of this package that needs PEFT. The parts that do without
+(`_LIGHT`) start in a fraction of a second.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft_vlm.classifier import PromptedClassifier
+    from peft_vlm.hub import publish
+    from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
+    from peft_vlm.methods.promptkd import PromptKDConfig, PromptKDModel, PromptKDObjective
+    from peft_vlm.methods.promptsrc import PromptSRCConfig, PromptSRCModel, PromptSRCObjective
+    from peft_vlm.methods.rpp import RPPConfig, RPPModel, RPPObjective
+    from peft_vlm.methods.skip_tuning import (
+        SkipTuningAnswerObjective,
+        SkipTuningConfig,
+        SkipTuningModel,
+        SkipTuningObjective,
+    )
+    from peft_vlm.methods.tvp import TVPConfig, TVPModel, TVPObjective
+    from peft_vlm.training import VLMTrainer, VLMTrainingArguments
 
 __all__ = [
     "CoOpConfig",
@@ -40,3 +55,99 @@ __all__ = [
     "VLMTrainingArguments",
     "publish",
 ]
+
+#: Where the names above are defined: a name of a method stands in the method's folder.
+_HOMES = {
+    "CoOp": "methods.coop",
+    "PromptKD": "methods.promptkd",
+    "PromptSRC": "methods.promptsrc",
+    "PromptedClassifier": "classifier",
+    "RPP": "methods.rpp",
+    "SkipTuning": "methods.skip_tuning",
+    "TVP": "methods.tvp",
+    "VLMTrain": "training",
+    "publish": "hub",
+}
+#: Parts of this package that need neither PEFT nor torch.
+_LIGHT = ("cli", "errors", "files", "serving", "settings")
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name, or a part of the package, when it is first used."""
+    if name in __all__:
+        home = next(home for beginning, home in _HOMES.items() if name.startswith(beginning))
+        value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register() -> None:
+    """Make PEFT know the methods, and its `push_to_hub` our cards."""
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
+    importlib.import_module(f"{__name__}.methods")
+    importlib.import_module(f"{__name__}.hub")
+
+
+class _RegisterFirst(MetaPathFinder):
+    """Sees the first import of PEFT or of a part that needs it. Looking a module up loads nothing yet."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, rest = fullname.partition(".")
+        if fullname != "peft" and (package != __name__ or rest.partition(".")[0] in _LIGHT):
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LoadAfterRegistering(spec.loader)
+        return spec
+
+
+class _LoadAfterRegistering(Loader):
+    """Registers the methods before the module of a spec exists, so that nothing is imported half.
+
+    Args:
+        loader: The module's own loader.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._spec: ModuleSpec | None = None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Register; give the module, which this has loaded in most cases.
+
+        Args:
+            spec: Of the module to load.
+        """
+        _register()
+        module = sys.modules.get(spec.name)
+        if module is None:
+            spec.loader = self._loader
+            return self._loader.create_module(spec)
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Leave a module as it is that the registration has loaded.
+
+        Args:
+            module: The module.
+        """
+        module.__spec__ = self._spec
+
+
+_FINDER = _RegisterFirst()
+if "peft" in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _FINDER)

@@ -3,17 +3,19 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import TrainerCallback
 
 from peft_vlm.errors import AdapterError, DataError
 from peft_vlm.models.towers import unwrap
 from peft_vlm.shapes import Batch
+
+if TYPE_CHECKING:
+    import transformers
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Objective(ABC):
         """
         return None
 
-    def callbacks(self, model: nn.Module) -> list[TrainerCallback]:
+    def callbacks(self, model: nn.Module) -> "list[transformers.TrainerCallback]":
         """Trainer callbacks that belong to the method; they run before the final files are written."""
         return []
 

@@ -21,7 +21,7 @@ from tests.source_tree import (
 
 #: Layer of each folder or root file of the package (docs/architecture.md). A part imports lower layers only.
 LAYERS = {
-    **dict.fromkeys(("errors", "files", "distributed", "shapes", "serving"), 0),
+    **dict.fromkeys(("errors", "files", "distributed", "settings", "shapes", "serving"), 0),
     "models": 1,
     **dict.fromkeys(("adapters", "data", "text", "conversion", "losses", "registry", "objective"), 2),
     **dict.fromkeys(("methods", "training", "evaluation", "hub"), 3),
@@ -32,7 +32,7 @@ LAYERS = {
 SAME_LAYER = {
     *((part, "objective") for part in ("data", "text", "registry")),
     *((part, "text") for part in ("adapters", "data")),
-    ("files", "errors"),
+    *((part, "errors") for part in ("files", "settings")),
     *((part, "evaluation") for part in ("training", "hub")),
     ("training", "hub"),
     ("conversion", "registry"),

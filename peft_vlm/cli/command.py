@@ -1,16 +1,25 @@
-"""What every command has: help with examples, `--json`, and settings from flags or from one file."""
+"""What every command has: help with examples, `--json`, and settings from flags or from one file.
+
+Nothing here imports torch, PEFT or transformers: help and wrong flags answer at once.
+"""
 
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from transformers import HfArgumentParser
 
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.training.arguments import RETIRED_SETTINGS
+from peft_vlm.settings import RETIRED_SETTINGS
+
+Settings = TypeVar("Settings")
+
+#: What follows a flag that is on or off, where anything follows.
+TRUTH = {"true": True, "t": True, "yes": True, "y": True, "1": True}
+TRUTH |= {"false": False, "f": False, "no": False, "n": False, "0": False}
 
 
 def add_command(
@@ -21,7 +30,8 @@ def add_command(
     summary: str,
     examples: str,
     description: str | None = None,
-    settings: Sequence[type] = (),
+    settings: type | None = None,
+    takes_more: bool = False,
     more: str = "",
 ) -> argparse.ArgumentParser:
     """Add a command with `--json` to the program.
@@ -33,44 +43,113 @@ def add_command(
         summary: Line of `peft-vlm --help`.
         examples: Commands that end its own `--help`.
         description: Text that begins its own `--help`; None for the summary.
-        settings: Dataclasses whose fields are flags as well; `run` reads them with `read_settings`.
-        more: Lines behind the list of these flags.
+        settings: Dataclass whose fields are flags, and may stand in one YAML or JSON file that is the first word;
+            `run` reads them with `read_settings`.
+        takes_more: Whether flags that are no fields of `settings` are left to `run`, as `arguments.more`.
+        more: Lines behind the list of flags.
 
     Returns:
         The parser of the command, for further arguments.
     """
-    flags = HfArgumentParser(settings, add_help=False).format_help().partition("options:")[2] if settings else ""
+    usage = f"peft-vlm {name} [FILE.yaml] [--flag value ...]   (all flags: --help)" if settings else None
     command = commands.add_parser(
         name,
         help=summary,
         description=description or summary,
-        epilog=f"{flags}{more}\nexamples:\n{examples}",
+        epilog=f"{more}\nexamples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=usage,
+        allow_abbrev=not takes_more,  # `--eval` would be read as `--evaluate` though `--eval_steps` was meant
     )
     command.add_argument("--json", action="store_true", help="print the result as JSON, for scripts")
-    command.set_defaults(run=run, takes_settings=bool(settings))
+    for setting in fields(settings) if settings else ():
+        _add_flag(command, setting)
+    command.set_defaults(run=run, takes_more=takes_more, settings=settings)
     return command
 
 
-def read_settings(arguments: argparse.Namespace, *settings: type, defaults: Mapping[str, Any] | None = None) -> Any:
-    """Dataclasses filled from flags, or from one YAML or JSON file whose values flags behind it replace.
+def _add_flag(command: argparse.ArgumentParser, setting: "Field[Any]") -> None:
+    """A field of a dataclass as a flag: text, number, list, or on and off."""
+    kind = next((part for part in get_args(setting.type) if part is not type(None)), setting.type)
+    if get_origin(setting.type) is list:
+        kind = setting.type
+    default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+    options: dict[str, Any] = {"help": setting.metadata["help"].replace("%", "%%")}
+    options |= {"required": True} if default is MISSING else {"default": default}
+    if default not in (MISSING, None, "", []):
+        options["help"] += f" (default: {default if not isinstance(default, list) else ' '.join(map(str, default))})"
+    if get_origin(kind) is list:
+        options |= {"nargs": "+", "type": get_args(kind)[0]}
+    elif kind is bool:
+        options |= {"nargs": "?", "const": True, "type": _truth, "metavar": "true|false"}
+    else:
+        options["type"] = kind
+    command.add_argument(*_spellings(setting.name), **options)
+    if default is True:
+        command.add_argument(
+            *_spellings(f"no_{setting.name}"), action="store_false", dest=setting.name, help=argparse.SUPPRESS
+        )
+
+
+def _spellings(name: str) -> list[str]:
+    """A flag with underscores, and with hyphens where that differs."""
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def part_flags(words: Sequence[str], settings: type) -> tuple[list[str], list[str]]:
+    """Part flags, each with the words behind it, into those of a command and all others.
+
+    Args:
+        words: What stands behind the command.
+        settings: Dataclass of the command.
+
+    Returns:
+        The command's own words, and the rest.
+    """
+    own = {flag for setting in fields(settings) for flag in _spellings(setting.name)}
+    own |= {
+        flag for setting in fields(settings) if setting.default is True for flag in _spellings(f"no_{setting.name}")
+    }
+    parts: tuple[list[str], list[str]] = ([], [])
+    current = parts[0]
+    for word in words:
+        if word in ("-h", "--help", "--json"):
+            parts[0].append(word)
+            continue
+        if word.startswith("--"):
+            current = parts[0] if word.partition("=")[0] in own else parts[1]
+        current.append(word)
+    return parts
+
+
+def _truth(word: str) -> bool:
+    if word.lower() not in TRUTH:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
+    return TRUTH[word.lower()]
+
+
+def read_settings(arguments: argparse.Namespace, kind: type[Settings]) -> Settings:
+    """The settings of a command as its dataclass.
+
+    Args:
+        arguments: What the program parsed.
+        kind: The dataclass that `add_command` was given.
+    """
+    return kind(**{setting.name: getattr(arguments, setting.name) for setting in fields(kind)})  # type: ignore[arg-type]
+
+
+def file_as_flags(words: list[str]) -> list[str]:
+    """Words of a command whose first may be a YAML or JSON file: its values as flags, which later flags replace.
 
     A file's values are read as if they had been typed, so both get the same types and the same messages.
 
     Args:
-        arguments: What the program parsed: `settings` has the words that are left.
-        *settings: The dataclasses of the command.
-        defaults: Values of fields that stand neither in the file nor among the flags.
-
-    Returns:
-        A tuple with one object per dataclass.
+        words: What stands behind the command.
     """
-    words = list(arguments.settings)
-    if words and Path(words[0]).suffix in (".yaml", ".yml", ".json"):
-        words = [*as_flags(_read_file(Path(words[0]))), *words[1:]]
-    parser = HfArgumentParser(settings, prog=f"peft-vlm {arguments.command}")
-    parser.usage = f"peft-vlm {arguments.command} [FILE.yaml] [--flag value ...]   (all flags: --help)"
-    return parser.parse_args_into_dataclasses([*as_flags(defaults or {}), *words])
+    if not words or Path(words[0]).suffix not in (".yaml", ".yml", ".json"):
+        return words
+    values = _read_file(Path(words[0]))
+    return [*as_flags({name: value for name, value in values.items() if name not in RETIRED_SETTINGS}), *words[1:]]
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
@@ -97,7 +176,7 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         raise PeftVLMError(f"Expected a file with settings, got {str(path)!r}: {error}") from error
     if not isinstance(values, Mapping):
         raise PeftVLMError(f"Expected `name: value` lines in {str(path)!r}, got {type(values).__name__}.")
-    return {name: value for name, value in values.items() if name not in RETIRED_SETTINGS}
+    return values
 
 
 def print_json(value: Any) -> None:

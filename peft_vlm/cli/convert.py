@@ -3,19 +3,17 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft_vlm.cli.command import add_command, print_json
-from peft_vlm.conversion.clip_folder import convert_clip
-from peft_vlm.conversion.clip_names import is_clip
-from peft_vlm.conversion.formats import convert, export, known_formats, recognise
-from peft_vlm.conversion.official_file import OfficialFile
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.evaluation.loading import load_model
 from peft_vlm.files import CONVERSION_NAME
-from peft_vlm.models.towers import towers_of
-from peft_vlm.text.class_features import encode_classes
-from peft_vlm.text.prompts import tokenize_for_model
+
+if TYPE_CHECKING:
+    from peft_vlm.conversion.official_file import OfficialFile
+
+#: Kinds of official checkpoints, as `peft_vlm.conversion.formats` has them.
+KINDS = ("CoOp", "KgCoOp", "POMP", "PromptKD", "PromptSRC or IVLP", "Skip Tuning", "TVP")
 
 EXAMPLES = """
   peft-vlm convert prompt_learner/model.pth.tar-50 --base_model clip-vit-base-patch16 --class_position end \\
@@ -67,7 +65,7 @@ def register(commands: Any) -> None:
         "convert",
         run,
         summary="official checkpoints to adapters and back, OpenAI and open_clip weights to base models",
-        description=DESCRIPTION.format(kinds=", ".join(official.name for official in known_formats())),
+        description=DESCRIPTION.format(kinds=", ".join(KINDS)),
         examples=EXAMPLES,
     )
     command.add_argument(
@@ -95,6 +93,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.official_file is not None:
         facts = _to_official(arguments.source, arguments.official_file, given)
     else:
+        from peft_vlm.conversion.clip_names import is_clip
+        from peft_vlm.conversion.official_file import OfficialFile
+
         file = OfficialFile.open(arguments.source)
         to_folder = _to_clip if is_clip(file.tensors) else _to_adapter
         facts = to_folder(file, arguments.output_dir, given)
@@ -109,14 +110,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _to_official(adapter: str, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """An adapter as official checkpoint."""
+    from peft_vlm.conversion.formats import export
+    from peft_vlm.evaluation.loading import load_model
+
     _check_flags(given, ("base_model",), "an export")
     loaded = load_model(adapter, base_model=given.get("base_model"))
     settings = export(loaded.model, path, tokenizer=loaded.tokenizer)
     return {"source": adapter, "written": path, "official settings": settings}
 
 
-def _to_clip(file: OfficialFile, folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _to_clip(file: "OfficialFile", folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """A base model from weights of OpenAI or open_clip."""
+    from peft_vlm.conversion.clip_folder import convert_clip
+
     _check_flags(given, OF_A_CLIP, "a whole CLIP")
     model = convert_clip(file, folder, **given)
     facts = {"kind": "CLIP", "source": file.path.name, "written": folder, "parameters": model.num_parameters()}
@@ -125,8 +131,10 @@ def _to_clip(file: OfficialFile, folder: str, given: Mapping[str, Any]) -> dict[
     return facts
 
 
-def _to_adapter(file: OfficialFile, folder: str, given: dict[str, Any]) -> dict[str, Any]:
+def _to_adapter(file: "OfficialFile", folder: str, given: dict[str, Any]) -> dict[str, Any]:
     """An adapter from an official checkpoint."""
+    from peft_vlm.conversion.formats import convert, recognise
+
     if "class_names" in given:
         given["class_names"] = _listed(given["class_names"])
     if "class_vectors" in recognise(file).settings():
@@ -137,6 +145,11 @@ def _to_adapter(file: OfficialFile, folder: str, given: dict[str, Any]) -> dict[
 
 def _from_teacher(given: Mapping[str, Any]) -> dict[str, Any]:
     """Class vectors of a PromptKD student, by its teacher."""
+    from peft_vlm.evaluation.loading import load_model
+    from peft_vlm.models.towers import towers_of
+    from peft_vlm.text.class_features import encode_classes
+    from peft_vlm.text.prompts import tokenize_for_model
+
     if "teacher" not in given:
         raise PeftVLMError(
             "Expected `--teacher` for a PromptKD student: its class vectors are the teacher's, and no file holds "

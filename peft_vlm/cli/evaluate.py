@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from peft_vlm.cli.command import add_command, print_json, read_settings
-from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
+from peft_vlm.settings import EvaluationArguments
 
 EXAMPLES = """
   peft-vlm evaluate --protocol zero-shot --dataset examples/assets/icons --model examples/assets/clip_student \\
@@ -29,7 +29,7 @@ def register(commands: Any) -> None:
         summary="zero-shot, few-shot, base-to-new, cross-dataset or domain-shift accuracy of a model or adapter",
         description="Writes report.json, scores.png and a confusion matrix per part.",
         examples=EXAMPLES,
-        settings=[EvaluationArguments],
+        settings=EvaluationArguments,
     )
 
 
@@ -39,7 +39,10 @@ def run(arguments: argparse.Namespace) -> None:
     Args:
         arguments: Parsed words.
     """
-    (settings,) = read_settings(arguments, EvaluationArguments)
+    settings = read_settings(arguments, EvaluationArguments)
+    settings.check()
+    from peft_vlm.evaluation.run import run_evaluation
+
     report = run_evaluation(settings)
     if arguments.json:
         print_json(asdict(report))

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_vlm.cli.command import add_command, print_json
-from peft_vlm.export import FORMATS, export_classifier, write_export
+
+#: Of `peft_vlm.export.FORMATS`.
+FORMATS = ("onnx", "pt2", "safetensors")
 
 EXAMPLES = """
   peft-vlm export outputs/readme exported
@@ -31,7 +33,7 @@ def register(commands: Any) -> None:
     command.add_argument(
         "--formats",
         nargs="+",
-        choices=sorted(FORMATS),
+        choices=FORMATS,
         default=["safetensors", "onnx"],
         help="what to write; onnx needs the extra `onnx`, pt2 is a program of torch.export",
     )
@@ -47,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     Args:
         arguments: Parsed words.
     """
+    from peft_vlm.export import export_classifier, write_export
+
     classifier = export_classifier(
         None if arguments.zero_shot else arguments.adapter,
         base_model=arguments.adapter if arguments.zero_shot else arguments.base_model,

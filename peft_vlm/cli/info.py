@@ -6,16 +6,15 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft_vlm.adapters.config import VLMConfig, read_config
 from peft_vlm.cli.command import add_command, print_json
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.files import BASELINE_NAME, REPORT_NAME, SUMMARY_NAME, WEIGHTS_NAME
-from peft_vlm.objective import Paper
-from peft_vlm.registry import ADAPTERS, METHODS, TrainingMethod
-from peft_vlm.serving.plain import load_exported
-from peft_vlm.training.reports import environment
+
+if TYPE_CHECKING:
+    from peft_vlm.objective import Paper
+    from peft_vlm.registry import TrainingMethod
 
 EXAMPLES = """
   peft-vlm info                                    versions and methods
@@ -23,7 +22,6 @@ EXAMPLES = """
   peft-vlm info outputs/readme                     an adapter: method, base model, classes, settings, results
   peft-vlm info exported/classifier.safetensors    an exported classifier
 """
-SHARED_FIELDS = frozenset(inspect.signature(VLMConfig).parameters)
 
 
 def register(commands: Any) -> None:
@@ -45,12 +43,16 @@ def run(arguments: argparse.Namespace) -> None:
     Args:
         arguments: Parsed words.
     """
+    from peft_vlm.registry import METHODS
+
     what = arguments.what
     if what is None:
         facts = _installed()
     elif what in METHODS:
         facts = _method(METHODS[what])
     elif what.endswith(".safetensors") and Path(what).is_file():
+        from peft_vlm.serving.plain import load_exported
+
         facts = {"exported classifier": what, **asdict(load_exported(what).card)}
     else:
         facts = _adapter(what)
@@ -62,11 +64,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _installed() -> dict[str, Any]:
     """Versions, and what each method trains."""
+    from peft_vlm.registry import METHODS
+    from peft_vlm.training.reports import environment
+
     trained = {name: METHODS[name].adapter_type.trained for name in sorted(METHODS)}
     return {"versions": environment(), "methods": trained}
 
 
-def _method(method: TrainingMethod) -> dict[str, Any]:
+def _method(method: "TrainingMethod") -> dict[str, Any]:
     """Settings of a method with their defaults."""
     facts = {"method": method.name, "adapter": method.adapter, "trained": method.adapter_type.trained}
     facts |= {"paper": _cited(method.paper), "config": _defaults(method.adapter_type.config)}
@@ -75,20 +80,30 @@ def _method(method: TrainingMethod) -> dict[str, Any]:
     return facts | {"page": f"docs/methods/{method.name}.md"}
 
 
-def _cited(paper: Paper) -> str:
+def _cited(paper: "Paper") -> str:
     """Title and address of a paper."""
     return f"{paper.title}, {paper.url}"
+
+
+def _shared_fields() -> frozenset[str]:
+    """Fields of every method's configuration."""
+    from peft_vlm.adapters.config import VLMConfig
+
+    return frozenset(inspect.signature(VLMConfig).parameters)
 
 
 def _defaults(target: Callable[..., Any]) -> dict[str, Any]:
     """Default of each setting; "needed" where there is none."""
     parameters = [p for p in inspect.signature(target).parameters.values() if p.kind is not p.POSITIONAL_ONLY]
-    own = [p for p in parameters if p.name not in SHARED_FIELDS | {"prompts", "candidates"}]
+    own = [p for p in parameters if p.name not in _shared_fields() | {"prompts", "candidates"}]
     return {p.name: "needed" if p.default is p.empty else p.default for p in own}
 
 
 def _adapter(adapter: str) -> dict[str, Any]:
     """What an adapter's configuration says, and what lies beside it in a local folder."""
+    from peft_vlm.adapters.config import read_config
+    from peft_vlm.registry import ADAPTERS
+
     try:
         config = read_config(adapter)
     except (OSError, ValueError) as error:
@@ -103,7 +118,7 @@ def _adapter(adapter: str) -> dict[str, Any]:
     facts |= {"paper": _cited(kind.paper), "base model": config.base_model_name_or_path}
     facts |= {"classes": values["class_names"], "template": values["template"]}
     facts["images"] = {name: values[f"image_{name}"] for name in ("size", "mean", "std")}
-    facts["settings"] = {name: value for name, value in values.items() if name not in SHARED_FIELDS}
+    facts["settings"] = {name: value for name, value in values.items() if name not in _shared_fields()}
     facts |= {"format version": values["format_version"], "peft_vlm version": values["peft_vlm_version"]}
     return facts | _folder(Path(adapter))
 

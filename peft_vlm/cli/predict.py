@@ -3,18 +3,16 @@
 import argparse
 import glob
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.classifier import Prediction, PromptedClassifier
 from peft_vlm.cli.command import add_command, print_json
-from peft_vlm.data.folders import find_images, is_image_file
-from peft_vlm.errors import DataError, PeftVLMError
-from peft_vlm.serving.plain import load_exported
+from peft_vlm.errors import PeftVLMError
+from peft_vlm.serving.images import IMAGE_EXTENSIONS
 
-#: Images per line-up: files to their labels.
-Labeller = Callable[[Sequence[Path]], list[list[Prediction]]]
+#: Files to their labels with probabilities, best first.
+Labeller = Callable[[Sequence[Path]], list[list[tuple[str, float]]]]
+#: Images per call of it.
 BATCH_SIZE = 32
 
 EXAMPLES = """
@@ -60,10 +58,10 @@ def image_files(paths: Sequence[str]) -> list[Path]:
         if path.is_file():
             found = [path]
         elif path.is_dir():
-            found = find_images(path)
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS)
         else:
             matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
-            found = [match for match in matches if is_image_file(match)]
+            found = [p for p in matches if p.is_file() and p.suffix.lower() in IMAGE_EXTENSIONS]
         if not found:
             pattern = glob.has_magic(text)
             reason = "it holds no image file" if path.is_dir() else "there is no such file or folder"
@@ -75,40 +73,28 @@ def image_files(paths: Sequence[str]) -> list[Path]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the labels of image files, in their order; one that cannot be read is named in its place.
+    """Print the labels of image files.
 
     Args:
         arguments: Parsed words.
-
-    Raises:
-        PeftVLMError: At the end, if files could not be read; or for a wrong word.
     """
-    if arguments.top_k < 1:
-        raise PeftVLMError(f"Expected `--top_k` of at least 1, got {arguments.top_k}.")
     files = image_files(arguments.images)
-    label = _labeller(arguments)
-    rows: list[dict[str, Any]] = []
+    label_files = _labeller(arguments)
+    rows = []
     for start in range(0, len(files), BATCH_SIZE):
-        batch = _labelled(label, files[start : start + BATCH_SIZE])
-        rows += batch
-        for row in () if arguments.json else batch:
-            text = ", ".join(f"{p['label']} {100 * p['probability']:.1f} %" for p in row["labels"])
-            print(f"{row['file']}: {row.get('error', text)}", flush=True)
+        batch = files[start : start + BATCH_SIZE]
+        predictions = label_files(batch)
+        for file, row in zip(batch, predictions, strict=True):
+            labels = [{"label": label, "probability": probability} for label, probability in row]
+            rows.append({"file": str(file), "labels": labels})
+        if not arguments.json:
+            for file, row in zip(batch, predictions, strict=True):
+                print(
+                    f"{file}: " + ", ".join(f"{label} {100 * probability:.1f} %" for label, probability in row),
+                    flush=True,
+                )
     if arguments.json:
         print_json(rows)
-    if unread := [row["file"] for row in rows if "error" in row]:
-        raise PeftVLMError(f"{len(unread)} of {len(files)} images could not be read, the first is {unread[0]!r}.")
-
-
-def _labelled(label: Labeller, files: Sequence[Path]) -> list[dict[str, Any]]:
-    """A row per file; `error` says why one has no labels."""
-    try:
-        predictions = label(files)
-    except DataError as error:
-        if len(files) == 1:
-            return [{"file": str(files[0]), "labels": [], "error": str(error)}]
-        return [row for file in files for row in _labelled(label, [file])]
-    return [{"file": str(f), "labels": [asdict(p) for p in row]} for f, row in zip(files, predictions, strict=True)]
 
 
 def _labeller(arguments: argparse.Namespace) -> Labeller:
@@ -122,27 +108,27 @@ def _labeller(arguments: argparse.Namespace) -> Labeller:
                 f"{str(path)!r} is an exported classifier, whose classes are fixed; leave out {given!r}."
             )
         exported = _load_exported(path)
+        return lambda files: exported.predict(files, top_k=top_k)
+    from peft_vlm.classifier import PromptedClassifier
 
-        def predict_exported(files: Sequence[Path]) -> list[list[Prediction]]:
-            try:
-                rows = exported.predict(files, top_k=top_k)
-            except ValueError as error:  # the folder `serving` knows no other errors
-                raise DataError(str(error)) from error
-            return [[Prediction(*pair) for pair in row] for row in rows]
-
-        return predict_exported
     classifier = PromptedClassifier.from_pretrained(
         None if arguments.zero_shot else arguments.adapter,
         base_model=arguments.adapter if arguments.zero_shot else arguments.base_model,
         class_names=arguments.class_names,
         template=arguments.template,
     )
-    return lambda files: classifier.predict(files, top_k=top_k)
+
+    def predict(files: Sequence[Path]) -> list[list[tuple[str, float]]]:
+        return [[(p.label, p.probability) for p in row] for row in classifier.predict(files, top_k=top_k)]
+
+    return predict
 
 
 def _load_exported(path: Path) -> Any:
     """The classifier in a file, with the runtime of its kind."""
     if path.suffix == ".safetensors":
+        from peft_vlm.serving.plain import load_exported
+
         return load_exported(path)
     try:
         from peft_vlm.serving.onnx import OnnxClassifier

@@ -2,21 +2,21 @@
 
 Exit codes: 0 done, 2 wrong input (one line on stderr says what), 1 anything unexpected (with traceback).
 
-A new command is a file of this folder with a function `register(commands)`, and an entry of `COMMANDS`.
+A new command is a file of this folder with a function `register(commands)`, and an entry of `COMMANDS`. What it needs
+of torch, PEFT and transformers it imports where it does its work: help, version and wrong flags answer at once.
 """
 
 import argparse
+import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from transformers.utils import logging as transformers_logging
-
-import peft_vlm  # noqa: F401 - registers the methods
-from peft_vlm.adapters.config import installed_version
 from peft_vlm.cli import convert, evaluate, export, info, predict, publish, train
+from peft_vlm.cli.command import file_as_flags, part_flags
 from peft_vlm.errors import PeftVLMError
+from peft_vlm.files import installed_version
 
 #: In the order of the help text.
 COMMANDS = (train, evaluate, predict, convert, publish, export, info)
@@ -39,35 +39,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="peft-vlm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"peft-vlm {installed_version()}")
-    names = " | ".join(command.__name__.rpartition(".")[2] for command in COMMANDS)
-    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
+    names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
+    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(names))
     for command in COMMANDS:
         command.register(commands)
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and not arguments.takes_settings:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.settings = rest
     try:
+        words, more = _expanded(words, commands.choices)
+        arguments, rest = parser.parse_known_args(words)
+        if rest:
+            commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.more = more
         with _quiet():
             arguments.run(arguments)
     except (PeftVLMError, ValueError) as error:
-        print(f"peft-vlm {arguments.command}: {error}", file=sys.stderr)
+        print(f"peft-vlm {words[0]}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _expanded(words: list[str], parsers: Mapping[str, argparse.ArgumentParser]) -> tuple[list[str], list[str]]:
+    """The words with a file's settings as flags, and the flags among them that the command itself does not know."""
+    command = parsers.get(words[0]) if words else None
+    settings = command.get_default("settings") if command else None
+    if command is None or settings is None:
+        return words, []
+    words = [words[0], *file_as_flags(words[1:])]
+    if not command.get_default("takes_more"):
+        return words, []
+    own, more = part_flags(words[1:], settings)
+    return [words[0], *own], more
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the remarks of the libraries below that a user of the command can do nothing about."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    before = os.environ.get("TRANSFORMERS_VERBOSITY")
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # for when it is imported within this
+    logging = sys.modules.get("transformers.utils.logging")
+    verbosity = logging.get_verbosity() if logging else None
     try:
+        if logging:
+            logging.set_verbosity_error()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
             yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        os.environ.pop("TRANSFORMERS_VERBOSITY")
+        if before is not None:
+            os.environ["TRANSFORMERS_VERBOSITY"] = before
+        if logging:
+            logging.set_verbosity(verbosity)

@@ -5,8 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from peft_vlm.cli.command import add_command, print_json
-from peft_vlm.evaluation.run import SEVERAL, SINGLE, EvaluationArguments, run_evaluation
-from peft_vlm.hub import publish
+from peft_vlm.settings import PROTOCOLS, EvaluationArguments
 
 EXAMPLES = """
   peft-vlm publish outputs/readme user/my-adapter --license apache-2.0
@@ -43,7 +42,7 @@ def register(commands: Any) -> None:
     command.add_argument("--incomplete", action="store_true", help="publish without evaluation, licence or summary")
     evaluation = command.add_argument_group("evaluation before publishing")
     evaluation.add_argument("--dataset", nargs="+", help="folder, CSV file or Hub id of the test images")
-    evaluation.add_argument("--protocol", choices=[*SINGLE, *SEVERAL], default="few-shot")
+    evaluation.add_argument("--protocol", choices=PROTOCOLS, default="few-shot")
     evaluation.add_argument("--split", default="test", help="part of the dataset")
     evaluation.add_argument("--shots", type=int, help="labelled training images per class, for the card")
 
@@ -54,6 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
     Args:
         arguments: Parsed words.
     """
+    from peft_vlm.evaluation.run import run_evaluation
+    from peft_vlm.hub.publish import publish
+
     if arguments.dataset:
         evaluation = EvaluationArguments(
             protocol=arguments.protocol,

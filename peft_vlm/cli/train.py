@@ -1,12 +1,16 @@
 """`peft-vlm train`: an adapter of any method on a data set."""
 
 import argparse
+import ast
+import difflib
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from peft_vlm.cli.command import add_command, print_json, read_settings
+from peft_vlm.cli.command import add_command, as_flags, print_json, read_settings
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.experiments.run import RunSettings, preset_of, run_training
-from peft_vlm.training.arguments import VLMTrainingArguments
+from peft_vlm.settings import RunSettings
 
 EXAMPLES = """
   peft-vlm train --method skip_tuning --model examples/assets/clip_student --dataset examples/assets/icons \\
@@ -37,9 +41,6 @@ A dataset is a folder with train/<class>/*.png and test/<class>/*.png, a CSV fil
 Hub id. Settings have three homes: --config is what rebuilds the adapter, --objective what the loss needs (both: see
 the page of the method), and every field of transformers' TrainingArguments is a flag of its own."""
 
-#: What `TrainingArguments` puts in the place of no folder.
-NO_FOLDER = "trainer_output"
-
 
 def register(commands: Any) -> None:
     """Add the command to the program.
@@ -54,7 +55,8 @@ def register(commands: Any) -> None:
         summary="an adapter of any method on a data set",
         description=DESCRIPTION,
         examples=EXAMPLES,
-        settings=[RunSettings],
+        settings=RunSettings,
+        takes_more=True,
         more="\n  and every field of VLMTrainingArguments, most of all --output_dir (required), --learning_rate,\n"
         "  --num_train_epochs, --max_steps, --per_device_train_batch_size, --warmup_epochs, --seed, --use_cpu,\n"
         "  --resume_from_checkpoint",
@@ -70,15 +72,21 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         PeftVLMError: If no folder is given.
     """
-    # transformers would switch progress off, since the program keeps its remarks quiet; --json is for scripts
-    defaults = {"disable_tqdm": arguments.json}
-    settings, args = read_settings(arguments, RunSettings, VLMTrainingArguments, defaults=defaults)
-    preset = preset_of(settings)
-    if preset.training:
-        defaults |= preset.training
-        settings, args = read_settings(arguments, RunSettings, VLMTrainingArguments, defaults=defaults)
-    if args.output_dir == NO_FOLDER:
+    if not any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in arguments.more):
         raise PeftVLMError("Expected `--output_dir`, the folder of the adapter, got none.")
+    settings = read_settings(arguments, RunSettings)
+    settings.check()
+    _check_training_flags(arguments.more)
+    from transformers import HfArgumentParser
+
+    from peft_vlm.experiments.run import preset_of, run_training
+    from peft_vlm.training.arguments import VLMTrainingArguments
+
+    # transformers would switch progress off, since the program keeps its remarks quiet; --json is for scripts
+    defaults = {"disable_tqdm": arguments.json} | preset_of(settings).training
+    parser = HfArgumentParser(VLMTrainingArguments, prog="peft-vlm train")
+    parser.usage = "peft-vlm train [FILE.yaml] [--flag value ...]   (all flags: --help)"
+    (args,) = parser.parse_args_into_dataclasses([*as_flags(defaults), *arguments.more], look_for_args_file=False)
     scores = run_training(settings, args)
     if arguments.json:
         print_json({"adapter": args.output_dir, "scores": scores})
@@ -86,3 +94,27 @@ def run(arguments: argparse.Namespace) -> None:
     for name, score in scores.items():
         print(f"{name:24}{score:7.2f} %")
     print(f"Written to {args.output_dir}. Use it:  peft-vlm predict {args.output_dir!r} picture.png")
+
+
+def _check_training_flags(words: Sequence[str]) -> None:
+    """Refuse a misspelt flag before anything is loaded: fields are read off the files of the arguments' classes."""
+    files = (Path(__file__).parent.parent / "training" / "arguments.py", _file_of("transformers", "training_args.py"))
+    known: list[str] = []
+    for file in files:
+        classes = [node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
+        fields = [node.target for found in classes for node in found.body if isinstance(node, ast.AnnAssign)]
+        known += [name.id for name in fields if isinstance(name, ast.Name)]
+    for word in words:
+        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and not any(name.startswith((flag, flag.removeprefix("no_"))) for name in known):
+            close = difflib.get_close_matches(flag, known, n=3)
+            advice = f" Did you mean {' or '.join(f'--{name}' for name in close)}?" if close else ""
+            raise PeftVLMError(f"There is no flag --{flag}.{advice} All flags: peft-vlm train --help.")
+
+
+def _file_of(package: str, name: str) -> Path:
+    """A file of an installed package, which is not imported for that."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise PeftVLMError(f"Expected {package!r} to be installed.")
+    return Path(spec.origin).parent / name

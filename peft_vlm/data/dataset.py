@@ -3,14 +3,13 @@
 import copy
 import hashlib
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, TypeGuard
 
 import numpy as np
 import torch
-from datasets import Dataset as HFDataset
-from datasets import Image as ImageFeature
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -20,7 +19,9 @@ from peft_vlm.data.transforms import EvalTransform, ImageTransform
 from peft_vlm.errors import DataError
 from peft_vlm.serving.images import open_raster, to_rgb
 from peft_vlm.shapes import Batch
-from peft_vlm.text.prompts import check_class_names
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +99,9 @@ def read_image(value: Any, *, where: str = "image") -> Image.Image:
     and the EXIF orientation of photos is applied (as `datasets` does). What was converted is logged once per kind.
 
     Args:
-        value: A path, also one that `datasets` opens such as `zip://0.png::images.zip`, file content as `bytes`, a
-            mapping with `bytes` or `path` (an undecoded `datasets` image), a PIL image, or an array of shape
-            (rows, cols), (rows, cols, 1), (rows, cols, 3) or (rows, cols, 4) with integers in [0, 255].
+        value: A path, file content as `bytes`, a mapping with `bytes` or `path` (an undecoded `datasets` image), a PIL
+            image, or an array of shape (rows, cols), (rows, cols, 1), (rows, cols, 3) or (rows, cols, 4) with integers
+            in [0, 255].
         where: What the value is, for the error message, such as `"image 17"`.
 
     Raises:
@@ -135,11 +136,6 @@ def _source_name(value: Any) -> str:
 def _open(value: Any) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
-    if isinstance(value, str) and "://" in value:  # as in `zip://0.png::images.zip`
-        from datasets.utils.file_utils import xopen
-
-        with xopen(value, "rb") as file:
-            return open_raster(file.read())
     if isinstance(value, str | Path | bytes):
         return open_raster(value)
     if isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path") is not None):
@@ -189,7 +185,7 @@ class ImageClassificationDataset(Dataset):
 
     def __init__(
         self,
-        source: HFDataset | Sequence[Mapping[str, Any]],
+        source: "datasets.Dataset | Sequence[Mapping[str, Any]]",
         class_names: Sequence[str],
         *,
         transform: ImageTransform | None = None,
@@ -198,13 +194,14 @@ class ImageClassificationDataset(Dataset):
         seed: int = 0,
     ) -> None:
         check_columns(source, (image_column,) if label_column is None else (image_column, label_column))
-        if isinstance(source, HFDataset):
+        if is_hf_dataset(source):
+            from datasets import Image as ImageFeature
+
             source = source.with_format(None)
             if isinstance(source.features[image_column], ImageFeature):
                 source = source.cast_column(image_column, ImageFeature(decode=False))
         self.source, self.image_column = source, image_column
-        # Free answers to questions have no classes.
-        self.class_names = check_class_names(class_names) if isinstance(class_names, str) or len(class_names) else ()
+        self.class_names = tuple(class_names)
         self.labels: list[int] = (
             [-1] * len(source) if label_column is None else _checked_labels(source, label_column, self.class_names)
         )
@@ -400,7 +397,17 @@ def collate(items: Sequence[Item]) -> Batch:
     return batch
 
 
-def check_columns(source: HFDataset | Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+def is_hf_dataset(source: Any) -> "TypeGuard[datasets.Dataset]":
+    """Tell whether a source is a `datasets.Dataset`, without loading that library, which takes most of a second.
+
+    Args:
+        source: Rows of any kind.
+    """
+    library = sys.modules.get("datasets")
+    return library is not None and isinstance(source, library.Dataset)
+
+
+def check_columns(source: "datasets.Dataset | Sequence[Mapping[str, Any]]", names: Sequence[str]) -> None:
     """Refuse a source without rows or without some column.
 
     Args:
@@ -412,7 +419,7 @@ def check_columns(source: HFDataset | Sequence[Mapping[str, Any]], names: Sequen
     """
     if not len(source):
         raise DataError("The dataset has no rows. Check the split name and the path.")
-    columns = source.column_names if isinstance(source, HFDataset) else list(source[0])
+    columns = source.column_names if is_hf_dataset(source) else list(source[0])
     missing = [name for name in names if name not in columns]
     if missing:
         raise DataError(
@@ -421,12 +428,12 @@ def check_columns(source: HFDataset | Sequence[Mapping[str, Any]], names: Sequen
         )
 
 
-def _cells(source: HFDataset | Sequence[Mapping[str, Any]], column: str) -> list[Any]:
-    return source[column][:] if isinstance(source, HFDataset) else [row[column] for row in source]
+def _cells(source: "datasets.Dataset | Sequence[Mapping[str, Any]]", column: str) -> list[Any]:
+    return source[column][:] if is_hf_dataset(source) else [row[column] for row in source]
 
 
 def _checked_labels(
-    source: HFDataset | Sequence[Mapping[str, Any]], column: str, class_names: Sequence[str]
+    source: "datasets.Dataset | Sequence[Mapping[str, Any]]", column: str, class_names: Sequence[str]
 ) -> list[int]:
     labels = _cells(source, column)
     for index, label in enumerate(labels):

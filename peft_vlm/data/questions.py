@@ -2,15 +2,17 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
 import torch
-from datasets import Dataset as HFDataset
 from PIL import Image
 
-from peft_vlm.data.dataset import ImageClassificationDataset, check_columns
+from peft_vlm.data.dataset import ImageClassificationDataset, check_columns, is_hf_dataset
 from peft_vlm.data.transforms import random_crop_box
 from peft_vlm.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @runtime_checkable
@@ -65,7 +67,7 @@ class ImageQuestionDataset(ImageClassificationDataset):
 
     def __init__(
         self,
-        source: HFDataset | Sequence[Mapping[str, Any]],
+        source: "datasets.Dataset | Sequence[Mapping[str, Any]]",
         class_names: Sequence[str] = (),
         *,
         question: str | None = None,
@@ -243,9 +245,9 @@ class RandomCrop:
         return image
 
 
-def _texts(source: HFDataset | Sequence[Mapping[str, Any]], column: str) -> list[str]:
+def _texts(source: "datasets.Dataset | Sequence[Mapping[str, Any]]", column: str) -> list[str]:
     check_columns(source, (column,))
-    values = source[column][:] if isinstance(source, HFDataset) else [row[column] for row in source]
+    values = source[column][:] if is_hf_dataset(source) else [row[column] for row in source]
     for row, value in enumerate(values):
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise DataError(f"Expected texts or whole numbers in column {column!r}, got {value!r} in row {row}.")

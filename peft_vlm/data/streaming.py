@@ -3,31 +3,26 @@
 import hashlib
 import itertools
 import logging
-import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, IterableDataset, load_dataset
-from datasets import Dataset as HFDataset
-from datasets import Image as ImageFeature
-from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 
-from peft_vlm.data.class_names import ClassNames, match_labels, read_class_list, warn_of_codes
-from peft_vlm.data.dataset import Item, UnreadableImages, collate, read_image
-from peft_vlm.data.folders import choose_split
-from peft_vlm.data.loading import check_own_split, load_from_hub
+from peft_vlm.data.dataset import Item, UnreadableImages, collate, is_hf_dataset, read_image
+from peft_vlm.data.loading import read_class_list
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.distributed import from_main, is_main_process, num_processes
 from peft_vlm.errors import DataError
 from peft_vlm.shapes import Batch
-from peft_vlm.text.prompts import check_class_names
+
+if TYPE_CHECKING:
+    import datasets
 
 MOST_UNREADABLE = 100
 """Images in a row that cannot be read before a stream is given up."""
@@ -47,7 +42,7 @@ class ImageStream(TorchIterableDataset):
         source: Rows with an image and a label column.
         class_names: Name of label 0, 1, ...
         num_images: Images per epoch over all processes.
-        label_ids: Label of each raw label, a name or a number; None: the column holds labels.
+        label_ids: Label of each raw label where the column holds names; None: it holds integers.
         keep: Share of each class's images that an epoch shows, in label order; None: all. See `balanced_shares`.
         transform: Makes the pixels.
         image_column: Column of the image.
@@ -64,11 +59,11 @@ class ImageStream(TorchIterableDataset):
 
     def __init__(
         self,
-        source: IterableDataset,
+        source: "datasets.IterableDataset",
         class_names: Sequence[str],
         *,
         num_images: int,
-        label_ids: Mapping[Any, int] | None = None,
+        label_ids: Mapping[str, int] | None = None,
         keep: Sequence[float] | None = None,
         transform: ImageTransform | None = None,
         image_column: str = "image",
@@ -76,7 +71,7 @@ class ImageStream(TorchIterableDataset):
         shuffle_buffer: int = 1000,
         seed: int = 0,
     ) -> None:
-        self.source, self.class_names, self.num_images = source, check_class_names(class_names), num_images
+        self.source, self.class_names, self.num_images = source, tuple(class_names), num_images
         self.label_ids, self.keep, self.transform = label_ids, keep, transform
         self.image_column, self.label_column = image_column, label_column
         self.shuffle_buffer, self.seed, self.epoch = shuffle_buffer, seed, 0
@@ -187,6 +182,8 @@ class ImageStream(TorchIterableDataset):
 
     def _rows(self, worker: int) -> Iterator[Row]:
         """Rows of this process and worker with their labels, without end, not decoded."""
+        from datasets.distributed import split_dataset_by_node
+
         random = np.random.default_rng(self._seed_of("keep", self.rank, worker))
         for number in itertools.count():
             rows = self.source
@@ -209,19 +206,19 @@ class ImageStream(TorchIterableDataset):
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
-def label_of(raw: Any, label_ids: Mapping[Any, int] | None, *, num_classes: int, column: str) -> int:
+def label_of(raw: Any, label_ids: Mapping[str, int] | None, *, num_classes: int, column: str) -> int:
     """Label from 0 of a cell of the label column.
 
     Args:
         raw: The cell.
-        label_ids: Label of each raw label, a name or a number; None: the column holds labels.
+        label_ids: Label of each raw label where the column holds names; None: it holds integers.
         num_classes: Number of classes.
         column: Name of the column, for the message.
 
     Raises:
         DataError: If the cell names none of the classes.
     """
-    label = raw if label_ids is None else label_ids.get(raw, label_ids.get(str(raw)))
+    label = raw if label_ids is None else label_ids.get(raw)
     if not isinstance(label, int | np.integer) or not 0 <= label < num_classes:
         raise DataError(
             f"Expected labels of {num_classes} classes, got {raw!r} in column {column!r}. Pass `class_names` that "
@@ -234,82 +231,82 @@ SHARDS = {"parquet": "*.parquet", "webdataset": "*.tar"}
 MEMORY_SHARDS = 240
 """Shards of a dataset in memory: most numbers of processes and workers divide them evenly."""
 
-StreamSource = str | Path | HFDataset | IterableDataset | Mapping[str, HFDataset] | Mapping[str, IterableDataset]
-
 
 def open_stream(
-    source: StreamSource, *, split: str | None = None, columns: Sequence[str] | None = None
-) -> IterableDataset:
+    source: "str | Path | datasets.Dataset | datasets.IterableDataset",
+    *,
+    split: str = "train",
+    columns: Sequence[str] | None = None,
+) -> "datasets.IterableDataset":
     """Rows of a dataset that is read as a stream.
 
     Args:
-        source: A stream; a dataset in memory; a mapping of splits; a folder with parquet files or webdataset tars
-            whose names begin with the split, also in its folder `data`; or the id of a dataset on the Hub, which is
-            the only case that uses the network.
-        split: Part to read; None: the only one, or `train`.
+        source: A stream; a dataset in memory; a folder with parquet files or webdataset tars whose names begin with
+            the split, also in its folder `data`; or the id of a dataset on the Hub, which is the only case that uses
+            the network.
+        split: Part to read.
         columns: Only these, of which alone parquet files are read; None: all.
 
     Raises:
-        DataError: If a folder has no such files, or they cannot be read; or the source has no such split.
+        DataError: If a folder has no such files, or they cannot be read.
     """
-    if isinstance(columns, str):
-        raise TypeError(f"Expected a list of columns, got {columns!r}. Pass {[columns]!r}.")
     rows = _opened(source, split, None if columns is None else list(columns))
     return rows if columns is None else rows.select_columns(list(columns))
 
 
-def _opened(source: Any, split: str | None, columns: list[str] | None) -> IterableDataset:
+def _opened(
+    source: "str | Path | datasets.Dataset | datasets.IterableDataset", split: str, columns: list[str] | None
+) -> "datasets.IterableDataset":
     """Rows with at least some columns; those alone where the source can leave the others unread."""
-    if isinstance(source, Mapping):
-        return _opened(source[choose_split(map(str, source), split, where="The dataset")], None, columns)
+    from datasets import IterableDataset, load_dataset
+
     if isinstance(source, IterableDataset):
-        check_own_split(source, split)
         return source
-    if isinstance(source, HFDataset):
-        check_own_split(source, split)
+    if is_hf_dataset(source):
         if not len(source):
             raise DataError("Expected a dataset with rows, got an empty one.")
         table = source if columns is None else source.select_columns(columns)
         return table.to_iterable_dataset(num_shards=min(MEMORY_SHARDS, len(source)))
     folder = Path(source)
-    if not folder.is_dir():
-        return load_from_hub(str(source), split or "train", streaming=True)
+    if not folder.exists():
+        return load_dataset(str(source), split=split, streaming=True)
     for builder, pattern in SHARDS.items():
-        shards: dict[str, list[str]] = {}
-        for file in sorted(file for place in (folder, folder / "data") for file in place.glob(pattern)):
-            shards.setdefault(re.sub(r"[-_.]?\d+.*", "", file.stem), []).append(str(file))
-        if not shards:
+        files = sorted(str(file) for place in (folder, folder / "data") for file in place.glob(f"{split}{pattern}"))
+        if not files:
             continue
-        name = choose_split(shards, split, where=repr(str(folder)))
         options = {"columns": columns} if builder == "parquet" else {}
         try:
-            return load_dataset(builder, data_files={"train": shards[name]}, split="train", streaming=True, **options)
+            return load_dataset(builder, data_files={split: files}, split=split, streaming=True, **options)
         except ValueError as error:
             raise DataError(
                 f"Expected {builder} files that can be read in {str(folder)!r}, got: {error}. Files 'cls' of "
                 "webdataset shards hold integers; labels that are texts, as WordNet ids, belong into 'cls.txt'."
             ) from error
-    raise DataError(f"Expected '<split>*.parquet' or '<split>*.tar' in {str(folder)!r}, got neither.")
+    raise DataError(f"Expected '{split}*.parquet' or '{split}*.tar' in {str(folder)!r}, got neither.")
 
 
-def class_labels(source: IterableDataset, label_column: str) -> list[str] | None:
+def class_labels(source: "datasets.IterableDataset", label_column: str) -> list[str] | None:
     """Class names that the stream itself knows; None where its labels are bare numbers or texts.
 
     Args:
         source: The stream.
         label_column: Column of the label.
     """
+    from datasets import ClassLabel
+
     feature = None if source.features is None else source.features.get(label_column)
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
-def undecoded(source: IterableDataset, image_column: str) -> IterableDataset:
+def undecoded(source: "datasets.IterableDataset", image_column: str) -> "datasets.IterableDataset":
     """The stream with image files as bytes, so that skipping a row decodes nothing.
 
     Args:
         source: The stream.
         image_column: Column of the image.
     """
+    from datasets import Image as ImageFeature
+
     features = source.features
     if features is not None and isinstance(features.get(image_column), ImageFeature):
         return source.cast_column(image_column, ImageFeature(decode=False))
@@ -320,12 +317,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_image_stream(
-    source: StreamSource,
+    source: "str | Path | datasets.Dataset | datasets.IterableDataset",
     *,
     num_images: int | None = None,
-    class_names: ClassNames | None = None,
+    class_names: Sequence[str] | Mapping[str, str] | str | Path | None = None,
     images_per_class: int | None = None,
-    split: str | None = None,
+    split: str = "train",
     image_column: str = "image",
     label_column: str = "label",
     transform: ImageTransform | None = None,
@@ -338,13 +335,12 @@ def load_image_stream(
         source: What `open_stream` opens.
         num_images: Images per epoch; None: counted from `images_per_class`.
         class_names: A list in label order, a mapping from raw labels (such as WordNet ids) to names, or a file with
-            either (`read_class_list`). Labels that have names are matched by name. None: those of the source. All of
-            them are classes, also such that no image shows; only where the images are counted, those of a mapping
-            that have none are left out.
+            either (`read_class_list`). None: those of the source. All of them are classes, also such that no image
+            shows; only where the images are counted, those of a mapping that have none are left out.
         images_per_class: Balanced sampling: no class shows more images per epoch, in expectation. Counts the labels
             in one pass first, which reads the label column of parquet files, and all of other shards and of what lies
             on the Hub. None: natural sampling.
-        split: Part to read; None: the only one, or `train`.
+        split: Part to read.
         image_column: Column of the image.
         label_column: Column of the label.
         transform: Makes the pixels.
@@ -357,17 +353,11 @@ def load_image_stream(
     rows = undecoded(open_stream(source, split=split), image_column)
     first = _first_row(rows, (image_column, label_column))
     names = read_class_list(class_names) if isinstance(class_names, str | Path) else class_names
-    known = class_labels(rows, label_column)
-    if names is None and known is None:
+    names = class_labels(rows, label_column) if names is None else names
+    if names is None:
         raise DataError(f"The labels in column {label_column!r} have no names. Pass `class_names`.")
     is_mapping = isinstance(names, Mapping)
-    if known is not None and isinstance(first[label_column], int):
-        ids, names = match_labels(known, names)
-        label_ids: dict[Any, int] | None = {place: ids[name] for place, name in enumerate(known)}
-    else:
-        names, label_ids = _numbered(names or [], first[label_column])
-    if class_names is None:
-        warn_of_codes(names)
+    names, label_ids = _numbered(names, first[label_column])
     keep = None
     if images_per_class is not None:
         labels = open_stream(source, split=split, columns=[label_column])
@@ -383,16 +373,16 @@ def load_image_stream(
     return ImageStream(rows, names, label_ids=label_ids, transform=transform, **columns, **order)
 
 
-def _numbered(names: Sequence[str] | Mapping[Any, str], raw_label: Any) -> tuple[list[str], dict[Any, int] | None]:
+def _numbered(names: Sequence[str] | Mapping[str, str], raw_label: Any) -> tuple[list[str], dict[str, int] | None]:
     """Class names in label order, and the label of each raw label where the column holds texts, as this one."""
     if isinstance(names, Mapping):
-        return list(names.values()), {str(raw): number for number, raw in enumerate(names)}
+        return list(names.values()), {raw: number for number, raw in enumerate(names)}
     if isinstance(raw_label, str):
         return list(names), {name: number for number, name in enumerate(names)}
     return list(names), None
 
 
-def _first_row(rows: IterableDataset, columns: Sequence[str]) -> dict[str, Any]:
+def _first_row(rows: "datasets.IterableDataset", columns: Sequence[str]) -> dict[str, Any]:
     """The first row of a stream; one without rows, images or labels is refused."""
     first = next(iter(rows), None)
     if first is None:
@@ -407,8 +397,8 @@ def _first_row(rows: IterableDataset, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def _with_images(
-    names: Sequence[str], label_ids: Mapping[Any, int], counts: Sequence[int]
-) -> tuple[list[str], dict[Any, int], list[int]]:
+    names: Sequence[str], label_ids: Mapping[str, int], counts: Sequence[int]
+) -> tuple[list[str], dict[str, int], list[int]]:
     """The classes that have images: a list such as WordNet's names far more than any dataset shows."""
     kept = [(raw, label) for raw, label in label_ids.items() if counts[label]]
     if len(kept) < len(names):
@@ -432,7 +422,7 @@ def balanced_shares(counts: Sequence[int], *, images_per_class: int) -> tuple[li
 
 
 def count_labels(
-    rows: IterableDataset, label_column: str, names: Sequence[str], label_ids: Mapping[Any, int] | None
+    rows: "datasets.IterableDataset", label_column: str, names: Sequence[str], label_ids: Mapping[str, int] | None
 ) -> list[int]:
     """Images of each class in a stream, which is read once: of connected processes, the main one reads it.
 

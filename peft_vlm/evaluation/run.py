@@ -2,14 +2,14 @@
 
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.transforms import EvalTransform
-from peft_vlm.errors import DataError, check_choice
+from peft_vlm.errors import DataError
 from peft_vlm.evaluation import protocols
 from peft_vlm.evaluation.classify import EvalResult, TextClassifier
 from peft_vlm.evaluation.loading import LoadedModel, load_model
@@ -17,6 +17,7 @@ from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png, require_ma
 from peft_vlm.evaluation.protocols import ProtocolResult
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.files import BASELINE_NAME, REPORT_NAME, weights_sha256
+from peft_vlm.settings import EvaluationArguments
 
 #: Protocols on one dataset, and on several named ones.
 SINGLE: dict[str, Callable[..., ProtocolResult]] = {
@@ -28,47 +29,6 @@ SEVERAL: dict[str, Callable[..., ProtocolResult]] = {
     "cross-dataset": protocols.cross_dataset,
     "domain-shift": protocols.domain_shift,
 }
-
-
-@dataclass
-class EvaluationArguments:
-    """Settings of one evaluation, as `HfArgumentParser` reads them from flags or a file; documented by their help."""
-
-    protocol: str = field(metadata={"help": f"One of {', '.join([*SINGLE, *SEVERAL])}."})
-    dataset: list[str] = field(
-        metadata={"help": "Folder, CSV file or Hub id of the test images; several for cross-dataset and domain-shift."}
-    )
-    output_dir: str = field(metadata={"help": "Folder for report.json, the plots and predictions.csv."})
-    adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id; none: the base model alone."})
-    model: str | None = field(default=None, metadata={"help": "Base model; none: the one the adapter records."})
-    split: list[str] = field(
-        default_factory=lambda: ["test"],
-        metadata={"help": "Part of the dataset; for domain-shift on one dataset, several parts are the domains."},
-    )
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
-    class_names: str | None = field(default=None, metadata={"help": "File with class names."})
-    domain_column: str | None = field(
-        default=None, metadata={"help": "For domain-shift on one dataset: the column that names the domain."}
-    )
-    source_domain: str | None = field(
-        default=None, metadata={"help": "For domain-shift: the domain of training, left out of the average."}
-    )
-    template: list[str] | None = field(
-        default=None, metadata={"help": "Text around a class name, with {}; several are averaged."}
-    )
-    shots: int | None = field(default=None, metadata={"help": "Training images per class, for the report."})
-    seed: int | None = field(default=None, metadata={"help": "Seed of the training, for the report."})
-    note: str = field(default="", metadata={"help": "Remark for the report."})
-    batch_size: int = field(default=64, metadata={"help": "Images per forward pass."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
-    device: str | None = field(default=None, metadata={"help": "Device; none: a GPU if there is one."})
-    baseline: bool = field(
-        default=False,
-        metadata={"help": "Evaluate the base model alone as well: zero_shot.json, for the card."},
-    )
-    save_predictions: bool = field(default=False, metadata={"help": "Write predictions.csv, one row per image."})
-    plots: bool = field(default=True, metadata={"help": "Write the PNG files."})
 
 
 def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
@@ -85,7 +45,7 @@ def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
         DataError: If the protocol does not fit the number of datasets.
         ValueError: If the protocol is unknown.
     """
-    _check_arguments(arguments)
+    arguments.check()
     if arguments.plots:
         require_matplotlib()
     loaded = load_model(arguments.adapter, base_model=arguments.model, device=arguments.device)
@@ -125,22 +85,6 @@ def _evaluate(
         **{name: getattr(arguments, name) for name in ("shots", "seed", "note")},
     )
     return report, result
-
-
-def _check_arguments(arguments: EvaluationArguments) -> None:
-    check_choice("protocol", arguments.protocol, [*SINGLE, *SEVERAL])
-    if arguments.protocol in SINGLE and len(arguments.dataset) != 1:
-        raise DataError(f"The protocol {arguments.protocol!r} takes one dataset, got {arguments.dataset!r}.")
-    if arguments.baseline and arguments.adapter is None:
-        raise DataError("`baseline` compares an adapter with its base model. Pass `adapter`, or leave it out.")
-    if arguments.source_domain and arguments.protocol != "domain-shift":
-        raise DataError("`source_domain` belongs to the protocol 'domain-shift'. Leave it out.")
-    if len(arguments.split) != 1 and (arguments.protocol != "domain-shift" or len(arguments.dataset) != 1):
-        raise DataError(
-            f"Expected one `split`, got {arguments.split!r}. Several are for 'domain-shift' on one dataset."
-        )
-    if arguments.domain_column and (arguments.protocol != "domain-shift" or len(arguments.dataset) != 1):
-        raise DataError("`domain_column` parts one dataset for the protocol 'domain-shift'. Leave it out.")
 
 
 def _load_datasets(arguments: EvaluationArguments, transform: EvalTransform) -> dict[str, ImageClassificationDataset]:

@@ -3,7 +3,7 @@
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from peft_vlm.evaluation.loading import load_model
 from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.evaluation.plots import has_matplotlib
 from peft_vlm.evaluation.report import EvalReport
-from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
+from peft_vlm.evaluation.run import run_evaluation
 from peft_vlm.experiments.transfer import ImageTextModel
 from peft_vlm.files import BASELINE_NAME
 from peft_vlm.models.towers import FAMILIES
 from peft_vlm.objective import Objective
 from peft_vlm.registry import METHODS, Preset
+from peft_vlm.settings import RUN_PROTOCOLS, EvaluationArguments, RunSettings
 from peft_vlm.text.answers import tokenize_candidates
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import check_same_vocabulary, tokenize_for_model
@@ -95,58 +96,6 @@ def build(
     return target(*given, **settings)
 
 
-PROTOCOLS = {"few_shot": "few-shot", "base_to_new": "base-to-new"}
-
-
-@dataclass
-class RunSettings:
-    """What is trained on what, as `HfArgumentParser` reads it from flags or a file; documented by the help."""
-
-    method: str = field(metadata={"help": "One of `peft-vlm info`'s methods, such as skip_tuning."})
-    model: str = field(metadata={"help": "Base model: folder or Hub id."})
-    dataset: str = field(metadata={"help": "Labelled images: folder, CSV file or Hub id."})
-    template: str = field(default="a photo of a {}.", metadata={"help": "Text around a class name, with one {}."})
-    question: str = field(
-        default="What is in the picture?", metadata={"help": "For models that write text: what is asked."}
-    )
-    shots: int = field(default=16, metadata={"help": "Training images per class; 0: all there are."})
-    protocol: str = field(
-        default="few_shot",
-        metadata={"help": "few_shot: all classes; base_to_new: train on the first half of them, test both halves."},
-    )
-    preset: str | None = field(
-        default=None, metadata={"help": "Official configuration of the method to start from, such as base_to_new."}
-    )
-    config: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Settings of the method's config as name=value, such as start_layer=6."},
-    )
-    objective: list[str] = field(
-        default_factory=list, metadata={"help": "Settings of its objective as name=value, such as top_ratio=0.5."}
-    )
-    augmentation: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Settings of TrainTransform as name=value, such as flip_probability=0 scale=[0.9,1]."},
-    )
-    teacher: str | None = field(
-        default=None, metadata={"help": "CLIP that teaches, where the method has a teacher: folder or Hub id."}
-    )
-    teacher_adapter: str | None = field(default=None, metadata={"help": "Adapter of the teacher, if it has one."})
-    transductive: bool = field(
-        default=False,
-        metadata={"help": "For methods that read no labels: train on all images of all classes, new ones included."},
-    )
-    split: str = field(default="train", metadata={"help": "Part of the dataset to train on."})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Part for validation during training; see --eval_strategy."}
-    )
-    test_split: str = field(default="test", metadata={"help": "Part that is classified at the end."})
-    evaluate: bool = field(default=True, metadata={"help": "Classify the test split at the end."})
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
-    class_names: str | None = field(default=None, metadata={"help": "File with class names."})
-
-
 @dataclass
 class _Parts:
     """What a run is made of, and what measures its result."""
@@ -191,7 +140,7 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
     Raises:
         PeftVLMError: If settings contradict each other or name what the method does not have.
     """
-    check_choice("protocol", settings.protocol, sorted(PROTOCOLS))
+    settings.check()
     preset = preset_of(settings)
     config = preset.config | named_values(settings.config, "config")
     options = preset.objective | named_values(settings.objective, "objective")
@@ -322,7 +271,7 @@ def _objective(
 def _report(settings: RunSettings, args: VLMTrainingArguments) -> dict[str, float]:
     """Evaluate the saved adapter and the base model alone; the adapter's folder gets both reports."""
     evaluation = EvaluationArguments(
-        protocol=PROTOCOLS[settings.protocol],
+        protocol=RUN_PROTOCOLS[settings.protocol],
         dataset=[settings.dataset],
         output_dir=args.output_dir,
         adapter=args.output_dir,

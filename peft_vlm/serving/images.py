@@ -4,7 +4,6 @@ import io
 import logging
 import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,9 @@ _said: set[str] = set()
 #: Pillow's names of the image formats that are opened anywhere in this package. A file's content decides which of them
 #: it is, never its name. Pillow knows more: vector formats that start other programs (EPS), video, scientific data.
 RASTER_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+#: What counts as an image in a folder. Pillow registers more, PDF and video among them, which it cannot read.
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 #: How files of these formats begin; JPEG 2000 is either a bare code stream or a box.
 _SIGNATURE = re.compile(
@@ -34,7 +36,6 @@ def is_raster_image(head: bytes) -> bool:
     return _SIGNATURE.match(head) is not None
 
 
-@cache
 def raster_suffixes() -> frozenset[str]:
     """File endings that promise one of `RASTER_FORMATS`, in lower case."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in RASTER_FORMATS)

@@ -8,9 +8,6 @@ from transformers import TrainingArguments
 
 from peft_vlm.errors import check_choice
 
-#: Settings of earlier versions; files that still hold them are read without.
-RETIRED_SETTINGS = ("memory_check", "fca_cache")
-
 #: Settings with a choice of words.
 CHOICES = {
     "lr_schedule": ("epoch_cosine", "transformers"),

@@ -26,7 +26,7 @@ from peft_vlm.distributed import all_agree, from_main, is_main_process, wait_for
 from peft_vlm.errors import AdapterError, CheckpointError, PeftVLMWarning
 from peft_vlm.files import read_json, write_json
 from peft_vlm.objective import Objective
-from peft_vlm.training.arguments import RETIRED_SETTINGS
+from peft_vlm.settings import RETIRED_SETTINGS
 from peft_vlm.training.callbacks import Interrupt, with_advice
 from peft_vlm.training.module import TrainingModule
 

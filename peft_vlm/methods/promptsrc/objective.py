@@ -3,24 +3,27 @@
 Self-regulating Prompts: Foundational Model Adaptation without Forgetting, 2023, arXiv 2307.06948.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import all_image_features
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.losses import distillation_loss, feature_distance
-from peft_vlm.methods.promptsrc.aggregation import PromptAggregation
 from peft_vlm.methods.promptsrc.frozen import frozen_class_features
 from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import PromptObjective, encode_classes, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
+
+if TYPE_CHECKING:
+    import transformers
+
+    from peft_vlm.methods.promptsrc.aggregation import PromptAggregation
 
 PAPER = Paper(
     title="Self-regulating Prompts: Foundational Model Adaptation without Forgetting",
@@ -94,7 +97,9 @@ class PromptSRCObjective(PromptObjective):
         self.image_cache, self.cache_batch_size, self.num_workers = image_cache, cache_batch_size, num_workers
         self.aggregation: PromptAggregation | None = None
         if gpa_mean is not None and gpa_std is not None:
-            self.aggregation = PromptAggregation(mean=gpa_mean, std=gpa_std)
+            from peft_vlm.methods.promptsrc import aggregation
+
+            self.aggregation = aggregation.PromptAggregation(mean=gpa_mean, std=gpa_std)
         self._input_ids: Tensor | None = None
         self._fixed_text: Tensor | None = None
         self._frozen_text: Tensor | None = None
@@ -111,7 +116,7 @@ class PromptSRCObjective(PromptObjective):
     def check_stream(self) -> None:
         """A stream will do: its frozen features are computed in every step, as for all augmented images."""
 
-    def callbacks(self, model: nn.Module) -> list[TrainerCallback]:
+    def callbacks(self, model: nn.Module) -> "list[transformers.TrainerCallback]":
         """The aggregation, when it is switched on.
 
         Args:

@@ -1,0 +1,135 @@
+"""Settings of a training run and of an evaluation, as commands read them from flags or a file.
+
+Nothing here imports torch, PEFT or transformers: help and wrong flags answer at once.
+"""
+
+from dataclasses import dataclass, field
+
+from peft_vlm.errors import DataError, check_choice
+
+#: Settings of earlier versions; files that still hold them are read without.
+RETIRED_SETTINGS = ("memory_check", "fca_cache")
+#: Protocols of an evaluation: on one dataset, and on several.
+SINGLE = ("zero-shot", "few-shot", "base-to-new")
+PROTOCOLS = (*SINGLE, "cross-dataset", "domain-shift")
+#: Protocols of a training run, and those that measure it.
+RUN_PROTOCOLS = {"few_shot": "few-shot", "base_to_new": "base-to-new"}
+
+
+@dataclass
+class RunSettings:
+    """What is trained on what, as flags or a file say it; documented by the help of each field."""
+
+    method: str = field(metadata={"help": "One of `peft-vlm info`'s methods, such as skip_tuning."})
+    model: str = field(metadata={"help": "Base model: folder or Hub id."})
+    dataset: str = field(metadata={"help": "Labelled images: folder, CSV file or Hub id."})
+    template: str = field(default="a photo of a {}.", metadata={"help": "Text around a class name, with one {}."})
+    question: str = field(
+        default="What is in the picture?", metadata={"help": "For models that write text: what is asked."}
+    )
+    shots: int = field(default=16, metadata={"help": "Training images per class; 0: all there are."})
+    protocol: str = field(
+        default="few_shot",
+        metadata={"help": "few_shot: all classes; base_to_new: train on the first half of them, test both halves."},
+    )
+    preset: str | None = field(
+        default=None, metadata={"help": "Official configuration of the method to start from, such as base_to_new."}
+    )
+    config: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Settings of the method's config as name=value, such as start_layer=6."},
+    )
+    objective: list[str] = field(
+        default_factory=list, metadata={"help": "Settings of its objective as name=value, such as top_ratio=0.5."}
+    )
+    augmentation: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Settings of TrainTransform as name=value, such as flip_probability=0 scale=[0.9,1]."},
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "CLIP that teaches, where the method has a teacher: folder or Hub id."}
+    )
+    teacher_adapter: str | None = field(default=None, metadata={"help": "Adapter of the teacher, if it has one."})
+    transductive: bool = field(
+        default=False,
+        metadata={"help": "For methods that read no labels: train on all images of all classes, new ones included."},
+    )
+    split: str = field(default="train", metadata={"help": "Part of the dataset to train on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Part for validation during training; see --eval_strategy."}
+    )
+    test_split: str = field(default="test", metadata={"help": "Part that is classified at the end."})
+    evaluate: bool = field(default=True, metadata={"help": "Classify the test split at the end."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
+    class_names: str | None = field(default=None, metadata={"help": "File with class names."})
+
+    def check(self) -> None:
+        """Refuse what no run can be made from.
+
+        Raises:
+            ValueError: If the protocol is unknown.
+        """
+        check_choice("protocol", self.protocol, sorted(RUN_PROTOCOLS))
+
+
+@dataclass
+class EvaluationArguments:
+    """Settings of one evaluation, as flags or a file say them; documented by the help of each field."""
+
+    protocol: str = field(metadata={"help": f"One of {', '.join(PROTOCOLS)}."})
+    dataset: list[str] = field(
+        metadata={"help": "Folder, CSV file or Hub id of the test images; several for cross-dataset and domain-shift."}
+    )
+    output_dir: str = field(metadata={"help": "Folder for report.json, the plots and predictions.csv."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id; none: the base model alone."})
+    model: str | None = field(default=None, metadata={"help": "Base model; none: the one the adapter records."})
+    split: list[str] = field(
+        default_factory=lambda: ["test"],
+        metadata={"help": "Part of the dataset; for domain-shift on one dataset, several parts are the domains."},
+    )
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
+    class_names: str | None = field(default=None, metadata={"help": "File with class names."})
+    domain_column: str | None = field(
+        default=None, metadata={"help": "For domain-shift on one dataset: the column that names the domain."}
+    )
+    source_domain: str | None = field(
+        default=None, metadata={"help": "For domain-shift: the domain of training, left out of the average."}
+    )
+    template: list[str] | None = field(
+        default=None, metadata={"help": "Text around a class name, with {}; several are averaged."}
+    )
+    shots: int | None = field(default=None, metadata={"help": "Training images per class, for the report."})
+    seed: int | None = field(default=None, metadata={"help": "Seed of the training, for the report."})
+    note: str = field(default="", metadata={"help": "Remark for the report."})
+    batch_size: int = field(default=64, metadata={"help": "Images per forward pass."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
+    device: str | None = field(default=None, metadata={"help": "Device; none: a GPU if there is one."})
+    baseline: bool = field(
+        default=False,
+        metadata={"help": "Evaluate the base model alone as well: zero_shot.json, for the card."},
+    )
+    save_predictions: bool = field(default=False, metadata={"help": "Write predictions.csv, one row per image."})
+    plots: bool = field(default=True, metadata={"help": "Write the PNG files."})
+
+    def check(self) -> None:
+        """Refuse what contradicts itself.
+
+        Raises:
+            DataError: If the settings do not fit the protocol, or a baseline is asked of a model without adapter.
+            ValueError: If the protocol is unknown.
+        """
+        check_choice("protocol", self.protocol, PROTOCOLS)
+        if self.protocol in SINGLE and len(self.dataset) != 1:
+            raise DataError(f"The protocol {self.protocol!r} takes one dataset, got {self.dataset!r}.")
+        if self.baseline and self.adapter is None:
+            raise DataError("`baseline` compares an adapter with its base model. Pass `adapter`, or leave it out.")
+        if self.source_domain and self.protocol != "domain-shift":
+            raise DataError("`source_domain` belongs to the protocol 'domain-shift'. Leave it out.")
+        if len(self.split) != 1 and (self.protocol != "domain-shift" or len(self.dataset) != 1):
+            raise DataError(
+                f"Expected one `split`, got {self.split!r}. Several are for 'domain-shift' on one dataset."
+            )
+        if self.domain_column and (self.protocol != "domain-shift" or len(self.dataset) != 1):
+            raise DataError("`domain_column` parts one dataset for the protocol 'domain-shift'. Leave it out.")

@@ -24,6 +24,7 @@ LAYERS = {
     **dict.fromkeys(("errors", "files", "distributed", "settings", "shapes", "serving"), 0),
     "models": 1,
     **dict.fromkeys(("adapters", "data", "text", "conversion", "losses", "registry", "objective"), 2),
+    "classification": 2,
     **dict.fromkeys(("methods", "training", "evaluation", "hub"), 3),
     **dict.fromkeys(("experiments", "classifier", "export"), 4),
     **dict.fromkeys(("cli", ""), 5),
@@ -36,6 +37,7 @@ SAME_LAYER = {
     *((part, "evaluation") for part in ("training", "hub")),
     ("training", "hub"),
     ("conversion", "registry"),
+    *(("classification", part) for part in ("adapters", "data", "text", "objective")),
 }
 OPEN_LAYERS = {4, 5}
 

@@ -131,7 +131,7 @@ def test_an_ensemble_an_unknown_cache_and_calls_out_of_order_are_refused():
     prompts = tokenize_classes(tiny_tokenizer(), ["a", "b"], template=["{}", "the {}"], max_length=CONTEXT_LENGTH)
     with pytest.raises(ValueError, match="one template, got 2"):
         CoOpObjective(prompts)
-    with pytest.raises(ValueError, match="'ram' or 'none', got 'disk'"):
+    with pytest.raises(ValueError, match=r"\('ram', 'none'\), got 'disk'"):
         CoOpObjective(class_prompts(), image_cache="disk")
     model, dataset = fresh(), images()
     objective = CoOpObjective(class_prompts())

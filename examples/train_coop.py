@@ -1,6 +1,7 @@
-"""CoOp against zero-shot: few-shot on all classes, several seeds.
+"""CoOp and KgCoOp against zero-shot: few-shot on all classes, several seeds.
 
-Paper: Learning to Prompt for Vision-Language Models, arXiv 2109.01134.
+Papers: Learning to Prompt for Vision-Language Models, arXiv 2109.01134; Visual-Language Prompt Tuning with
+Knowledge-guided Context Optimization, arXiv 2303.13283. Both train one CoOp adapter, KgCoOp with one more term.
 Hardware and time: the demo preset takes a few minutes on 2 CPU cores (results: docs/methods/coop.md).
     python examples/train_coop.py                                            # bundled CLIP and emoji, no network
     python examples/train_coop.py --model openai/clip-vit-base-patch16 --dataset <Hub id or folder> --preset random \
@@ -47,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=["demo", "random", "words"], default="demo")
     parser.add_argument("--protocol", choices=["base_to_new", "few_shot"], default="few_shot")
     parser.add_argument("--class_position", choices=["end", "middle", "front"], default="end")
+    parser.add_argument("--weight", type=float, default=8.0, help="of KgCoOp's distance to the hand-written prompts")
     parser.add_argument("--shots", type=int, default=16, help="images per class")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, help="instead of the preset's number")
@@ -79,14 +81,23 @@ def main() -> None:
     experiment = Experiment.for_clip(
         args.model, augmentation=settings["augmentation"], output_dir=args.output_dir, use_cpu=args.use_cpu
     )
-    coop = TrainerLearner(
-        "coop",
-        wrap=lambda model: get_peft_model(model, peft_vlm.CoOpConfig(**settings["config"])),
-        objective=lambda prompts, seed: peft_vlm.CoOpObjective(prompts, num_workers=args.num_workers),
-        training=settings["training"],
-    )
+    objectives = {
+        "coop": lambda prompts, seed: peft_vlm.CoOpObjective(prompts, num_workers=args.num_workers),
+        "kgcoop": lambda prompts, seed: peft_vlm.KgCoOpObjective(
+            prompts, weight=args.weight, num_workers=args.num_workers
+        ),
+    }
+    learners = [
+        TrainerLearner(
+            name,
+            wrap=lambda model: get_peft_model(model, peft_vlm.CoOpConfig(**settings["config"])),
+            objective=objective,
+            training=settings["training"],
+        )
+        for name, objective in objectives.items()
+    ]
     task = load_task(args.dataset, args.protocol, template=args.template, shots=args.shots)
-    report = experiment.run([task], [ZeroShot(), coop], args.seeds)
+    report = experiment.run([task], [ZeroShot(), *learners], args.seeds)
     show_results(report, args.output_dir, learner="coop")
 
 

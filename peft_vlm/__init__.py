@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peft_vlm.classifier import PromptedClassifier
     from peft_vlm.hub import publish
     from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
+    from peft_vlm.methods.kgcoop import KgCoOpObjective
     from peft_vlm.methods.promptkd import PromptKDConfig, PromptKDModel, PromptKDObjective
     from peft_vlm.methods.promptsrc import PromptSRCConfig, PromptSRCModel, PromptSRCObjective
     from peft_vlm.methods.rpp import RPPConfig, RPPModel, RPPObjective
@@ -34,6 +35,7 @@ __all__ = [
     "CoOpConfig",
     "CoOpModel",
     "CoOpObjective",
+    "KgCoOpObjective",
     "PromptKDConfig",
     "PromptKDModel",
     "PromptKDObjective",
@@ -59,6 +61,7 @@ __all__ = [
 #: Where the names above are defined: a name of a method stands in the method's folder.
 _HOMES = {
     "CoOp": "methods.coop",
+    "KgCoOp": "methods.kgcoop",
     "PromptKD": "methods.promptkd",
     "PromptSRC": "methods.promptsrc",
     "PromptedClassifier": "classifier",

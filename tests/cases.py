@@ -13,6 +13,7 @@ from transformers import CLIPProcessor
 from peft_vlm import (
     CoOpConfig,
     CoOpObjective,
+    KgCoOpObjective,
     PromptKDConfig,
     PromptKDObjective,
     PromptSRCConfig,
@@ -107,6 +108,12 @@ CASES = [
             ({"target_modules": "q_proj"}, "chooses its modules"),
             ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
         ),
+    ),
+    Case(
+        method="kgcoop",
+        config=coop_config,
+        objective=KgCoOpObjective,
+        saved_module="visual_projection",
     ),
     Case(
         method="promptkd",

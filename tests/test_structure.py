@@ -37,7 +37,7 @@ SAME_LAYER = {
     *((part, "evaluation") for part in ("training", "hub")),
     ("training", "hub"),
     ("conversion", "registry"),
-    *(("classification", part) for part in ("adapters", "data", "text", "objective")),
+    *(("classification", part) for part in ("data", "text", "objective")),
 }
 OPEN_LAYERS = {4, 5}
 

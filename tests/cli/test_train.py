@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 import yaml
+from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import CLIPProcessor
 
-from peft_vlm import VLMTrainingArguments
+from peft_vlm import CoOpConfig, VLMTrainingArguments
 from peft_vlm.cli import main
 from peft_vlm.cli.command import as_flags
 from peft_vlm.errors import PeftVLMError
@@ -20,6 +21,7 @@ from tests.tiny_questions import llava_processor, tiny_llava
 #: Words that each method needs on a CLIP of three layers.
 WORDS = {
     "coop": ["--config", "context_init=a"],
+    "kgcoop": ["--config", "context_init=a"],
     "promptkd": ["--config", "vision_depth=2", "projector_depth=1", "--teacher", "TEACHER", "--transductive"],
     "promptsrc": ["--config", "text_depth=2", "vision_depth=2", "num_text_tokens=2", "context_init=null"],
     "rpp": [
@@ -73,6 +75,22 @@ def test_every_method_is_trained_by_its_name(method, words, tmp_path, capsys) ->
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert config["class_names"] == sorted(colour_names(4))
+
+
+def test_kgcoop_writes_an_ordinary_coop_adapter(words, tmp_path, capsys) -> None:
+    """An adapter type of its own would be one more kind of file for the same tensors."""
+    root, flags = words
+    run = tmp_path / "run"
+    command = ["train", "--method", "kgcoop", *own_words("kgcoop", root), "--objective", "weight=2", *flags, "--json"]
+    assert main([*command, "--output_dir", str(run)]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"]
+    assert type(PeftConfig.from_pretrained(run)) is CoOpConfig
+    names = [name for name in load_file(run / "adapter_model.safetensors")]
+    assert names == ["base_model.model.text_model.embeddings.token_embedding.coop_prompt"]
+    picture = str(next((root / "data" / "test").rglob("*.png")))
+    assert main(["predict", str(run), picture, "--top_k", "4", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)[0]["labels"]) == 4
+    assert json.loads((run / "training_summary.json").read_text())["objective"]["weight"] == 2
 
 
 @pytest.mark.parametrize("method", ["promptsrc", "rpp"])
@@ -185,7 +203,7 @@ def test_wrong_files_are_named(tmp_path, capsys) -> None:
 def test_presets_are_the_methods_own() -> None:
     """Each method's official configuration by its name; the command line passes the number of shots."""
     names = {"coop": "random", "promptkd": "base_to_new", "promptsrc": "base_to_new", "skip_tuning": "few_shot"}
-    names |= {"tvp": "cifar10", "rpp": "imagenet21k"}
+    names |= {"kgcoop": "base_to_new", "tvp": "cifar10", "rpp": "imagenet21k"}
     for method in METHODS:
         if METHODS[method].preset_for is not None:
             preset = preset_of(RunSettings(method=method, model="m", dataset="d", shots=1, preset=names[method]))

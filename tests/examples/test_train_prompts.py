@@ -82,7 +82,9 @@ def test_coop_from_start_to_finish(data, tmp_path):
         *("--preset", "random", "--template", "{}.", "--class_position", "middle", "--output_dir", str(tmp_path)),
     )
     assert result.code == 0, result.printed
-    report = check(tmp_path, ["zero_shot", "coop"], {"accuracy"})
+    report = check(tmp_path, ["zero_shot", "coop", "kgcoop"], {"accuracy"})
+    summary = json.loads((tmp_path / "few icons" / "kgcoop" / "seed1" / "training_summary.json").read_text())
+    assert summary["objective"]["weight"] == 8
     config = json.loads((tmp_path / "few icons" / "coop" / "seed1" / "adapter_config.json").read_text())
     assert config["num_text_tokens"] == 16
     assert config["class_position"] == "middle"

@@ -96,7 +96,7 @@ def build(method: str, clip: Any, teacher: Any, prompts: Any) -> tuple[nn.Module
         "promptkd": lambda: peft_vlm.PromptKDObjective(prompts, teacher=teacher),
         "skip_tuning": lambda: peft_vlm.SkipTuningObjective(prompts, image_cache="none"),
         "rpp": lambda: peft_vlm.RPPObjective(prompts, soft_weight=0.0, num_sampled_classes=NUM_CLASSES),
-        "tvp": lambda: peft_vlm.TVPObjective(prompts, tse_weight=0.0, fca_cache="none"),
+        "tvp": lambda: peft_vlm.TVPObjective(prompts, tse_weight=0.0),
     }
     return get_peft_model(clip, configs[method]()), objectives[method]()
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft_vlm.errors import UnsupportedModelError
@@ -80,16 +80,6 @@ def encode_visual_tokens(model: nn.Module, columns: Mapping[str, Tensor]) -> Flo
         names.add("image_sizes")  # LLaVA hands it on to towers that take images of any size
     given = {name: value for name, value in columns.items() if name in names}
     return _one_below_the_other(getattr(owner, _METHOD)(**given, return_dict=True).pooler_output)
-
-
-def visual_tokens_per_row(model: nn.Module, input_ids: Int[Tensor, "batch tokens"]) -> Int[Tensor, " batch"]:
-    """How many visual tokens belong to each row of a batch: as many as it has places for them.
-
-    Args:
-        model: Image-text-to-text model, with or without adapters.
-        input_ids: Token ids with the image's places.
-    """
-    return (input_ids == unwrap(model).config.image_token_id).sum(dim=1)
 
 
 def _owner(model: nn.Module) -> nn.Module:

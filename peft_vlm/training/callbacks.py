@@ -22,7 +22,7 @@ from peft_vlm.training.metrics import RunningMeans
 from peft_vlm.training.module import TrainingModule
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
-CACHES = ("image_cache", "state_cache", "fca_cache", "cache_storage")
+CACHES = ("image_cache", "state_cache", "cache_storage")
 
 
 @contextmanager

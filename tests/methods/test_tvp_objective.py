@@ -1,7 +1,5 @@
 """TVP's objective: the language loss, both sides of FCA and its caches, the CLIP of TSE, further source models."""
 
-import logging
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -14,7 +12,6 @@ from peft_vlm.data.shrink import ShrinkingProcessor
 from peft_vlm.errors import AdapterError, DataError
 from peft_vlm.evaluation import evaluate_prompt
 from peft_vlm.methods.tvp import TVPObjective, prompt_layer_of, prompt_of, without_prompt
-from peft_vlm.methods.tvp.clean_tokens import CACHES
 from peft_vlm.models.towers import image_features
 from peft_vlm.models.visual_tokens import encode_visual_tokens
 from peft_vlm.text import encode_classes, tokenize_classes
@@ -31,7 +28,6 @@ from tests.methods.tvp_models import (
     second_model,
 )
 from tests.tiny import clip_processor, colour_names, noise_image, tiny_clip, tiny_siglip, tiny_tokenizer
-from tests.tiny_mllm import tiny_mllm
 from tests.tiny_questions import llava_processor
 
 
@@ -84,75 +80,17 @@ def test_a_term_without_weight_is_not_there(weights: dict[str, int]):
     assert set(terms) == {"language", "fca", "tse"} - {names[weight] for weight in weights}
 
 
-@pytest.mark.parametrize("cache", CACHES)
-def test_a_cache_of_the_clean_side_changes_nothing(cache: str, tmp_path, monkeypatch):
-    """Filled once, in the dataset's order, and read by position; the vision tower then runs once per step."""
-    model, dataset = prompted_llava(), questions(2)
-    target = prepared(model, dataset, fca_cache=cache, cache_folder=tmp_path, cache_batch_size=5)
-    positions = [11, 3, 0, 7]
-    expected = prepared(prompted_llava(), dataset, fca_cache="none")
-    passes = []
-    model.get_base_model().model.vision_tower.register_forward_hook(lambda *call: passes.append(1))
-    actual = target(model, batch(dataset, positions)).loss_terms["fca"]
-    assert len(passes) == (2 if cache == "none" else 1)
-    assert_close(actual, expected(prompted_llava(), batch(dataset, positions)).loss_terms["fca"])
-    target.epoch_start(model, dataset, 1)
-    assert len(passes) == (2 if cache == "none" else 1), "the pictures are the same in every epoch"
-
-
-def test_random_pictures_are_not_cached(caplog):
-    """Stored tokens of another crop would pull the prompt towards undoing the crop."""
+def test_the_clean_side_is_of_the_same_crop():
+    """Tokens of another crop would pull the prompt towards undoing the crop."""
     dataset = questions(2, augmentation=RandomCrop())
     model = prompted_llava()
-    with caplog.at_level(logging.INFO):
-        target = prepared(model, dataset)
-    assert "Storing" not in caplog.text
+    target = prepared(model, dataset)
     dataset.set_epoch(1)
     columns = batch(dataset)
     with torch.no_grad(), without_prompt(model):
         clean = encode_visual_tokens(model, columns)
     prompted = encode_visual_tokens(model, columns)
     assert_close(target(model, columns).loss_terms["fca"], 0.05 * (prompted - clean).norm(dim=-1).mean())
-
-
-def test_a_new_run_forgets_the_tokens_of_the_one_before():
-    model, target = prompted_llava(), objective()
-    first, second = questions(), questions().select([5, 4, 3, 2, 1, 0])
-    for dataset in (first, second):
-        target.prepare(model, dataset)
-        target.epoch_start(model, dataset, 0)
-        actual = target(model, batch(dataset)).loss_terms["fca"]
-        assert_close(actual, prepared(model, dataset, fca_cache="none")(model, batch(dataset)).loss_terms["fca"])
-
-
-def test_images_with_different_numbers_of_tokens_are_not_cached():
-    mllm = tiny_mllm("qwen2_vl")
-    sizes = [(32, 32), (64, 32)]
-    columns = [mllm.inputs([noise_image(*size)]) for size in sizes]
-
-    class Uneven:
-        """Two pictures, one twice as wide."""
-
-        has_fixed_pixels, class_names, labels = True, (), [-1, -1]
-
-        def __len__(self) -> int:
-            return 2
-
-        def __getitem__(self, index: int) -> dict[str, Tensor]:
-            answers = torch.full_like(columns[index]["input_ids"], -100)
-            answers[:, -1] = 5
-            return columns[index] | {"token_labels": answers, "index": torch.tensor([index])}
-
-        def collate(self, items):
-            """Only one at a time."""
-            (item,) = items
-            return item
-
-    model = get_peft_model(mllm.model, TVPConfig.for_processor(mllm.image_processor, canvas_size=32, border=5))
-    target = TVPObjective(None, tse_weight=0, cache_batch_size=1)
-    target.prepare(model, Uneven())
-    with pytest.raises(DataError, match=r"got 4 and 8 tokens.*fca_cache='none'"):
-        target.epoch_start(model, Uneven(), 0)
 
 
 def test_dropout_of_the_frozen_model_is_off():
@@ -243,7 +181,6 @@ def test_settings_that_cannot_train_are_refused():
         ({"tse_clip": None}, r"Expected a CLIP for TSE with `tse_weight`=0.1"),
         ({"fca_weight": -1}, "weights of 0 or more, got `fca_weight`=-1"),
         ({"source_mode": "mean"}, r"\('average', 'alternate'\), got 'mean'"),
-        ({"fca_cache": "gpu"}, "got 'gpu'"),
     ):
         with pytest.raises(ValueError, match=message):
             objective(**settings)

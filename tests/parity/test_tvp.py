@@ -15,7 +15,6 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from peft_vlm import TVPConfig
 from peft_vlm.methods.tvp import ClipGuide, TVPObjective, preset_for, prompt_layer_of, prompt_of, without_prompt
-from peft_vlm.methods.tvp.clean_tokens import CACHES
 from peft_vlm.models.visual_tokens import encode_visual_tokens, record_visual_tokens
 from peft_vlm.text import Candidates, ClassPrompts, candidate_scores
 from tests.parity.recorded import facts, recorded_clip, tensors
@@ -91,15 +90,14 @@ def candidates() -> Candidates:
 
 def objective_of(settings: dict[str, Any], **more: Any) -> TVPObjective:
     weights = {"fca_weight": settings["fca"], "tse_weight": settings["tse"]}
-    return TVPObjective(candidates(), **weights, tse_clip=guide(), cache_batch_size=5, **more)
+    return TVPObjective(candidates(), **weights, tse_clip=guide(), **more)
 
 
-@pytest.mark.parametrize("fca_cache", CACHES)
 @pytest.mark.parametrize("run", ["readme", "strong"])
-def test_loss_terms_gradients_and_prompts_of_three_steps(run: str, fca_cache: str, tmp_path):
+def test_loss_terms_gradients_and_prompts_of_three_steps(run: str):
     """`strong` weighs FCA and TSE so that an error in either shows in the prompt."""
     settings, model, dataset = CASE["runs"][run], prompted(run), RecordedQuestions()
-    objective = objective_of(settings, fca_cache=fca_cache, cache_folder=tmp_path)
+    objective = objective_of(settings)
     objective.prepare(model, dataset)
     optimizer = objective.optimizer(model, learning_rate=settings["lr"])
     prompt = prompt_layer_of(model).prompts["default"]

@@ -4,18 +4,16 @@ Exploring the Transferability of Visual Prompting for Multimodal Large Language 
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of
+from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of, without_prompt
 from peft_vlm.data.question_collator import check_shrinking
 from peft_vlm.distributed import shared_mean
 from peft_vlm.losses import feature_consistency, semantic_enhancement
-from peft_vlm.methods.tvp.clean_tokens import CleanTokens
 from peft_vlm.methods.tvp.frozen import batch_at, hold_still
 from peft_vlm.methods.tvp.guide import ClipGuide
 from peft_vlm.methods.tvp.optimizer import NormalizedGradient
@@ -56,12 +54,6 @@ class TVPObjective(Objective):
         fca_weight: a. Paper's recipe for CIFAR-10: 0.005.
         tse_weight: b. Paper's recipe for CIFAR-10: 0.001, which is about 0.1 on the cosine.
         tse_clip: The CLIP of TSE; needed unless `tse_weight` is 0.
-        fca_cache: `"ram"` or `"disk"`: the clean side of FCA is computed once for datasets that show the same pictures
-            in every epoch, else per batch; `"none"`: always per batch. The result is the same. Its size is logged: a
-            row of visual tokens per image, 4.7 MB in half precision for LLaVA-1.5-7B.
-        cache_folder: Where the file of `"disk"` goes; the system's folder for temporary files by default.
-        cache_batch_size: Images per forward pass while caching.
-        num_workers: Processes that decode images while caching.
         sources: Further multimodal models that the prompt is trained on.
         source_mode: `"average"`: every step takes the mean loss of all models; `"alternate"`: one model after the
             other, which needs the memory of one.
@@ -69,7 +61,7 @@ class TVPObjective(Objective):
             arguments.
 
     Requirements:
-        Batches of `QuestionCollator` with answers, or for a CLIP `pixel_values`, `labels`; `index` for cache and
+        Batches of `QuestionCollator` with answers, or for a CLIP `pixel_values`, `labels`; `index` for
         sources; `labels` for TSE, which leaves out images without. A `PeftModel` with an active TVP adapter and
         nothing else that trains.
 
@@ -77,7 +69,7 @@ class TVPObjective(Objective):
         With both weights 0, visual prompting (arXiv 2203.17274) by the language model's loss.
 
     Raises:
-        ValueError: If a weight is negative, TSE has a weight but no CLIP, or a mode or cache is unknown.
+        ValueError: If a weight is negative, TSE has a weight but no CLIP, or a mode is unknown.
 
     References:
         arXiv 2404.11207, Sec. 4.
@@ -92,10 +84,6 @@ class TVPObjective(Objective):
         fca_weight: float | int = 0.005,
         tse_weight: float | int = 0.001,
         tse_clip: ClipGuide | None = None,
-        fca_cache: str = "ram",
-        cache_folder: str | Path | None = None,
-        cache_batch_size: int = 32,
-        num_workers: int = 0,
         sources: Sequence[Source] = (),
         source_mode: str = "average",
         normalized_gradient: bool = True,
@@ -106,15 +94,9 @@ class TVPObjective(Objective):
         self.can_predict = prompts is not None
         self.task: Task = ClassTask(prompts) if isinstance(prompts, ClassPrompts) else AnswerTask(prompts)
         self.fca_weight, self.tse_weight, self.tse_clip = fca_weight, tse_weight, tse_clip
-        self.fca_cache, self.sources, self.source_mode = fca_cache, tuple(sources), source_mode
+        self.sources, self.source_mode = tuple(sources), source_mode
         self.normalized_gradient = normalized_gradient
         self._tasks = [self.task, *(AnswerTask(None) for _ in self.sources)]  # nobody scores what sources answer
-        self._clean = [
-            CleanTokens(
-                task, cache=fca_cache, folder=cache_folder, batch_size=cache_batch_size, num_workers=num_workers
-            )
-            for task in self._tasks
-        ]
         self._shared: list[Any] = [None] * len(self.sources)
         self._step = torch.zeros((), dtype=torch.long)
 
@@ -124,14 +106,13 @@ class TVPObjective(Objective):
             "fca_weight": self.fca_weight,
             "tse_weight": self.tse_weight,
             "tse_template": list(self.tse_clip.prompts.templates) if self.tse_weight and self.tse_clip else None,
-            "fca_cache": self.fca_cache,
             "num_models": 1 + len(self.sources),
             "source_mode": self.source_mode,
             "normalized_gradient": self.normalized_gradient,
         }
 
     def prepare(self, model: nn.Module, dataset: Any) -> None:
-        """Check models and data, put the prompt on the CLIP and the sources, and forget what an earlier run stored.
+        """Check models and data, and put the prompt on the CLIP and the sources.
 
         Args:
             model: `PeftModel` with the active adapter.
@@ -161,19 +142,15 @@ class TVPObjective(Objective):
         for number, source in enumerate(self.sources):
             shared = share_once(self._shared[number], model, source.model, processor=source.processor)
             self._shared[number] = shared.to(device)
-        members = zip(self._tasks, self._models(model), self._datasets(dataset), self._clean, strict=True)
-        for task, member, images, clean in members:
-            clean.clear()
+        members = zip(self._tasks, [model, *self._shared], self._datasets(dataset), strict=True)
+        for task, member, images in members:
             task.prepare(member, batch_at(images, [0], device))
-
-    def _models(self, model: nn.Module) -> list[nn.Module]:
-        return [model, *self._shared]
 
     def _datasets(self, dataset: Any) -> list[Any]:
         return [dataset, *(source.dataset for source in self.sources)]
 
     def epoch_start(self, model: nn.Module, dataset: Any, epoch: int) -> None:
-        """Compute the clean side of FCA, if it is to be stored and every epoch shows the same pictures.
+        """Move the images of the sources to the epoch.
 
         Args:
             model: `PeftModel` with the active adapter.
@@ -182,9 +159,6 @@ class TVPObjective(Objective):
         """
         for source in self.sources:
             source.dataset.set_epoch(epoch)
-        if self.fca_weight:
-            for member, images, clean in zip(self._models(model), self._datasets(dataset), self._clean, strict=True):
-                clean.fill(member, images)
 
     def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
         """The loss of a batch on the model, on its sources, or on the one whose turn it is.
@@ -217,7 +191,7 @@ class TVPObjective(Objective):
 
     def _run(self, number: int, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[TaskOutput, Tensor]:
         """One model's task, and the distance of its visual tokens from those of clean images."""
-        task, clean = self._tasks[number], self._clean[number]
+        task = self._tasks[number]
         if number:
             model = self._shared[number - 1]
             batch = batch_at(self.sources[number - 1].dataset, batch["index"].tolist(), batch["index"].device)
@@ -225,7 +199,9 @@ class TVPObjective(Objective):
         output = task.run(model, batch)
         if not self.fca_weight:
             return output, output.loss.new_zeros(())
-        return output, feature_consistency(output.tokens, clean.get(model, batch))
+        with torch.no_grad(), without_prompt(model):
+            clean = task.encode(model, batch)
+        return output, feature_consistency(output.tokens, clean)
 
     def _semantics(self, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, ""], int]:
         """TSE over the images with a class, and their number."""

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from peft_vlm.data.question_collator import (
 )
 from peft_vlm.errors import AdapterError
 from peft_vlm.models.towers import towers_of
-from peft_vlm.models.visual_tokens import encode_visual_tokens, record_visual_tokens, visual_tokens_per_row
+from peft_vlm.models.visual_tokens import encode_visual_tokens, record_visual_tokens
 from peft_vlm.text.answers import Candidates, candidate_scores
 from peft_vlm.text.class_features import ClassFeatureCache
 from peft_vlm.text.prompts import ClassPrompts
@@ -62,10 +61,6 @@ class Task(Protocol):
 
     def encode(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "tokens width"]:
         """The visual tokens of a batch alone."""
-        ...
-
-    def count(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Int[Tensor, " batch"]:
-        """Visual tokens per row of a batch."""
         ...
 
     def predict(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
@@ -114,15 +109,6 @@ class AnswerTask:
             batch: Columns of `QuestionCollator`.
         """
         return encode_visual_tokens(model, batch)
-
-    def count(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Int[Tensor, " batch"]:
-        """Visual tokens per question.
-
-        Args:
-            model: Multimodal model.
-            batch: Columns of `QuestionCollator`.
-        """
-        return visual_tokens_per_row(model, batch["input_ids"])
 
     def predict(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
         """Mean log-probability of each candidate's tokens.
@@ -191,15 +177,6 @@ class ClassTask:
         """
         towers = towers_of(model)
         return towers.finish_image(towers.embed_image(batch["pixel_values"]), 0)
-
-    def count(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Int[Tensor, " batch"]:
-        """One per image.
-
-        Args:
-            model: CLIP-like model.
-            batch: `pixel_values`.
-        """
-        return torch.ones(len(batch["pixel_values"]), dtype=torch.long)
 
     def predict(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
         """Scaled cosines to the class features.

@@ -25,6 +25,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from peft_vlm.errors import UnsupportedModelError
+from peft_vlm.models.cache_name import CACHE_NAME
 
 LEAVES_OF_A_LAYER = (
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
@@ -189,7 +190,8 @@ class Towers:
     ) -> Float[Tensor, "prompts tokens width"]:
         """Text layers `start` to `stop - 1`; every text is treated as unpadded (exact under the causal mask)."""
         config = self.model.config.text_config
-        mask = create_causal_mask(config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None)
+        no_cache: dict[str, Any] = {CACHE_NAME: None}
+        mask = create_causal_mask(config=config, inputs_embeds=hidden, attention_mask=None, **no_cache)
         for layer in self.text_layers[start:stop]:
             hidden = layer(hidden, attention_mask=mask, is_causal=True)
         return hidden

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from peft_vlm.errors import ClassNameError, DataError, UnsupportedModelError
+from peft_vlm.models.cache_name import CACHE_NAME
 from peft_vlm.models.towers import unwrap
 from peft_vlm.text.class_features import evaluation_mode
 
@@ -148,7 +149,7 @@ class DecoderQuestions:
             output, self.reader = output.language_model_outputs, base.language_model
         else:
             self.reader = model
-        self.cache = output.past_key_values
+        self.cache = getattr(output, CACHE_NAME)
         if self.cache is None:
             raise UnsupportedModelError(
                 f"`{type(base).__name__}` gave no cache of keys and values with `use_cache=True`, which scoring "
@@ -196,8 +197,8 @@ class DecoderQuestions:
             input_ids=tokens.repeat(batch, 1),
             attention_mask=torch.cat([mask, mask.new_ones(batch * number, length)], dim=1),
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE_NAME: cache},
         )
         return output.logits.unflatten(0, (batch, number))
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,6 +61,35 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def write_class_names(path: Path, names: Sequence[str]) -> None:
+    """Write class names, one a line.
+
+    Args:
+        path: Target.
+        names: Names without ends of lines, as `check_class_names` leaves them.
+    """
+    path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8", newline="\n")
+
+
+def read_class_names_file(path: Path, count: int | None = None) -> list[str]:
+    """The names that `write_class_names` wrote. Only a line feed ends one; `splitlines` splits at more characters.
+
+    Args:
+        path: The file.
+        count: How many there must be; None: unknown.
+
+    Raises:
+        AdapterError: If there is another number of names, so that labels would mean other classes.
+    """
+    names = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+    if count is not None and len(names) != count:
+        raise AdapterError(
+            f"Expected {count} class names in {str(path)!r}, got {len(names)}. The file is cut off or was edited; "
+            "copy it again."
+        )
+    return names
 
 
 def finite_or_null(value: Any) -> Any:

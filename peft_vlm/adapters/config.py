@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from peft_vlm.errors import AdapterError
-from peft_vlm.files import CLASSES_NAME, installed_version
+from peft_vlm.files import CLASSES_NAME, installed_version, read_class_names_file, write_class_names
 
 FORMAT_VERSION = 1
 """Layout of adapter folders that this release writes. Raised when an older release could misread a newer folder."""
@@ -58,6 +58,7 @@ class VLMConfig(PeftConfig):
         modules_to_save: Further modules to train and store whole, by PEFT's own mechanism.
         class_names: Names of the classes the adapter was trained on, in label order. Written by the trainer.
         class_names_file: File beside the configuration with the names, one a line, when there are more than 2,000.
+        num_class_names: How many names that file has.
         template: Text around a class name, with one `{}`; a list is an ensemble. Written by the trainer.
         image_mean: Channel means of the image processor used in training, in [0, 1] pixel units.
         image_std: Channel standard deviations of that processor.
@@ -75,6 +76,7 @@ class VLMConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None)
     class_names: list[str] | None = field(default=None)
     class_names_file: str | None = field(default=None)
+    num_class_names: int | None = field(default=None)
     template: str | list[str] | None = field(default=None)
     image_mean: list[float] | None = field(default=None)
     image_std: list[float] | None = field(default=None)
@@ -92,6 +94,8 @@ class VLMConfig(PeftConfig):
                 f"{self.format_version!r}, written by peft_vlm {self.peft_vlm_version}. "
                 "Install a newer release of peft_vlm."
             )
+        if isinstance(self.class_names, str):
+            raise ValueError(f"Expected `class_names` to be a list of names or None, got {self.class_names!r}.")
         if self.task_type is not None:
             raise ValueError(
                 f"Expected `task_type`=None, got {self.task_type!r}. PEFT's task wrappers pass arguments that "
@@ -117,7 +121,7 @@ class VLMConfig(PeftConfig):
             }
             options["subfolder"] = subfolder or ""
             names = cached_file(pretrained_model_name_or_path, config.class_names_file, **options)
-            config.class_names = Path(names).read_text(encoding="utf-8").splitlines()
+            config.class_names = read_class_names_file(Path(names), config.num_class_names)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -128,7 +132,8 @@ class VLMConfig(PeftConfig):
             **kwargs: Passed to PEFT.
         """
         names = self.class_names
-        self.class_names_file = CLASSES_NAME if len(names or ()) > MAX_LISTED_CLASSES else None
+        is_long = len(names or ()) > MAX_LISTED_CLASSES
+        self.class_names_file, self.num_class_names = (CLASSES_NAME, len(names or ())) if is_long else (None, None)
         if self.class_names_file is None:
             super().save_pretrained(save_directory, **kwargs)
             return
@@ -137,8 +142,7 @@ class VLMConfig(PeftConfig):
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.class_names = names
-        text = "".join(f"{name}\n" for name in names or ())
-        (Path(save_directory) / CLASSES_NAME).write_text(text, encoding="utf-8")
+        write_class_names(Path(save_directory) / CLASSES_NAME, names or ())
 
     def method_settings(self) -> dict[str, Any]:
         """The settings that only this method has, as JSON values by name."""

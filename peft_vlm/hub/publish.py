@@ -22,6 +22,7 @@ from peft_vlm.files import (
     SUMMARY_NAME,
     TRANSFER_NAME,
     WEIGHTS_NAME,
+    write_class_names,
 )
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.card import render_card
@@ -95,7 +96,7 @@ def write_folder(
         config.base_model_name_or_path = base_model
     config.save_pretrained(str(target))
     if config.class_names:
-        (target / CLASSES_NAME).write_text("\n".join(config.class_names) + "\n", "utf-8")
+        write_class_names(target / CLASSES_NAME, config.class_names)
     if folder.prompt_image is not None:
         folder.prompt_image.save(target / PROMPT_IMAGE_NAME)
     place = {"repo_id": repo_id, "base_model": base_model, "subfolder": subfolder}

@@ -1,6 +1,7 @@
 """The tokenizer of a model, if there is one."""
 
 import dataclasses
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -117,6 +118,10 @@ class ClassPrompts:
         )
 
 
+#: Unicode categories of characters that no name may hold: controls, ends of lines and paragraphs, half characters.
+CONTROL = {"Cc", "Zl", "Zp", "Cs"}
+
+
 def check_class_names(class_names: Sequence[object]) -> tuple[str, ...]:
     """The names as a tuple, refused when a classifier could not tell them apart.
 
@@ -124,7 +129,8 @@ def check_class_names(class_names: Sequence[object]) -> tuple[str, ...]:
         class_names: Label order; `_` counts as a space.
 
     Raises:
-        ClassNameError: If there is no name, a name is empty or not a string, or two names read the same.
+        ClassNameError: If there is no name, a name is empty, not a string or holds a control character such as the end
+            of a line, or two names read the same.
     """
     if isinstance(class_names, str) or not len(class_names):
         raise ClassNameError(f"Expected a list of at least one class name, got {class_names!r}.")
@@ -132,6 +138,11 @@ def check_class_names(class_names: Sequence[object]) -> tuple[str, ...]:
     for index, name in enumerate(class_names):
         if not isinstance(name, str) or not readable(name):
             raise ClassNameError(f"Class {index} has no name: got {name!r}. Give every class a non-empty string.")
+        if any(unicodedata.category(character) in CONTROL for character in name):
+            raise ClassNameError(
+                f"Class {index} has a control character in its name {name!r}, which shifts the lines of a list. Take "
+                "it out, for example with `name.strip()`."
+            )
         first = seen.setdefault(readable(name), index)
         if first != index:
             raise ClassNameError(

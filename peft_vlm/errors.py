@@ -3,6 +3,7 @@
 All errors are `ValueError`s, so that callers who know nothing of us still catch them.
 """
 
+import reprlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -17,9 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-
-class PeftVLMError(ValueError):
-    """Base class of the errors a caller may want to catch."""
+from peft_vlm.serving.errors import ExportedFileError, ImageError, PeftVLMError  # noqa: F401 - one place to look
 
 
 class AdapterError(PeftVLMError):
@@ -65,6 +64,20 @@ def check_choice(name: str, value: object, choices: Collection[str | None]) -> N
     if value not in allowed:
         raise ValueError(f"Expected `{name}` to be one of {allowed!r}, got {value!r}.")
 
+
+def shown(value: object, limit: int = 120) -> str:
+    """A value for a message: its `repr`, cut where it is long, without characters that change a terminal.
+
+    Args:
+        value: Anything, also from a stranger's file.
+        limit: Longest text.
+    """
+    text = _short.repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 120
 
 LOG_IN = "Log in with `hf auth login`, set HF_TOKEN, or pass `token=`"
 BY_STATUS = {

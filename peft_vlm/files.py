@@ -28,6 +28,8 @@ PROMPT_IMAGE_NAME = "prompt.png"
 CONVERSION_NAME = "conversion.json"
 CLASSES_NAME = "class_names.txt"
 CARD_NAME = "README.md"
+#: Longest JSON file that is read. Parsed, such a file may take twenty times its size.
+MAX_JSON_BYTES = 2**24
 
 
 def installed_version() -> str:
@@ -106,12 +108,62 @@ def finite_or_null(value: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file that may come from anybody.
 
     Args:
         path: The file.
+
+    Raises:
+        AdapterError: If it is no regular file, longer than `MAX_JSON_BYTES`, not JSON, or nested too deeply.
     """
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise AdapterError(f"Expected a file, got {str(path)!r}, which is none. Write the file again.")
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise AdapterError(
+                f"Expected {str(path)!r} to have at most {MAX_JSON_BYTES:,} bytes, got {size:,}. It is no file that "
+                "this package wrote: get the original."
+            )
+        return json.loads(path.read_text(encoding="utf-8"))
+    except AdapterError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise AdapterError(
+            f"Expected JSON in {str(path)!r}, got something else ({reason}). The file is damaged: get it again."
+        ) from error
+
+
+def file_inside(folder: Path, name: str) -> Path | None:
+    """A file of a folder; None where there is none.
+
+    Links may lead to other places of the folder and, in the cache of a Hub, to the repository's own `blobs`.
+
+    Args:
+        folder: Folder that may come from anybody.
+        name: Name of the file in it.
+
+    Raises:
+        AdapterError: If the name has parts, or what lies there is no regular file or a link that leads out.
+    """
+    path = folder / name
+    if name in ("", ".", "..") or not set(name).isdisjoint("/\\\0"):
+        raise AdapterError(f"Expected the name of a file in {str(folder)!r}, got {name!r}. Leave out folders.")
+    if not path.exists() and not path.is_symlink():
+        return None
+    try:
+        here, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise AdapterError(f"Expected {name!r} in {str(folder)!r} to be a file, got a link to itself.") from error
+    cached = [parent.parent / "blobs" for parent in (here, *here.parents) if parent.name == "snapshots"]
+    if not any(target.is_relative_to(root) for root in (here, *cached)):
+        raise AdapterError(
+            f"Expected {name!r} to be a file of {str(folder)!r}, got a link to {str(target)!r} outside. Files of an "
+            "adapter are read from its own folder only: copy the file there if you trust it."
+        )
+    if not target.is_file():
+        raise AdapterError(f"Expected {name!r} in {str(folder)!r} to be a file, got something else. Remove it.")
+    return path
 
 
 @contextmanager

@@ -34,6 +34,7 @@ SAME_LAYER = {
     *((part, "objective") for part in ("data", "text", "registry")),
     *((part, "text") for part in ("adapters", "data")),
     *((part, "errors") for part in ("files", "settings")),
+    ("errors", "serving"),
     *((part, "evaluation") for part in ("training", "hub")),
     ("training", "hub"),
     ("conversion", "registry"),

@@ -170,7 +170,7 @@ def test_missing_folders_are_named_and_not_looked_up(adapter: Path, base: Path, 
 def test_folders_without_the_right_files_are_explained(base: Path, tmp_path: Path) -> None:
     """An empty adapter folder, an adapter without base, a base without processor, and nothing at all."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(AdapterError, match="empty' holds no adapter that can be read"):
+    with pytest.raises(AdapterError, match="Expected 'adapter_config.json' in '.*empty', got none"):
         PromptedClassifier.from_pretrained(tmp_path / "empty")
     orphan = save_adapter(base, tmp_path / "orphan", base_model_name_or_path=None)
     with pytest.raises(AdapterError, match="records no base model. Pass `base_model=`"):

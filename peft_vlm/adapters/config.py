@@ -1,19 +1,21 @@
 """The part of an adapter's configuration that every method shares, and the checks made when an adapter is loaded."""
 
-from dataclasses import dataclass, field
+import re
+import sys
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, no_type_check
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, no_type_check
 
 import torch
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.utils import cached_file
 
-from peft_vlm.errors import AdapterError
-from peft_vlm.files import CLASSES_NAME, installed_version, read_class_names_file, write_class_names
+from peft_vlm.adapters.adapter_files import AdapterSource, Shape, check_header
+from peft_vlm.errors import AdapterError, shown
+from peft_vlm.files import CLASSES_NAME, CONFIG_NAME, installed_version, write_class_names
 
 FORMAT_VERSION = 1
 """Layout of adapter folders that this release writes. Raised when an older release could misread a newer folder."""
@@ -21,29 +23,36 @@ FORMAT_VERSION = 1
 MAX_LISTED_CLASSES = 2000
 """Longest class list inside `adapter_config.json`; longer ones stand in `class_names.txt` beside it."""
 
+ENDLESS = re.compile(r"\)[*+{]|([^*+{]*[*+{]){5}")
+"""Patterns whose matching takes more than a polynomial number of steps, or one of a high degree."""
+
+MODULE_NAME = re.compile(r"\w+(\.\w+)*")
+
+PEFT_FIELDS = {
+    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), str | None),
+    **{"inference_mode": bool, "auto_mapping": dict | None},
+}
+"""Types of the fields that PEFT's own class declares; its annotations are text."""
+
+IN_WORDS = {
+    **{int: "an integer", float: "a finite number", str: "text", bool: "True or False", NoneType: "None"},
+    **{dict: "names and values"},
+}
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def check_adapter_file(folder: Path) -> None:
-    """Refuse a damaged weights file before PEFT builds a model around it.
+    """Refuse a damaged weights file, or one that does not hold floating-point numbers.
 
     Args:
-        folder: Local adapter folder. A folder without the file is left to PEFT, which names what is missing.
+        folder: Local adapter folder.
 
     Raises:
-        AdapterError: If the file cannot be read as safetensors, for example because a download was cut off.
+        AdapterError: If there is no such file, or it cannot be read as safetensors, for example because a download
+            was cut off.
     """
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        return
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            tensors.keys()
-    except SafetensorError as error:
-        raise AdapterError(
-            f"Expected a complete safetensors file, got {str(path)!r} with {path.stat().st_size} bytes, "
-            f"which cannot be read ({error}). The file is cut off or damaged: copy or download it again."
-        ) from error
+    check_header(AdapterSource.find(folder).weights(), {})
 
 
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too
@@ -54,8 +63,8 @@ class VLMConfig(PeftConfig):
     Args:
         target_modules: Modules that carry adapter tensors, as a regular expression over module names. Filled in by the
             method from its own settings; setting it by hand is refused.
-        exclude_modules: Not used by the methods of this package; PEFT expects the field.
-        modules_to_save: Further modules to train and store whole, by PEFT's own mechanism.
+        exclude_modules: Only None: the methods choose their modules themselves; PEFT expects the field.
+        modules_to_save: Names of further modules to train and store whole, by PEFT's own mechanism.
         class_names: Names of the classes the adapter was trained on, in label order. Written by the trainer.
         class_names_file: File beside the configuration with the names, one a line, when there are more than 2,000.
         num_class_names: How many names that file has.
@@ -87,42 +96,64 @@ class VLMConfig(PeftConfig):
     peft_vlm_version: str = field(default_factory=installed_version)
 
     def __post_init__(self) -> None:
+        self._check_types()
         super().__post_init__()
         if self.format_version > FORMAT_VERSION:
             raise AdapterError(
                 f"Expected an adapter of format version {FORMAT_VERSION} or older, got "
-                f"{self.format_version!r}, written by peft_vlm {self.peft_vlm_version}. "
+                f"{shown(self.format_version)}, written by peft_vlm {shown(self.peft_vlm_version)}. "
                 "Install a newer release of peft_vlm."
             )
-        if isinstance(self.class_names, str):
-            raise ValueError(f"Expected `class_names` to be a list of names or None, got {self.class_names!r}.")
         if self.task_type is not None:
             raise ValueError(
                 f"Expected `task_type`=None, got {self.task_type!r}. PEFT's task wrappers pass arguments that "
                 "vision-language models do not accept; leave it out."
             )
+        if self.exclude_modules is not None:
+            raise ValueError(
+                f"Expected `exclude_modules`=None, got {shown(self.exclude_modules)}. The method chooses its modules "
+                "from its own settings; leave it out."
+            )
+        for name in self.modules_to_save or ():
+            if not MODULE_NAME.fullmatch(name):
+                raise ValueError(
+                    f"Expected names of modules in `modules_to_save`, got {shown(name)}. Write them as in "
+                    "`model.named_modules()`."
+                )
+
+    def _check_types(self) -> None:
+        """Refuse values of another type than the field's, which fail later and far from here."""
+        for setting in fields(self):
+            kind = PEFT_FIELDS.get(setting.name, setting.type)
+            value = getattr(self, setting.name)
+            if not isinstance(kind, str) and not is_of(value, kind):
+                raise TypeError(f"Expected `{setting.name}` to be {_in_words(kind)}, got {shown(value)}.")
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """Read a configuration as PEFT does; for a local folder the weights file beside it is checked first.
+        """Read a configuration as PEFT does; the weights beside it are compared with it before a model is built.
 
         Args:
             pretrained_model_name_or_path: Local folder or Hub id.
             subfolder: Folder inside it.
             **kwargs: Passed to PEFT.
         """
-        check_adapter_file(Path(pretrained_model_name_or_path) / (subfolder or ""))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if config.class_names_file is not None:
-            options = {
-                key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs
-            }
-            options["subfolder"] = subfolder or ""
-            names = cached_file(pretrained_model_name_or_path, config.class_names_file, **options)
-            config.class_names = read_class_names_file(Path(names), config.num_class_names)
+        known = ("revision", "token", "cache_dir", "local_files_only")
+        options = {name: kwargs[name] for name in known if name in kwargs}
+        source = AdapterSource.find(pretrained_model_name_or_path, subfolder=subfolder, **options)
+        config = config_of(source)
+        check_weights(source, config)
         return config
+
+    def file_shapes(self) -> dict[str, Shape]:
+        """Shapes that the settings give to tensors of the weights file, by regular expressions over whole names.
+
+        They are compared with the file before memory is asked for. Every setting that is the size of a tensor must
+        stand here; None is a size that the base model decides.
+        """
+        return {}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the configuration, and a long class list into a file of its own.
@@ -157,17 +188,123 @@ class VLMConfig(PeftConfig):
         return None
 
 
-def read_config(adapter: str | Path, **kwargs: Any) -> PeftConfig:
+def read_config(
+    adapter: str | Path,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> PeftConfig:
     """The configuration of an adapter of any method, with a class list that stands in a file of its own.
 
     Args:
         adapter: Local folder or Hub id.
-        **kwargs: Passed to PEFT.
+        subfolder: Folder inside it.
+        revision: Branch, tag or commit on the Hub.
+        token: Token of the Hub.
     """
-    config = PeftConfig.from_pretrained(str(adapter), **kwargs)
-    if isinstance(config, VLMConfig) and config.class_names_file is not None:
-        return type(config).from_pretrained(str(adapter), **kwargs)
-    return config
+    return config_of(AdapterSource.find(adapter, subfolder=subfolder, revision=revision, token=token))
+
+
+def config_of(source: AdapterSource) -> PeftConfig:
+    """The configuration that a source holds.
+
+    Args:
+        source: Where the adapter lies.
+
+    Raises:
+        AdapterError: If it is of no kind that is known here, or holds values that cannot be.
+    """
+    values = source.config()
+    kind = values.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise AdapterError(
+            f"Expected `peft_type` in {CONFIG_NAME!r} of {source.name!r} to name a method, got {shown(kind)}. Upgrade "
+            "peft_vlm and peft, or get the adapter again."
+        )
+    values.pop("runtime_config", None)  # PEFT's: valid in the process that wrote it only
+    try:
+        kind_cls = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+        config = kind_cls.from_peft_type(**kind_cls.check_kwargs(**values))
+        if isinstance(config, VLMConfig) and config.class_names_file is not None:
+            config.class_names = source.class_names(config.class_names_file, config.num_class_names)
+            config.__post_init__()
+        return config
+    except AdapterError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise AdapterError(
+            f"{CONFIG_NAME!r} of {source.name!r} cannot be used: {str(error).rstrip('.')}. It is damaged, or was "
+            "edited by hand: get the adapter again."
+        ) from error
+
+
+def check_weights(source: AdapterSource, config: PeftConfig) -> None:
+    """Compare the weights that lie beside a configuration with it, without reading them.
+
+    Args:
+        source: Where the adapter lies.
+        config: Its configuration.
+    """
+    if isinstance(config, VLMConfig):
+        shapes = config.file_shapes()
+        for name in config.modules_to_save or ():
+            shapes[rf"(.*\.)?{re.escape(name)}\..*"] = ...
+    else:
+        shapes = foreign_shapes(config)
+    check_header(source.weights(), shapes)
+
+
+def foreign_shapes(config: PeftConfig) -> dict[str, Shape]:
+    """What can be said of the weights of PEFT's own methods: the rank of LoRA; patterns that never end are refused.
+
+    Args:
+        config: Configuration of another package.
+
+    Raises:
+        AdapterError: If a pattern over module names could take for ever.
+    """
+    values = config.to_dict()
+    patterns = [values.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    ranks = values.get("rank_pattern") or {}
+    for pattern in (*patterns, *ranks, *(values.get("alpha_pattern") or {})):
+        if isinstance(pattern, str) and (len(pattern) > 1000 or ENDLESS.search(pattern)):
+            raise AdapterError(
+                "Expected module names, or a pattern with at most four of `*` and `+` and none behind a group, got "
+                f"{shown(pattern)}. Such a pattern can take for ever: if you trust the adapter, write it otherwise."
+            )
+    rank = values.get("r")
+    is_plain = values["peft_type"] == "LORA" and not ranks and isinstance(rank, int)
+    return {r".*\.lora_A\.weight": (rank, ...)} if is_plain else {}
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value has the type that a field's annotation names; numbers must be finite.
+
+    Args:
+        value: Value, as JSON has it; tuples count as lists.
+        kind: Type, union, or list of a type.
+    """
+    if isinstance(kind, UnionType):
+        return any(is_of(value, part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list | tuple) and all(is_of(entry, get_args(kind)[0]) for entry in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    """A type for a message."""
+    if isinstance(kind, UnionType):
+        return " or ".join(_in_words(part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return f"a list of {_in_words(get_args(kind)[0]).removeprefix('an ').removeprefix('a ')}s"
+    return IN_WORDS[get_origin(kind) or kind]
 
 
 def architecture_of(model_config: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import Any, no_type_check
 
 from torch import nn
 
+from peft_vlm.adapters.adapter_files import Shape
 from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.adapters.learned_tokens import DeepTokens, LearnedTokens, TextContext, VisionTokens
-from peft_vlm.errors import UnsupportedModelError
+from peft_vlm.errors import AdapterError, UnsupportedModelError, shown
 from peft_vlm.models.towers import Side, towers_of
 from peft_vlm.text.prompts import tokenizer_of
 from peft_vlm.text.slots import Slots
@@ -32,6 +33,20 @@ class TextContextConfig(VLMConfig):
     context_init: str | None = field(default="a photo of a")
     context_init_ids: list[int] | None = field(default=None)
     placeholder_id: int | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for value in (*(self.context_init_ids or ()), self.placeholder_id or 0):
+            if value < 0:
+                raise ValueError(f"Expected token ids of 0 or more, got {shown(value)}. Take those of the tokenizer.")
+
+    def file_shapes(self) -> dict[str, Shape]:
+        """The shapes of the learned tokens of both towers, as the methods' depths place them."""
+        text, vision = getattr(self, "text_depth", 1), getattr(self, "vision_depth", 0)
+        counts = {"text": self.num_text_tokens if text else 0}
+        counts["vision"] = getattr(self, "num_vision_tokens", 0) if vision else 0
+        prefix = f"{self.peft_type.value.lower()}_"
+        return {rf".*\b{tower}_model\..*{prefix}\w+": (count, None) for tower, count in counts.items() if count}
 
     @property
     def text_position(self) -> str:
@@ -75,6 +90,7 @@ def complete_context(config: TextContextConfig, model: Any) -> None:
 
     Raises:
         ValueError: If the initial words are fewer tokens than `num_text_tokens`.
+        AdapterError: If the base model has no such tokens.
     """
     config.placeholder_id = towers_of(model).start_token_id
     read_context_words(config, model)
@@ -87,6 +103,12 @@ def complete_context(config: TextContextConfig, model: Any) -> None:
             "`context_init=None`."
         )
     config.context_init_ids = list(config.context_init_ids[: config.num_text_tokens])
+    known = len(towers_of(model).token_embedding.weight)
+    if max(config.context_init_ids, default=0) >= known:
+        raise AdapterError(
+            f"Expected `context_init_ids` below {known}, the vocabulary of the base model, got "
+            f"{shown(config.context_init_ids)}. The adapter was made for another base model: load it onto that one."
+        )
 
 
 def read_context_words(config: TextContextConfig, model: Any) -> None:

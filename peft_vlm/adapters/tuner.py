@@ -1,6 +1,5 @@
 """`VLMTuner`: PEFT's `BaseTuner` with what all methods of this package need. Overrides of PEFT internals live here."""
 
-import re
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +7,12 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_vlm.adapters.config import VLMConfig, architecture_of, check_architecture
 from peft_vlm.adapters.layer import PromptLayer
-from peft_vlm.errors import AdapterError
+from peft_vlm.errors import AdapterError, shown
 
 
 class VLMTuner(BaseTuner):
@@ -127,11 +127,8 @@ class VLMTuner(BaseTuner):
         PEFT itself only warns about missing keys and goes on with initial values.
         """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        own = cls._own_tensors(model, adapter_name)
-        saved_modules = tuple(config.modules_to_save or ())
-        unknown = [
-            key for key in mapped if key not in own and not any(re.search(rf"\b{m}\b", key) for m in saved_modules)
-        ]
+        own = cls._own_tensors(model, adapter_name) | cls._saved_modules(model, adapter_name, config)
+        unknown = [key for key in mapped if key not in own]
         missing = [key for key in own if key not in mapped]
         misshapen = [
             f"{key}: model {tuple(own[key].shape)}, file {tuple(mapped[key].shape)}"
@@ -144,7 +141,35 @@ class VLMTuner(BaseTuner):
                 f"unknown {_some(unknown)}; other shape {_some(misshapen)}. The weights file does not belong to this "
                 "adapter_config.json, or the base model is another one."
             )
+        for key, tensor in mapped.items():
+            if tensor.is_floating_point() != own[key].is_floating_point() or tensor.is_complex():
+                raise AdapterError(
+                    f"Expected numbers of type {own[key].dtype} in the tensor {shown(key)}, got {tensor.dtype}. The "
+                    "weights file is no adapter of this kind: get the original."
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise AdapterError(
+                    f"Expected finite numbers in the tensor {shown(key)}, got NaN or infinity. The file is "
+                    "damaged, or the training failed: use another checkpoint."
+                )
         return mapped
+
+    @staticmethod
+    def _saved_modules(model: nn.Module, adapter_name: str, config: Any) -> dict[str, Tensor]:
+        """Tensors of the modules that `modules_to_save` names, under their names in the model."""
+        wrappers = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+        for wanted in config.modules_to_save or ():
+            if not any(f".{name}".endswith(f".{wanted}") for name in wrappers):
+                raise AdapterError(
+                    f"Expected names of modules in `modules_to_save`, got {shown(wanted)}, which is no module of "
+                    f"{type(model).__name__} that can be stored whole. Leave it out."
+                )
+        return {
+            f"{name}.modules_to_save.{adapter_name}.{key}": tensor
+            for name, wrapper in wrappers.items()
+            if adapter_name in wrapper.modules_to_save
+            for key, tensor in wrapper.modules_to_save[adapter_name].state_dict().items()
+        }
 
     @staticmethod
     def _own_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -166,5 +191,5 @@ class VLMTuner(BaseTuner):
 
 def _some(items: list[str], limit: int = 3) -> str:
     """The first few items of a list for a message."""
-    shown = ", ".join(items[:limit]) or "none"
-    return shown + (f" and {len(items) - limit} more" if len(items) > limit else "")
+    first = ", ".join(shown(item) for item in items[:limit]) or "none"
+    return first + (f" and {len(items) - limit} more" if len(items) > limit else "")

@@ -15,6 +15,7 @@ from peft_vlm.conversion.clip_names import to_openai_names
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 from peft_vlm.files import CONVERSION_NAME, new_folder, write_json
+from peft_vlm.models.repository import hub_options
 
 ADAPTER_PREFIX = "base_model.model."
 """What PEFT puts in front of every name in an adapter's weights file."""
@@ -31,7 +32,7 @@ def load_base(base_model: str | Path) -> CLIPModel:
         UnsupportedModelError: If it is no `CLIPModel`.
     """
     try:
-        model = AutoModel.from_pretrained(str(base_model), dtype=torch.float32)
+        model = AutoModel.from_pretrained(str(base_model), dtype=torch.float32, **hub_options(base_model))
     except (OSError, ValueError) as error:
         raise AdapterError(
             f"The base model {str(base_model)!r} could not be loaded: {error}. Pass the folder or id of the CLIP of "

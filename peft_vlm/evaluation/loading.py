@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -16,9 +17,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peft_vlm.adapters.config import VLMConfig, read_config
+from peft_vlm.adapters.adapter_files import AdapterSource
+from peft_vlm.adapters.config import VLMConfig, check_weights, config_of
 from peft_vlm.data.transforms import image_size_of, mean_and_std_of
-from peft_vlm.errors import AdapterError, explain, explained
+from peft_vlm.errors import AdapterError, HubError, PeftVLMError, explain, explained, shown
+from peft_vlm.files import CONFIG_NAME
+from peft_vlm.models.repository import hub_options, is_local, why_cache_only
 from peft_vlm.models.towers import towers_of
 
 
@@ -67,28 +71,20 @@ def load_model(
         token: Token of the Hub, for private repositories; None for the one of `hf auth login`.
 
     Raises:
-        AdapterError: If nothing is given, a folder does not exist, a part is missing, or the base model's image
-            processor prepares images otherwise than the adapter was trained with.
+        AdapterError: If nothing is given, a folder does not exist, a part is missing or damaged, or the base model's
+            image processor prepares images otherwise than the adapter was trained with.
     """
-    source = {"revision": revision, "subfolder": subfolder, "token": token}
-    config = None if adapter is None else _read_config(str(adapter), **source)
+    source = None if adapter is None else _source(str(adapter), revision=revision, subfolder=subfolder, token=token)
+    config = None if source is None else config_of(source)
+    if source is not None and config is not None:
+        check_weights(source, config)
     base = str(base_model) if base_model is not None else _recorded_base(adapter, config)
     _check_path(base, what="base model", advice="Pass `base_model=` with a folder or the id of the model.")
-    try:
-        model: nn.Module = AutoModel.from_pretrained(base, dtype=dtype, token=token)
-        tokenizer = AutoTokenizer.from_pretrained(base, token=token)
-        processor = AutoImageProcessor.from_pretrained(base, token=token)
-    except OSError as error:
-        raise AdapterError(
-            f"The base model {base!r} could not be loaded with tokenizer and image processor: "
-            f"{explain(error) or f'{error}.'} "
-            "Pass `base_model=` with a folder or id that holds all three."
-        ) from error
+    model, tokenizer, processor = _load_base(base, dtype, token)
     towers_of(model)  # refuses other architectures before an adapter is put onto them
-    if adapter is not None:
+    if source is not None:
         _check_processor(config, processor, base)
-        with explained(f"The adapter {str(adapter)!r} could not be loaded"):
-            model = PeftModel.from_pretrained(model, str(adapter), **source)
+        model = _with_adapter(model, source)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recorded = config if isinstance(config, VLMConfig) else None
     names = None if recorded is None or recorded.class_names is None else tuple(recorded.class_names)
@@ -96,15 +92,47 @@ def load_model(
     return LoadedModel(model.eval().to(target), tokenizer, processor, base, names, template)
 
 
-def _read_config(adapter: str, **source: str | None) -> PeftConfig:
+def _source(adapter: str, **where: str | None) -> AdapterSource:
+    """Where an adapter is read from."""
     _check_path(adapter, what="adapter", advice="Pass the folder that holds `adapter_config.json`, or a Hub id.")
+    return AdapterSource.find(adapter, **where)
+
+
+def _load_base(base: str, dtype: torch.dtype, token: str | None) -> tuple[nn.Module, Any, Any]:
+    """Model, tokenizer and image processor of a base model."""
+    if Path(base, CONFIG_NAME).exists():
+        raise AdapterError(f"Expected a base model, got the adapter {base!r}. Pass `base_model=` with its base model.")
+    options = hub_options(base, token=token)
+    # transformers looks for an adapter in the repository, too, and asks the Hub for it unless it is told twice
+    twice = {"adapter_kwargs": {"local_files_only": options["local_files_only"]}}
     try:
-        return read_config(adapter, **source)
-    except AdapterError:
+        model: nn.Module = AutoModel.from_pretrained(base, dtype=dtype, **options, **twice)
+        tokenizer = AutoTokenizer.from_pretrained(base, **options)
+        return model, tokenizer, AutoImageProcessor.from_pretrained(base, **options)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        if options["local_files_only"] and not is_local(base):
+            raise HubError(f"The base model {base!r} cannot be read: {why_cache_only()}.") from error
+        raise AdapterError(
+            f"The base model {base!r} could not be loaded with tokenizer and image processor: "
+            f"{explain(error) or f'{error}.'} "
+            "Pass `base_model=` with a folder or id that holds all three."
+        ) from error
+
+
+def _with_adapter(model: nn.Module, source: AdapterSource) -> PeftModel:
+    """A base model with the adapter of a source, whose files were checked."""
+    what = f"The adapter {source.name!r}"
+    try:
+        with explained(f"{what} could not be loaded"):
+            return PeftModel.from_pretrained(model, str(source.folder()))
+    except PeftVLMError:
         raise
-    except (OSError, ValueError) as error:
-        reason = explain(error) or str(error)
-        raise AdapterError(f"{adapter!r} holds no adapter that can be read: {reason}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError, re.error) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise AdapterError(
+            f"{what} could not be put onto its base model ({shown(reason, 400)}). Its files do not belong "
+            "together, or to another base model: get the adapter again, or pass `base_model=`."
+        ) from error
 
 
 def _recorded_base(adapter: str | Path | None, config: PeftConfig | None) -> str:
@@ -116,8 +144,7 @@ def _recorded_base(adapter: str | Path | None, config: PeftConfig | None) -> str
 
 
 def _check_path(name: str, *, what: str, advice: str) -> None:
-    # A Hub id is `name` or `owner/name`; everything else can only be a path, and must not reach the network.
-    if not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if is_local(name) and not Path(name).exists():
         raise AdapterError(f"The {what} {name!r} does not exist (looked in {str(Path.cwd())!r}). {advice}")
 
 

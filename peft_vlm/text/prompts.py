@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_vlm.errors import ClassNameError
+from peft_vlm.models.repository import hub_options
 from peft_vlm.models.towers import towers_of
 from peft_vlm.text.slots import SlotLayer, Slots
 
@@ -33,7 +34,7 @@ def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase | None:
         model: Model of transformers, which knows where it came from.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **hub_options(model.name_or_path))
     except (OSError, ValueError, TypeError):
         return None
     return tokenizer if has_vocabulary(tokenizer) else None

@@ -50,5 +50,5 @@ def test_a_word_is_no_list_of_class_names(tmp_path: Path) -> None:
     """ "cat" stood for the classes c, a, t."""
     path = saved(tmp_path, ["cat", "dog"]) / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"class_names": "cat"}))
-    with pytest.raises(ValueError, match="Expected `class_names` to be a list of names or None, got 'cat'"):
+    with pytest.raises(ValueError, match="Expected `class_names` to be a list of texts or None, got 'cat'"):
         read_config(tmp_path)

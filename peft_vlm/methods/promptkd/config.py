@@ -5,6 +5,7 @@ from typing import no_type_check
 
 from peft import PeftType
 
+from peft_vlm.adapters.adapter_files import Shape
 from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.adapters.context import check_count
 from peft_vlm.errors import AdapterError
@@ -55,6 +56,15 @@ class PromptKDConfig(VLMConfig):
     def adapter_dtype(self) -> str | None:
         """None: copies of layers follow PEFT's rule for the type of adapter tensors."""
         return None
+
+    def file_shapes(self) -> dict[str, Shape]:
+        """The shapes of class vectors, learned tokens and projector."""
+        shapes: dict[str, Shape] = {r".*\.promptkd_linear1\.weight": (self.class_dim, None)}
+        if self.num_classes:
+            shapes[r".*\.promptkd_class_vectors"] = (self.num_classes, self.class_dim)
+        if self.vision_depth:
+            shapes[r".*\.promptkd_prompt"] = (self.num_vision_tokens, None)
+        return shapes
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,6 +7,7 @@ from peft import PeftType
 from PIL import Image
 from torch import Tensor
 
+from peft_vlm.adapters.adapter_files import Shape
 from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.adapters.context import check_count
 from peft_vlm.adapters.pixel_prompt import SHAPES, SHRINKS, PixelSettings, draw_prompt
@@ -66,6 +67,10 @@ class TVPConfig(VLMConfig):
             raise ValueError("Expected `border` of 1 or more with `shape`='border', got 0: there is nothing to train.")
         self._check_patch()
         self._check_channels()
+
+    def file_shapes(self) -> dict[str, Shape]:
+        """The shape of the prompt, the one tensor of the file."""
+        return {r".*\.tvp_prompt": (3, self.canvas_size, self.canvas_size)}
 
     def _check_patch(self) -> None:
         """Refuse a patch that is missing, unwanted or too large."""

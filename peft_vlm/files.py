@@ -3,11 +3,12 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 from tempfile import mkdtemp
 from typing import Any
 
@@ -38,6 +39,24 @@ def installed_version() -> str:
         return version("peft-vlm")
     except PackageNotFoundError:
         return "unknown"
+
+
+def last_part(path: str | PurePath) -> str:
+    """Name a folder, a file or a Hub id by its last part, whichever system wrote the path.
+
+    Args:
+        path: With slashes or, from Windows, backslashes; `C:\\data\\icons` is `icons` everywhere.
+    """
+    return PureWindowsPath(path).name
+
+
+def file_name(text: str) -> str:
+    """Turn any text, such as the name of a domain, into part of a file name that every system takes.
+
+    Args:
+        text: Any text.
+    """
+    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", text)
 
 
 def weights_sha256(folder: Path) -> str | None:
@@ -184,6 +203,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     try:
         yield part
         part.chmod(0o755)  # `mkdtemp` makes folders that only their owner may read
+        if folder.is_dir():
+            folder.rmdir()  # empty; Windows replaces no folder
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -2,11 +2,12 @@
 
 import json
 import math
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 
-from peft_vlm.files import finite_or_null, write_json
+from peft_vlm.errors import AdapterError
+from peft_vlm.files import file_name, finite_or_null, last_part, new_folder, write_json
 
 
 def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path: Path) -> None:
@@ -35,3 +36,29 @@ def test_nan_is_kept_where_it_is_allowed(tmp_path: Path) -> None:
     """A validation loss that overflowed is a fact of the run."""
     write_json(tmp_path / "metrics.json", {"loss": math.nan})
     assert math.isnan(json.loads((tmp_path / "metrics.json").read_text())["loss"])
+
+
+def test_paths_of_any_system_are_named_alike(tmp_path: Path) -> None:
+    """A report that was written on Windows is read on Linux; a card must not show the whole path."""
+    windows = PureWindowsPath("C:/Users/Zo\u00eb/holiday pictures/icons")
+    assert "\\" in str(windows)
+    for path in (windows, str(windows), "C:/data/icons", "/home/zoe/icons/", "user/icons", "icons"):
+        assert last_part(path) == "icons"
+    assert last_part("D:\\data\\cifar.csv") == "cifar.csv"
+
+
+def test_names_from_data_become_file_names_everywhere() -> None:
+    """A domain called `night: fog/rain?` names a plot, which Windows would refuse."""
+    assert file_name('night: fog/rain? <a|b> "c" \\d*') == "night_ fog_rain_ _a_b_ _c_ _d_"
+    assert file_name("photo \u00e9 1.5") == "photo \u00e9 1.5"
+
+
+def test_an_empty_folder_is_replaced_and_a_full_one_refused(tmp_path: Path) -> None:
+    """The converter writes where the user has made a folder already; Windows replaces none."""
+    (tmp_path / "new").mkdir()
+    with new_folder(tmp_path / "new") as part:
+        (part / "a").write_text("a")
+    assert (tmp_path / "new" / "a").is_file()
+    with pytest.raises(AdapterError, match="new or empty folder"), new_folder(tmp_path / "new"):
+        raise AssertionError("entered")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]

@@ -18,7 +18,7 @@ from peft_vlm.evaluation.run import SEVERAL, SINGLE
 from peft_vlm.export import FORMATS as EXPORTS
 from peft_vlm.settings import PROTOCOLS
 from tests.cli.test_train import save_clip
-from tests.source_tree import PACKAGE, ROOT
+from tests.source_tree import PACKAGE, ROOT, python_modules
 from tests.tiny import colour_names, colour_rows
 
 #: What takes seconds to import.
@@ -26,10 +26,10 @@ HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "evaluate", 
 COMMANDS = ("train", "evaluate", "predict", "convert", "publish", "export", "info")
 
 
-def loaded(code: str, *words: str) -> list[str]:
+def loaded(code: str, *words: str, **environ: str) -> list[str]:
     """Names of the modules that a fresh process has loaded after some code, which is given the words as `argv`."""
     code = f"import json, sys\n{code}\nprint('\\n' + json.dumps(sorted(sys.modules)))"
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    environ = os.environ | {"PYTHONPATH": str(ROOT), **environ}
     run = [sys.executable, "-W", "error", "-c", code, *words]
     done = subprocess.run(run, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -75,15 +75,17 @@ def test_an_exported_classifier_is_served_without_torch(tmp_path) -> None:
     """A server that only runs ONNX files need not hold two gigabytes of libraries."""
     words = ["export", save_clip(tmp_path / "clip"), str(tmp_path / "out"), "--zero_shot", "--template", "a {}."]
     assert main([*words, "--class_names", *colour_names(3), "--formats", "onnx"]) == 0
-    image = tmp_path / "image.png"
+    image = tmp_path / "\u65e5\u672c.png"
     colour_rows(1, classes=3)[0]["image"].save(image)
     code = """
 import peft_vlm.serving.onnx
 from peft_vlm.cli import main
 assert len(peft_vlm.serving.onnx.OnnxClassifier(sys.argv[1]).predict([sys.argv[2]])[0]) == 3
 assert main(["predict", sys.argv[1], sys.argv[2], "--json"]) == 0
+assert main(["predict", sys.argv[1], sys.argv[2]]) == 0
 """
-    modules = loaded(code, str(tmp_path / "out" / "classifier.onnx"), str(image))
+    narrow = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}  # a terminal that lacks the name's letters
+    modules = loaded(code, str(tmp_path / "out" / "classifier.onnx"), str(image), **narrow)
     assert "onnxruntime" in modules
     assert not tops(modules) & HEAVY
 
@@ -112,6 +114,28 @@ assert "PeftModel" in inspect.getsource(peft)
 def test_peft_knows_the_methods_in_whatever_order_things_are_imported(first) -> None:
     """`import peft_vlm` loads nothing by itself; an adapter must load all the same."""
     assert "peft_vlm" in loaded(first + CHECK)
+
+
+def test_no_module_needs_what_windows_lacks() -> None:
+    """`import resource` at the head of one file once kept the whole package from being imported on Windows."""
+    modules = [module.name for module in python_modules(PACKAGE)]
+    code = """
+import builtins, importlib
+original = builtins.__import__
+def hide(name, globals=None, *rest, **named):
+    if name.partition(".")[0] in HIDDEN and (globals or {}).get("__name__", "").startswith("peft_vlm"):
+        raise ImportError(f"{name} is hidden")
+    return original(name, globals, *rest, **named)
+HIDDEN = ("resource", "fcntl", "pwd", "grp", "termios", "pty", "posix", "syslog")
+builtins.__import__ = hide
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import torch
+from peft_vlm.training.callbacks import _peak
+assert _peak(torch.device("cpu")) == ""
+"""
+    assert len(modules) >= 100
+    assert set(modules) - {"peft_vlm.cli.__main__"} <= set(loaded(code, *(m for m in modules if "__main__" not in m)))
 
 
 @pytest.mark.slow

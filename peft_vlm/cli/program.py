@@ -7,6 +7,7 @@ of torch, PEFT and transformers it imports where it does its work: help, version
 """
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks end no command
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="peft-vlm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter

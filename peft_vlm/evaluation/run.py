@@ -16,7 +16,7 @@ from peft_vlm.evaluation.loading import LoadedModel, load_model
 from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png, require_matplotlib
 from peft_vlm.evaluation.protocols import ProtocolResult
 from peft_vlm.evaluation.report import EvalReport
-from peft_vlm.files import BASELINE_NAME, REPORT_NAME, weights_sha256
+from peft_vlm.files import BASELINE_NAME, REPORT_NAME, file_name, last_part, weights_sha256
 from peft_vlm.settings import EvaluationArguments
 
 #: Protocols on one dataset, and on several named ones.
@@ -112,11 +112,11 @@ def _write(report: EvalReport, result: ProtocolResult, arguments: EvaluationArgu
         _write_predictions(result.parts, folder / "predictions.csv")
     if not arguments.plots:
         return
-    name = Path(arguments.adapter or report.model).name
-    datasets = ", ".join(Path(source).name for source in arguments.dataset)
+    name = last_part(arguments.adapter or report.model)
+    datasets = ", ".join(last_part(source) for source in arguments.dataset)
     bars_png({name: report.scores}, folder / "scores.png", title=f"{name}: {report.protocol}, {datasets}")
     for part, evaluated in result.parts.items():
-        path = folder / f"confusion_{part.replace('/', '_')}.png"
+        path = folder / f"confusion_{file_name(part)}.png"
         confusion_matrix_png(
             evaluated.confusion, evaluated.class_names, path, title=f"{name}: {report.protocol}, {part}"
         )

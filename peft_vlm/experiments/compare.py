@@ -23,7 +23,7 @@ from peft_vlm.errors import PeftVLMError
 from peft_vlm.evaluation.classify import evaluate_classifier
 from peft_vlm.evaluation.metrics import harmonic_mean
 from peft_vlm.experiments.peak_memory import PeakMemory
-from peft_vlm.files import write_json
+from peft_vlm.files import last_part, write_json
 from peft_vlm.models.towers import image_features, text_features, text_length_of, towers_of
 from peft_vlm.objective import Objective, ObjectiveOutput
 from peft_vlm.shapes import Batch
@@ -332,7 +332,7 @@ def load_task(source: str | Path, protocol: Literal["base_to_new", "few_shot"], 
         shots: Images per class.
     """
     train, test = (load_image_dataset(str(source), split=split) for split in ("train", "test"))
-    return Task(Path(source).name, protocol, train, test, template=template, shots=shots)
+    return Task(last_part(source), protocol, train, test, template=template, shots=shots)
 
 
 def split_of(task: Task, *, seed: int, train_transform: ImageTransform, test_transform: ImageTransform) -> Split:

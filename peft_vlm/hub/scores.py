@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult
 from peft_vlm.errors import AdapterError
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.evaluation.transfer import TransferReport
-from peft_vlm.files import BASELINE_NAME, REPORT_NAME, TRANSFER_NAME
+from peft_vlm.files import BASELINE_NAME, REPORT_NAME, TRANSFER_NAME, last_part
 
 TITLES = {"accuracy": "accuracy", "base": "base accuracy", "new": "new accuracy", "h": "harmonic mean"}
 
@@ -80,7 +80,7 @@ def _of_report(report: EvalReport, baseline: EvalReport) -> Evaluation:
             f"{' and '.join(different) or 'set of scores'}. Evaluate again with `--baseline`."
         )
     sources, split = re.fullmatch(r"(.*?)(?: \((.*)\))?", report.dataset, re.DOTALL).groups()
-    name = ", ".join(Path(source).name for source in sources.split(", "))
+    name = ", ".join(last_part(source) for source in sources.split(", "))
     scores = []
     for key, value in report.scores.items():
         dataset, title = (name, TITLES[key]) if key in TITLES else (key, "accuracy")

@@ -1,7 +1,6 @@
 """What to do about errors of the machine: too little memory, a worker that died."""
 
 import logging
-import resource
 import signal
 import sys
 import threading
@@ -361,7 +360,7 @@ class RunReport(TrainerCallback):
         left = duration(seconds * (state.max_steps - state.global_step))
         self._say(
             f"Epoch {state.epoch or 0.0:g} of {state.num_train_epochs}: loss {loss:.4g}, {images:.3g} images/s, "
-            f"{left} left, peak memory {_peak(args.device):.2f} GB"
+            f"{left} left{_peak(args.device)}"
         )
 
     def _say(self, line: str) -> None:
@@ -388,7 +387,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _peak(device: torch.device) -> float:
+def _peak(device: torch.device) -> str:
+    """The peak memory of this process as the end of a sentence; empty where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+        return f", peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GB"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GB"

@@ -256,7 +256,7 @@ def _hash(path: Path) -> str:
 
 def _synced(path: Path) -> int:
     """Size of a file, after it has reached the disk."""
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows syncs only what may be written
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size
 

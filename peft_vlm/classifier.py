@@ -23,7 +23,7 @@ ImageInput = str | Path | bytes | Image.Image | np.ndarray
 
 @dataclass(frozen=True)
 class Prediction:
-    """A label and how likely it is.
+    """A label with its probability.
 
     Args:
         label: Class name.
@@ -87,7 +87,7 @@ class PromptedClassifier:
             base_model: Folder or id of the base model; None for the one the adapter records.
             class_names: Used instead of the classes the adapter records.
             template: Used instead of the template the adapter records.
-            device: Where the model runs; None takes a GPU if there is one.
+            device: Device of the model; None takes a GPU if there is one.
             dtype: Data type of the base model's weights.
             revision: Branch, tag or commit of the adapter on the Hub.
             subfolder: Folder inside the adapter's folder or repository.
@@ -142,7 +142,7 @@ class PromptedClassifier:
             images: One image or a list; see `read_image` for what counts as one.
             class_names: Choose among these instead of the classifier's own; the text side makes new classes possible
                 without training.
-            top_k: How many labels per image, at most; fewer when there are fewer classes.
+            top_k: Maximum number of labels per image; fewer when there are fewer classes.
             batch_size: Images per forward pass.
 
         Returns:

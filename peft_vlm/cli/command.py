@@ -37,7 +37,7 @@ def add_command(
     """Add a command with `--json` to the program.
 
     Args:
-        commands: What `add_subparsers` gave.
+        commands: Result of `add_subparsers`.
         name: Word of the command line.
         run: Does the work; wrong input is an error of class `ValueError`.
         summary: Line of `peft-vlm --help`.
@@ -153,7 +153,7 @@ def file_as_flags(words: list[str]) -> list[str]:
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """`{"seed": 1, "split": ["a", "b"]}` as `["--seed=1", "--split", "a", "b"]`; None leaves the default.
+    """Write `{"seed": 1, "split": ["a", "b"]}` as `["--seed=1", "--split", "a", "b"]`; None leaves the default.
 
     Args:
         values: Numbers, texts, and lists of them; a mapping becomes name=value words.

@@ -55,11 +55,7 @@ OF_A_CLIP = (*CLIP_FLAGS, "vision_head_width", "text_heads")
 
 
 def register(commands: Any) -> None:
-    """Add the command to the program.
-
-    Args:
-        commands: What `add_subparsers` gave.
-    """
+    """Add the command to the program."""
     command = add_command(
         commands,
         "convert",
@@ -83,11 +79,7 @@ def register(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Convert one file or folder.
-
-    Args:
-        arguments: Parsed words.
-    """
+    """Convert one file or folder."""
     names = ("class_names", "teacher", *ADAPTER_FLAGS, *CLIP_FLAGS, *NUMBERS)
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.official_file is not None:
@@ -109,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _to_official(adapter: str, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """An adapter as official checkpoint."""
+    """Write an adapter as an official checkpoint."""
     from peft_vlm.conversion.formats import export
     from peft_vlm.evaluation.loading import load_model
 
@@ -120,10 +112,10 @@ def _to_official(adapter: str, path: str, given: Mapping[str, Any]) -> dict[str,
 
 
 def _to_clip(file: "OfficialFile", folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A base model from weights of OpenAI or open_clip."""
+    """Make a base model from weights of OpenAI or open_clip."""
     from peft_vlm.conversion.clip_folder import convert_clip
 
-    _check_flags(given, OF_A_CLIP, "a whole CLIP")
+    _check_flags(given, OF_A_CLIP, "a complete CLIP")
     model = convert_clip(file, folder, **given)
     facts = {"kind": "CLIP", "source": file.path.name, "written": folder, "parameters": model.num_parameters()}
     if "tokenizer" not in given:
@@ -132,7 +124,7 @@ def _to_clip(file: "OfficialFile", folder: str, given: Mapping[str, Any]) -> dic
 
 
 def _to_adapter(file: "OfficialFile", folder: str, given: dict[str, Any]) -> dict[str, Any]:
-    """An adapter from an official checkpoint."""
+    """Make an adapter from an official checkpoint."""
     from peft_vlm.conversion.formats import convert, recognise
 
     if "class_names" in given:
@@ -182,7 +174,7 @@ def _listed(names: list[str]) -> list[str]:
 
 
 def _check_flags(given: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
-    """Refuse flags that mean nothing for a source."""
+    """Refuse flags that do not apply to the kind of file."""
     unknown = [f"--{name}" for name in given if name not in known]
     if unknown:
         taken = ", ".join(f"--{name}" for name in known)
@@ -190,7 +182,7 @@ def _check_flags(given: Mapping[str, Any], known: tuple[str, ...], what: str) ->
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    """The report in lines: tensors with the same fate together."""
+    """Print the report, tensors with the same result on one line."""
     classes = report["class_names"]
     print(f"{report['source']} ({report['kind']}) -> {report['written']} (method {report['method']})")
     print(f"  classes: {'none recorded' if classes is None else f'{len(classes)} ({_some(classes)})'}")

@@ -17,11 +17,7 @@ EXAMPLES = """
 
 
 def register(commands: Any) -> None:
-    """Add the command to the program.
-
-    Args:
-        commands: What `add_subparsers` gave.
-    """
+    """Add the command to the program."""
     add_command(
         commands,
         "evaluate",
@@ -34,11 +30,7 @@ def register(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluate by flags, or by one YAML or JSON file.
-
-    Args:
-        arguments: Parsed words.
-    """
+    """Evaluate by flags, or by one YAML or JSON file."""
     settings = read_settings(arguments, EvaluationArguments)
     settings.check()
     from peft_vlm.evaluation.run import run_evaluation

@@ -13,7 +13,7 @@ EXAMPLES = """
   peft-vlm export outputs/readme exported
   peft-vlm export user/adapter exported --formats onnx
   peft-vlm export openai/clip-vit-base-patch32 exported --zero_shot --class_names cat dog --template "a photo of a {}."
-  peft-vlm predict exported/classifier.onnx picture.png
+  peft-vlm predict exported/classifier.onnx photo.png
 """
 DESCRIPTION = """\
 Writes the image tower, the class vectors and the scale as one network: no PEFT, no text encoder, same logits.
@@ -21,11 +21,7 @@ The result is compared with the adapter before it is written. How to serve it: d
 
 
 def register(commands: Any) -> None:
-    """Add the command to the program.
-
-    Args:
-        commands: What `add_subparsers` gave.
-    """
+    """Add the command to the program."""
     summary = "an adapter with fixed classes as a plain image classifier: safetensors, ONNX, torch program"
     command = add_command(commands, "export", run, summary=summary, description=DESCRIPTION, examples=EXAMPLES)
     command.add_argument("adapter", help="folder or Hub id of an adapter; with --zero_shot: of a base model")
@@ -44,11 +40,7 @@ def register(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Export and say what was written.
-
-    Args:
-        arguments: Parsed words.
-    """
+    """Export, and print which files were written."""
     from peft_vlm.export import export_classifier, write_export
 
     classifier = export_classifier(
@@ -64,4 +56,4 @@ def run(arguments: argparse.Namespace) -> None:
         return
     for path, size in sizes.items():
         print(f"{path:48}{size / 1e6:9.3f} MB")
-    print(f"{len(classifier.card.class_names)} classes. Use it:  peft-vlm predict {str(files[0])!r} picture.png")
+    print(f"{len(classifier.card.class_names)} classes. Use it:  peft-vlm predict {str(files[0])!r} photo.png")

@@ -1,4 +1,4 @@
-"""`peft-vlm info`: what is installed, what a method can be told, what an adapter or an exported classifier is."""
+"""`peft-vlm info`: installed versions, settings of a method, facts about an adapter or an exported classifier."""
 
 import argparse
 import inspect
@@ -25,11 +25,7 @@ EXAMPLES = """
 
 
 def register(commands: Any) -> None:
-    """Add the command to the program.
-
-    Args:
-        commands: What `add_subparsers` gave.
-    """
+    """Add the command to the program."""
     summary = "what is installed, the settings of a method, what an adapter is"
     command = add_command(commands, "info", run, summary=summary, examples=EXAMPLES)
     command.add_argument(
@@ -38,11 +34,7 @@ def register(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print facts.
-
-    Args:
-        arguments: Parsed words.
-    """
+    """Print facts."""
     from peft_vlm.registry import METHODS
 
     what = arguments.what
@@ -63,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _installed() -> dict[str, Any]:
-    """Versions, and what each method trains."""
+    """Versions, and the tensors that each method trains."""
     from peft_vlm.registry import METHODS
     from peft_vlm.training.reports import environment
 
@@ -100,7 +92,7 @@ def _defaults(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _adapter(adapter: str) -> dict[str, Any]:
-    """What an adapter's configuration says, and what lies beside it in a local folder."""
+    """Facts of an adapter's configuration, and of its folder if it is local."""
     from peft_vlm.adapters.config import read_config
     from peft_vlm.registry import ADAPTERS
 
@@ -139,7 +131,7 @@ def _folder(folder: Path) -> dict[str, Any]:
 
 
 def _print(facts: Mapping[str, Any], indent: str = "") -> None:
-    """Names and values in two columns; what is nested stands indented below its name."""
+    """Print names and values in two columns; nested values are indented below their name."""
     for name, value in facts.items():
         if isinstance(value, Mapping):
             print(f"{indent}{name}")

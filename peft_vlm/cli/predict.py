@@ -16,7 +16,7 @@ Labeller = Callable[[Sequence[Path]], list[list[tuple[str, float]]]]
 BATCH_SIZE = 32
 
 EXAMPLES = """
-  peft-vlm predict outputs/readme picture.png "holiday pictures/"
+  peft-vlm predict outputs/readme photo.png "holiday photos/"
   peft-vlm predict outputs/readme "scans/**/*.png" --top_k 1 --json     (quoted: peft-vlm looks for the files itself)
   peft-vlm predict user/adapter my_images/ --class_names cat dog
   peft-vlm predict openai/clip-vit-base-patch32 my_images/ --zero_shot --class_names cat dog
@@ -25,11 +25,7 @@ EXAMPLES = """
 
 
 def register(commands: Any) -> None:
-    """Add the command to the program.
-
-    Args:
-        commands: What `add_subparsers` gave.
-    """
+    """Add the command to the program."""
     command = add_command(commands, "predict", run, summary="labels of image files", examples=EXAMPLES)
     command.add_argument(
         "adapter",
@@ -73,11 +69,7 @@ def image_files(paths: Sequence[str]) -> list[Path]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the labels of image files.
-
-    Args:
-        arguments: Parsed words.
-    """
+    """Print the labels of image files."""
     files = image_files(arguments.images)
     label_files = _labeller(arguments)
     rows = []
@@ -98,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _labeller(arguments: argparse.Namespace) -> Labeller:
-    """The function from files to labels that the words name."""
+    """The function from files to labels for the given arguments."""
     path, top_k = Path(arguments.adapter), arguments.top_k
     if path.suffix in (".safetensors", ".onnx") and path.is_file():
         fixed = {"class_names", "template", "base_model", "zero_shot"}
@@ -125,7 +117,7 @@ def _labeller(arguments: argparse.Namespace) -> Labeller:
 
 
 def _load_exported(path: Path) -> Any:
-    """The classifier in a file, with the runtime of its kind."""
+    """Load an exported classifier with the runtime of its format."""
     if path.suffix == ".safetensors":
         from peft_vlm.serving.plain import load_exported
 

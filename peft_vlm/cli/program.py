@@ -1,6 +1,6 @@
-"""`peft-vlm <command>`: finds the command, runs it, and turns what happened into an exit code.
+"""`peft-vlm <command>`: run the command and return an exit code.
 
-Exit codes: 0 done, 2 wrong input (one line on stderr says what), 1 anything unexpected (with traceback).
+Exit codes: 0 done, 2 wrong input (explained in one line on stderr), 1 anything unexpected (with traceback).
 
 A new command is a file of this folder with a function `register(commands)`, and an entry of `COMMANDS`. What it needs
 of torch, PEFT and transformers it imports where it does its work: help, version and wrong flags answer at once.
@@ -28,7 +28,7 @@ Prompts and selective tuning for vision-language models: train an adapter, measu
 
 Begin with `peft-vlm info` (what is installed), `peft-vlm info METHOD` (the settings of a method) and the examples of
 `peft-vlm COMMAND --help`. With --json a command prints one JSON value on standard output and nothing else there.
-Exit codes: 0 done, 2 wrong input (one line on standard error says what), 1 anything unexpected."""
+Exit codes: 0 done, 2 wrong input (explained in one line on standard error), 1 anything unexpected."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def _expanded(words: list[str], parsers: Mapping[str, argparse.ArgumentParser]) 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the remarks of the libraries below that a user of the command can do nothing about."""
+    """Silence messages of other libraries that a user of the command cannot act on."""
     before = os.environ.get("TRANSFORMERS_VERBOSITY")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # for when it is imported within this
     logging = sys.modules.get("transformers.utils.logging")

@@ -17,11 +17,7 @@ EXAMPLES = """
 
 
 def register(commands: Any) -> None:
-    """Add the command to the program.
-
-    Args:
-        commands: What `add_subparsers` gave.
-    """
+    """Add the command to the program."""
     command = add_command(
         commands,
         "publish",
@@ -30,7 +26,7 @@ def register(commands: Any) -> None:
         description="Uploads weights, configuration, reports and card in one commit. Log in first: hf auth login",
         examples=EXAMPLES,
     )
-    command.add_argument("folder", help="what the trainer wrote")
+    command.add_argument("folder", help="adapter folder")
     command.add_argument("repo_id", help="owner/name; made if it does not exist")
     command.add_argument("--license", help="licence as the Hub spells it: apache-2.0, mit, cc-by-4.0, ...")
     command.add_argument("--base_model", help="Hub id of the base model, if the adapter was trained on a folder")
@@ -48,11 +44,7 @@ def register(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluate if asked to, publish, and say where it is.
-
-    Args:
-        arguments: Parsed words.
-    """
+    """Evaluate if asked to, publish, and print the address."""
     from peft_vlm.evaluation.run import run_evaluation
     from peft_vlm.hub.publish import publish
 

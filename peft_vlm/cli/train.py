@@ -1,4 +1,4 @@
-"""`peft-vlm train`: an adapter of any method on a data set."""
+"""`peft-vlm train`: an adapter of any method on a dataset."""
 
 import argparse
 import ast
@@ -21,7 +21,7 @@ EXAMPLES = """
       --model openai/clip-vit-base-patch16 --dataset my_images/ --output_dir outputs/promptsrc
   peft-vlm train settings.yaml --seed 2 --output_dir outputs/seed2
 
-settings.yaml has the same names (flags behind the file replace its values):
+settings.yaml has the same names (flags after the file replace its values):
   method: promptkd
   model: examples/assets/clip_student
   teacher: examples/assets/clip_teacher
@@ -38,21 +38,17 @@ DESCRIPTION = """\
 Writes the adapter, training_summary.json, metrics.json and, after classifying the test split, report.json.
 
 A dataset is a folder with train/<class>/*.png and test/<class>/*.png, a CSV file with image, label and split, or a
-Hub id. Settings have three homes: --config is what rebuilds the adapter, --objective what the loss needs (both: see
-the page of the method), and every field of transformers' TrainingArguments is a flag of its own."""
+Hub id. Settings have three homes: --config rebuilds the adapter, --objective is for the loss (both: see the page
+of the method), and every field of transformers' TrainingArguments is a flag of its own."""
 
 
 def register(commands: Any) -> None:
-    """Add the command to the program.
-
-    Args:
-        commands: What `add_subparsers` gave.
-    """
+    """Add the command to the program."""
     add_command(
         commands,
         "train",
         run,
-        summary="an adapter of any method on a data set",
+        summary="an adapter of any method on a dataset",
         description=DESCRIPTION,
         examples=EXAMPLES,
         settings=RunSettings,
@@ -93,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     for name, score in scores.items():
         print(f"{name:24}{score:7.2f} %")
-    print(f"Written to {args.output_dir}. Use it:  peft-vlm predict {args.output_dir!r} picture.png")
+    print(f"Written to {args.output_dir}. Use it:  peft-vlm predict {args.output_dir!r} photo.png")
 
 
 def _check_training_flags(words: Sequence[str]) -> None:

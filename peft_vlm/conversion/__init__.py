@@ -1,1 +1,1 @@
-"""Safe reading of official checkpoints; what they mean is known to the converter of each method."""
+"""Safe reading of official checkpoints; each method has its own converter."""

@@ -1,4 +1,4 @@
-"""The CLIP that an official checkpoint was made on, under the official names, and the adapter that goes onto it."""
+"""The base CLIP of an official checkpoint under its official names, and the adapter for it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from peft_vlm.files import CONVERSION_NAME, new_folder, write_json
 from peft_vlm.models.repository import hub_options
 
 ADAPTER_PREFIX = "base_model.model."
-"""What PEFT puts in front of every name in an adapter's weights file."""
+"""Prefix of every name in a weights file of PEFT."""
 
 
 def load_base(base_model: str | Path) -> CLIPModel:
@@ -47,7 +47,7 @@ def load_base(base_model: str | Path) -> CLIPModel:
 
 
 def official_pixels(model: CLIPModel) -> dict[str, Any]:
-    """How the official codes prepare images, as fields of a configuration: the same for every CLIP.
+    """Image preparation of the official codes as fields of a configuration, the same for every CLIP.
 
     Args:
         model: The base model.
@@ -61,7 +61,7 @@ def official_pixels(model: CLIPModel) -> dict[str, Any]:
 
 
 def official_weights(model: CLIPModel) -> dict[str, Tensor]:
-    """The weights of a CLIP under the names that the official trainers give them.
+    """The weights of a CLIP under the names of the official trainers.
 
     Args:
         model: A plain `CLIPModel`.
@@ -70,7 +70,7 @@ def official_weights(model: CLIPModel) -> dict[str, Tensor]:
 
 
 def official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a `CLIPModel` under the names that the official trainers give them.
+    """Tensors of a `CLIPModel` under the names of the official trainers.
 
     Args:
         tensors: State dict of a `CLIPModel`.
@@ -103,14 +103,14 @@ def openai_name(official: str) -> str:
 def write_adapter(
     model: PeftModel, tensors: Mapping[str, Tensor], folder: str | Path, *, file: OfficialFile, kind: str
 ) -> ConversionReport:
-    """Put tensors into a new adapter and write its folder, with the report beside it.
+    """Put tensors into a new adapter and write its folder with the report.
 
     Args:
         model: The base model with the new adapter.
         tensors: All of the adapter's tensors by their names in the base model.
         folder: New folder.
         file: The account of the official file.
-        kind: What the file is.
+        kind: Kind of the file.
     """
     set_peft_model_state_dict(model, {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in tensors.items()})
     report = file.report(kind, model.active_peft_config)

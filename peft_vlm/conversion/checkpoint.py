@@ -1,4 +1,4 @@
-"""Reads tensors out of a checkpoint file without running anything that is in it."""
+"""Read the tensors of a checkpoint file without running any code in it."""
 
 from collections import defaultdict
 from contextlib import nullcontext
@@ -27,7 +27,7 @@ warm-up of Dassl pickles a `CosineAnnealingLR` with its `SGD`), and the modules 
 
 
 class Shell:
-    """Stands for a class of `INERT_MODULES`: holds what the file says about an object and can do nothing."""
+    """Placeholder for a class of `INERT_MODULES`: holds the state of an object and has no behaviour."""
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def _content(path: Path) -> Any:
-    """Whatever the file holds."""
+    """The content of the file."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

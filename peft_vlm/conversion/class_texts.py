@@ -1,4 +1,4 @@
-"""Class names read off the token embeddings that official prompt learners keep as buffers.
+"""Read class names from the token embeddings that official prompt learners store as buffers.
 
 A prompt learner stores, for each class of its training, the embeddings of the start token (`token_prefix`) and of all
 that follows the context (`token_suffix`): class name, full stop, end token, padding. Looked up in the base model's
@@ -37,7 +37,7 @@ def training_class_names(
         buffers: Name of the prompt learner's buffers, without `_prefix` and `_suffix`; they are set aside.
         base: The base model.
         tokenizer: Its tokenizer.
-        class_names: What the caller says they are; checked against the file.
+        class_names: Names given by the caller; checked against the file.
         words_before: Token ids between the context and the class name.
 
     Raises:
@@ -120,14 +120,14 @@ def _texts(ids: Tensor, end: int, words_before: Sequence[int], file: OfficialFil
     count = len(words_before)
     if any(row[:count] != list(words_before) for row in rows):
         raise AdapterError(
-            f"Expected class prompts that go on with the rest of `context_init` behind the context, got others in "
+            f"Expected class prompts that continue with the rest of `context_init` after the context, got others in "
             f"{str(file.path)!r}. Pass the words that the training started from (official `CTX_INIT`)."
         )
     return [row[count:] for row in rows]
 
 
 def _tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a class name as the official prompts have it: underscores as spaces, a full stop behind."""
+    """Token ids of a class name as the official prompts have it: underscores as spaces, and a full stop at the end."""
     return tokenizer(f"{name.replace('_', ' ')}.", add_special_tokens=False)["input_ids"]
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's and open_clip's weights to a folder that `CLIPModel.from_pretrained` and the image processor load."""
+"""Write weights of OpenAI and open_clip as a folder that `CLIPModel.from_pretrained` and the image processor load."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def convert_clip(
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise AdapterError(f"The tensors of {str(file.path)!r} do not make a whole CLIP: {error}") from error
+        raise AdapterError(f"The tensors of {str(file.path)!r} do not make a complete CLIP: {error}") from error
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": config.vision_config.image_size},
         crop_size={"height": config.vision_config.image_size, "width": config.vision_config.image_size},
@@ -77,7 +77,7 @@ def convert_clip(
 
 
 def _open_clip_settings(path: Path) -> dict[str, Any]:
-    """What an `open_clip_config.json` says about activation, heads and pixels; nothing when there is none."""
+    """Activation, heads and pixels in an `open_clip_config.json`; empty without one."""
     if not path.is_file():
         return {}
     content = json.loads(path.read_text(encoding="utf-8"))

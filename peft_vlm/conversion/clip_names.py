@@ -53,7 +53,7 @@ _OPEN_CLIP_TEXT = tuple(
 
 
 def is_clip(names: Mapping[str, Any]) -> bool:
-    """Whether a state dict is a whole CLIP under the names of OpenAI or open_clip.
+    """True for the state dict of a complete CLIP under the names of OpenAI or open_clip.
 
     Args:
         names: State dict.
@@ -88,7 +88,7 @@ def to_hf_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _layer_names(layer: re.Match[str]) -> list[str]:
-    """Names of what one tensor of a layer becomes; none for an unknown part."""
+    """Hugging Face names for one tensor of a layer; none for an unknown part."""
     visual, index, part, kind = layer.groups()
     path = f"{'vision' if visual else 'text'}_model.encoder.layers.{index}."
     if part == "attn.in_proj":
@@ -100,7 +100,7 @@ def to_openai_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a `CLIPModel` under OpenAI's names; the inverse of `to_hf_names`.
 
     Args:
-        tensors: State dict of a `CLIPModel`, or whole layers of it.
+        tensors: State dict of a `CLIPModel`, or of complete layers of it.
     """
     whole = {hf: openai for openai, hf in WHOLE_NAMES.items()}
     parts = {hf: openai for openai, hf in LAYER_PARTS.items()}
@@ -157,7 +157,7 @@ def clip_config(
     towers["text"] |= {
         "vocab_size": vocabulary,
         "max_position_embeddings": len(hf["text_model.embeddings.position_embedding.weight"]),
-        # the start and end token are the last two of the vocabulary; the padding behind the end is never seen
+        # the start and end token are the last two of the vocabulary; the padding after the end is never seen
         **{"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1},
     }
     size = patch.shape[-1] * round((len(positions) - 1) ** 0.5)
@@ -168,7 +168,7 @@ def clip_config(
 
 
 def _check_clip(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what is no CLIP with two transformers."""
+    """Refuse a model other than a CLIP with two transformers."""
     refuse_other_models(tensors)
     if not is_clip(tensors):
         raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""Adapters to files that the official trainers load: what all methods share."""
+"""Write adapters as files that the official trainers load: shared parts."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
         model: Model with the adapter.
 
     Raises:
-        AdapterError: If it trains further modules of the model whole, for which official files have no place.
+        AdapterError: If it trains further modules of the model, which official files cannot hold.
     """
     modules = model.active_peft_config.modules_to_save
     if modules:
@@ -63,7 +63,7 @@ def official_tokens(tensors: Mapping[str, Tensor], names: TowerNames, *, prefix:
     """Learned tokens of one tower under their official names.
 
     Args:
-        tensors: What `adapter_tensors` gave.
+        tensors: Result of `adapter_tensors`.
         names: The tower.
         prefix: Parameter prefix of the method.
     """
@@ -98,7 +98,7 @@ def prompt_buffers(
 
 
 def check_template(config: Any) -> None:
-    """Refuse a template that the official codes cannot say: theirs is context, class name, full stop.
+    """Refuse a template that the official codes cannot express: theirs is context, class name, full stop.
 
     Args:
         config: Configuration of an adapter with text context.
@@ -124,14 +124,14 @@ def save_official(tensors: Mapping[str, Tensor], path: str | Path, *, epoch: int
     Args:
         tensors: State dict.
         path: The file.
-        epoch: What the file says of its epoch.
+        epoch: Epoch to record in the file.
     """
     content: dict[str, Any] = {WRAPPING_KEY: {name: tensor.contiguous() for name, tensor in tensors.items()}}
-    save_whole(content | {"epoch": epoch, "optimizer": None, "scheduler": None, "val_result": None}, path)
+    save_atomically(content | {"epoch": epoch, "optimizer": None, "scheduler": None, "val_result": None}, path)
 
 
-def save_whole(content: Mapping[str, Any], path: str | Path) -> None:
-    """Write a file with `torch.save` through a temporary one, so that no reader sees half of it.
+def save_atomically(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write a file with `torch.save` atomically, through a temporary file.
 
     Args:
         content: Tensors and plain values.

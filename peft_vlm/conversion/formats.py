@@ -1,4 +1,4 @@
-"""Which official checkpoint a file is, and who converts it."""
+"""Recognise official checkpoints and find their converters."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def recognise(file: OfficialFile) -> OfficialFormat:
         )
     if is_clip(file.tensors):
         raise AdapterError(
-            f"{str(file.path)!r} is a whole CLIP and no adapter. `convert_clip` (and `peft-vlm convert` without "
+            f"{str(file.path)!r} is a complete CLIP and no adapter. `convert_clip` (and `peft-vlm convert` without "
             "`--base_model`) makes a base model of it."
         )
     if not found:
@@ -56,7 +56,7 @@ def convert(source: str | Path | OfficialFile, folder: str | Path, **settings: A
     Args:
         source: The file.
         folder: New folder.
-        **settings: What the converter of that kind takes: see `convert_checkpoint` of the method's folder.
+        **settings: Arguments of the converter of that kind: see `convert_checkpoint` of the method's folder.
 
     Returns:
         What became of each tensor of the file.
@@ -89,7 +89,7 @@ def export(
         model: Model with the active adapter.
         path: The file; an older one is replaced. The official codes look for `model.pth.tar-<epoch>`.
         tokenizer: The base model's, for the class prompts that prompt learners store; official loaders drop them.
-        epoch: What the file says of its epoch.
+        epoch: Epoch to record in the file.
 
     Returns:
         Official settings that the adapter needs and no file holds, such as `START_LAYER`.

@@ -11,7 +11,7 @@ from peft_vlm.errors import AdapterError
 
 @dataclass(frozen=True)
 class TowerNames:
-    """Where one tower has its learned tokens.
+    """Places of the learned tokens in one tower.
 
     Args:
         tower: Name in configurations.

@@ -19,16 +19,16 @@ twenty half-precision models (PromptSRC) moves them by up to 1 %, another CLIP's
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What became of an official checkpoint.
+    """Account of the conversion of an official checkpoint.
 
     Args:
-        kind: What the file is, such as `"CoOp"`.
+        kind: Kind of the file, such as `"CoOp"`.
         source: Name of the file.
         config: Configuration of the adapter that was written.
         used: Tensors that went into the adapter.
         unused: Tensors of the file that did not, and why.
         missing: Tensors of that kind of file which this one lacks, and where their values come from.
-        notes: What else is worth knowing, one sentence each.
+        notes: Further remarks, one sentence each.
     """
 
     kind: str
@@ -54,10 +54,10 @@ class ConversionReport:
 
 
 class OfficialFile:
-    """Tensors of an official checkpoint, and what became of them.
+    """Tensors of an official checkpoint, with an account of their use.
 
     Args:
-        path: Where they come from.
+        path: Path of the file.
         tensors: By their official names.
     """
 
@@ -70,7 +70,7 @@ class OfficialFile:
 
     @classmethod
     def open(cls, source: "str | Path | OfficialFile") -> "OfficialFile":
-        """Read a file, or go on with one that was read.
+        """Read a file, or continue with one that was read.
 
         Args:
             source: Path of a checkpoint, or what `open` gave.
@@ -97,7 +97,7 @@ class OfficialFile:
         return tensor.float().contiguous() if tensor.is_floating_point() else tensor
 
     def names(self, pattern: str) -> list[str]:
-        """Names of the file's tensors that a regular expression matches whole.
+        """Names of the tensors that match a regular expression in full.
 
         Args:
             pattern: Regular expression.
@@ -105,10 +105,10 @@ class OfficialFile:
         return [name for name in self.tensors if re.fullmatch(pattern, name)]
 
     def set_aside(self, pattern: str, reason: str) -> None:
-        """Declare tensors that the adapter has no use for.
+        """Mark tensors as unused, with a reason.
 
         Args:
-            pattern: Regular expression over whole names.
+            pattern: Regular expression over full names.
             reason: Why, for the report.
         """
         self.unused |= dict.fromkeys(self.names(pattern), reason)
@@ -150,10 +150,10 @@ class OfficialFile:
             self.unused[name] = averaged if difference else "frozen, equal to the base model's"
 
     def report(self, kind: str, config: Any) -> ConversionReport:
-        """Close the account.
+        """Return the report; refuse if a tensor is unaccounted for.
 
         Args:
-            kind: What the file is.
+            kind: Kind of the file.
             config: Configuration of the adapter.
 
         Raises:

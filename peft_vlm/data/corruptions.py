@@ -1,4 +1,4 @@
-"""Damaged pictures at five levels, to measure how well a prompt holds: noise, blur, light, compression.
+"""Image corruptions at five levels, to measure the robustness of a prompt: noise, blur, light, compression.
 
 Kinds and strengths follow the ImageNet-C benchmark, whose images are 224 px high. Widths of blurs are parts of the
 shorter side here, so that a small image suffers as much as a large one; everything is computed with Pillow and numpy.
@@ -28,9 +28,9 @@ Offsets = Mapping[tuple[int, int], float]
 
 @dataclass(frozen=True)
 class Corruption:
-    """One kind of damage at one level; an augmentation of `ImageQuestionDataset`.
+    """One kind of corruption at one level; an augmentation of `ImageQuestionDataset`.
 
-    What is random is drawn from the generator alone, so that all models see the same damaged pictures.
+    What is random is drawn from the generator alone, so that all models see the same corrupted images.
 
     Args:
         kind: One of `CORRUPTIONS`.
@@ -49,7 +49,7 @@ class Corruption:
             raise ValueError(f"Expected `severity` from 1 to 5, got {self.severity!r}.")
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
-        """The damaged picture, of the same size.
+        """The corrupted image, of the same size.
 
         Args:
             image: RGB image.
@@ -73,7 +73,7 @@ def shot_noise(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pix
 
 
 def impulse_noise(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
-    """A share of all values is set to 0 or 1, half of it each."""
+    """Set a share of all values to 0 or 1, half of it each."""
     draw = rng.random(pixels.shape)
     return np.where(draw < strength / 2, 0.0, np.where(draw < strength, 1.0, pixels))
 
@@ -102,13 +102,13 @@ def motion_blur(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pi
 
 
 def contrast(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
-    """Distances from each channel's mean shrink to a share."""
+    """Scale the distances from the mean of each channel."""
     mean = pixels.mean(axis=(0, 1), keepdims=True)
     return (pixels - mean) * strength + mean
 
 
 def brightness(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
-    """The value of hue, saturation and value rises by so much, up to 1."""
+    """Raise the value of hue, saturation and value, up to 1."""
     value = pixels.max(axis=2, keepdims=True)
     brighter = np.minimum(value + strength, 1.0)
     return np.where(value > 0, pixels * brighter / np.maximum(value, 1e-12), brighter)
@@ -144,7 +144,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Pixels, float, np.random.Generator], Pixe
 
 
 def _average(pixels: Pixels, weights: Offsets) -> Pixels:
-    """Weighted mean of the picture moved by each offset; beyond its edges it goes on with the edge's values."""
+    """Weighted mean of the image shifted by each offset; its edges are repeated outwards."""
     reach = max(max(abs(dy), abs(dx)) for dy, dx in weights)
     padded = np.pad(pixels, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     rows, cols = pixels.shape[:2]

@@ -43,8 +43,8 @@ class RowStore:
 
     Args:
         storage: `"ram"`, or `"disk"` for a memory-mapped file.
-        name: What is stored, for the log and the file.
-        folder: Where the file goes; the system's folder for temporary files by default. It has no name once it is
+        name: Name of the stored values, for the log and the file.
+        folder: Folder of the file; the system's folder for temporary files by default. It has no name once it is
             open, so that nothing is left of it, however the run ends.
 
     Raises:
@@ -79,7 +79,7 @@ class RowStore:
             self.rows = self._mapped(count, dtype).view(shape)
 
     def _mapped(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Numbers in a file that the processes of this machine share; in memory-backed storage for `"ram"`."""
+        """A tensor in a file that the processes of this machine share; in memory-backed storage for `"ram"`."""
         leads, parent = local_place()[0] == 0, Path(self.folder or tempfile.gettempdir())
         if self.storage == "ram" and _SHARED_MEMORY.is_dir():
             parent = _SHARED_MEMORY
@@ -117,7 +117,7 @@ class RowStore:
 
         Args:
             index: Positions.
-            device: Where the rows are wanted.
+            device: Device of the result.
 
         Raises:
             AdapterError: If nothing was stored.
@@ -145,13 +145,13 @@ def divided_pass(dataset: Any, *, batch_size: int, num_workers: int = 0) -> Data
 
 
 def check_room(size: int, storage: str, *, name: str, folder: str | Path | None = None) -> None:
-    """Refuse what does not fit, before hours of work end in a killed process.
+    """Refuse a store that does not fit, before hours of work end in a killed process.
 
     Args:
         size: Bytes to store.
         storage: `"ram"` (checked on Linux only) or `"disk"`.
-        name: What is stored, for the message.
-        folder: Where a file goes; the system's folder for temporary files by default.
+        name: Name of the stored values, for the message.
+        folder: Folder of the file; the system's folder for temporary files by default.
 
     Raises:
         DataError: If there is less room.
@@ -173,7 +173,7 @@ def check_room(size: int, storage: str, *, name: str, folder: str | Path | None 
 
 
 def free_ram() -> int | None:
-    """Bytes of memory that the system can still give; None where it does not say (beside Linux)."""
+    """Bytes of free memory; None on systems other than Linux."""
     if not _MEMORY.is_file():
         return None
     line = next((line for line in _MEMORY.read_text().splitlines() if line.startswith("MemAvailable:")), None)

@@ -1,4 +1,4 @@
-"""What a batch of questions holds: the columns a model takes, the part before the answers, and image tokens."""
+"""Collate questions: the inputs of a model, the part before the answers, and image tokens."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The columns of a batch that the model takes.
 
     Args:
-        batch: What `QuestionCollator` made.
+        batch: Result of `QuestionCollator`.
     """
     return {name: value for name, value in batch.items() if name not in NOT_INPUTS}
 
@@ -41,7 +41,7 @@ def question_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The model's inputs without the answers, for scoring answers; padded on the right.
 
     Args:
-        batch: What `QuestionCollator` made.
+        batch: Result of `QuestionCollator`.
     """
     inputs = model_inputs(batch)
     token_labels = batch.get("token_labels")
@@ -67,18 +67,18 @@ def check_image_tokens(model: nn.Module, batch: Mapping[str, Any]) -> None:
 
     Args:
         model: Image-text model, with or without adapters.
-        batch: What `QuestionCollator` made; on the model's device.
+        batch: Result of `QuestionCollator`; on the model's device.
 
     Raises:
         DataError: If a question has no image token, the numbers differ, or token ids are not in the vocabulary.
-        UnsupportedModelError: If the model does not say which token stands for an image.
+        UnsupportedModelError: If the model does not name its image token.
     """
     base: Any = unwrap(model)
     token_id = getattr(base.config, "image_token_id", None)
     if token_id is None:
         raise UnsupportedModelError(
             f"The configuration of `{type(base).__name__}` names no image token (`image_token_id`). Checkpoints of "
-            "BLIP-2 from before 2024 need `config.image_token_index`; save model and processor anew with it."
+            "BLIP-2 from before 2024 need `config.image_token_index`; save model and processor again with it."
         )
     ids = batch["input_ids"]
     counts = (ids == token_id).sum(dim=1)
@@ -111,7 +111,7 @@ class QuestionCollator:
     r"""Makes model inputs from images, questions and answers with the model's own processor.
 
     The question is written with the processor's chat template, or else with `template`; the answer is tokenised on its
-    own, put behind it and ended by the end token. Sequences are padded on the right.
+    own, appended to it and ended by the end token. Sequences are padded on the right.
 
     Columns: what the processor gives (`input_ids`, `attention_mask`, `pixel_values`, ...), `token_labels` (the tokens
     of the answer, -100 elsewhere; not there when no answer is known), `labels`, `index`, and `clip_pixel_values` when
@@ -126,10 +126,10 @@ class QuestionCollator:
         answer_prefix: Text between question and answer, such as `"This is a photo of a"`.
         answer_format: Text around an answer with one `{}`; `" {}"` for byte-level tokenizers when the question ends
             without a space.
-        end_token: What ends an answer; None: the tokenizer's end token. The official TVP code uses a newline.
+        end_token: Token that ends an answer; None: the tokenizer's end token. The official TVP code uses a newline.
         encoder_decoder: The language model has an encoder for the question and a decoder for the answer (BLIP-2 with
             T5): `token_labels` then holds the answer alone.
-        clip_processor: Image processor of a CLIP that sees the same pictures, for `clip_pixel_values`.
+        clip_processor: Image processor of a CLIP that sees the same images, for `clip_pixel_values`.
 
     Raises:
         DataError: If the tokenizer cannot pad, or `template` has no `{question}`.
@@ -160,10 +160,10 @@ class QuestionCollator:
         self.encoder_decoder, self.clip_processor = encoder_decoder, clip_processor
 
     def prompt(self, question: str) -> str:
-        """The text that stands before the answer, with the image token where the processor wants one.
+        """The text before the answer, with the image token where the processor needs one.
 
         Args:
-            question: What is asked.
+            question: Text of the question.
 
         Raises:
             DataError: If the question contains the image token.
@@ -184,11 +184,11 @@ class QuestionCollator:
         """Images and questions without answers.
 
         Args:
-            items: What a dataset gave.
+            items: Items of a dataset.
             padding_side: `"right"`, or `"left"` for generation.
 
         Raises:
-            DataError: If the tokenizer ends every text with its end token, behind which no answer can follow.
+            DataError: If the tokenizer ends every text with its end token, after which no answer can follow.
         """
         texts = [self.prompt(item["question"]) for item in items]
         bos = self.tokenizer.bos_token
@@ -209,7 +209,7 @@ class QuestionCollator:
             and not texts[0].endswith(str(self.tokenizer.eos_token))
         ):
             raise DataError(
-                f"`{type(self.tokenizer).__name__}` puts its end token behind every question, and an answer behind "
+                f"`{type(self.tokenizer).__name__}` puts its end token after every question, and an answer after "
                 "the end is never read. Load the tokenizer of the language model, or set "
                 "`tokenizer.add_eos_token = False`; for a model with an encoder pass `encoder_decoder=True`."
             )
@@ -219,7 +219,7 @@ class QuestionCollator:
         """A batch, see the class.
 
         Args:
-            items: What a dataset gave, all with an answer or all without.
+            items: Items of a dataset, all with an answer or all without.
 
         Raises:
             DataError: If some items have an answer and others not.
@@ -264,7 +264,7 @@ class QuestionCollator:
         return questions | columns
 
     def _answer_types(self, questions: Mapping[str, Tensor]) -> dict[str, int]:
-        """What each column beside the ids holds at answer tokens."""
+        """Values of each column other than the ids at answer tokens."""
         types = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
         # PaliGemma marks what follows the prefix with 1; Gemma 3 marks the image with 1 and all text with 0.
         if isinstance(_own_processor(self.processor), PaliGemmaProcessor):
@@ -273,7 +273,7 @@ class QuestionCollator:
 
 
 def image_text(processor: Any) -> str:
-    """The text that stands for one image in a question; empty where the processor adds it itself.
+    """The text that represents one image in a question; empty where the processor adds it itself.
 
     Args:
         processor: Processor of an image-text model.
@@ -285,7 +285,7 @@ def image_text(processor: Any) -> str:
 
 
 def default_template(processor: Any) -> str:
-    """How a question is written for a processor without chat template.
+    """The text of a question for a processor without chat template.
 
     Args:
         processor: Processor of an image-text model.
@@ -305,7 +305,7 @@ def check_shrinking(collator: Any, prompt: Any) -> None:
         prompt: The prompt's `PixelSettings`.
 
     Raises:
-        DataError: If its processors do not fit the prompt; every image would be wrong, and nothing else would say so.
+        DataError: If its processors do not fit the prompt; every image would be wrong, without an error.
     """
     if not isinstance(collator, QuestionCollator):
         return
@@ -352,15 +352,15 @@ def answers_of(batch: Mapping[str, Tensor]) -> Int[Tensor, "batch tokens"]:
 def answer_logits(
     model: nn.Module, inputs: Mapping[str, Tensor], answers: Int[Tensor, "batch tokens"]
 ) -> tuple[Float[Tensor, "rows columns"], Int[Tensor, " rows"]]:
-    """Logits in front of answer tokens, in float32, and the tokens they predict; one row per answer token.
+    """Logits before the answer tokens, in float32, and the tokens they predict; one row per answer token.
 
     No others are computed where a model can do that. The mean cross-entropy of the rows is the model's own loss: a
     mean over all answer tokens of the batch, in which a long answer weighs more.
 
     Args:
         model: Multimodal or language model; with an encoder for the question, `answers` holds the answer alone.
-        inputs: What the model takes.
-        answers: What `answers_of` gave.
+        inputs: Inputs of the model.
+        answers: Result of `answers_of`.
     """
     base = unwrap(model)
     if base.config.get_text_config().is_encoder_decoder:
@@ -373,5 +373,5 @@ def answer_logits(
         else:
             logits = model(**inputs, use_cache=False).logits[:, places]
         answers = answers[:, places]
-    told = answers != IGNORED
-    return logits[told].float(), answers[told]
+    is_answer = answers != IGNORED
+    return logits[is_answer].float(), answers[is_answer]

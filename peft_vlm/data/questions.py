@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class ImageAugmentation(Protocol):
-    """What changes a picture before the model's processor sees it."""
+    """Changes an image before the model's processor sees it."""
 
     def __call__(self, image: Image.Image, generator: torch.Generator, /) -> Image.Image:
         """The changed RGB image; the generator is the only source of randomness."""
@@ -25,7 +25,7 @@ class ImageAugmentation(Protocol):
 
 
 class QuestionItem(TypedDict):
-    """One image in RGB, what is asked about it, the expected answer (None when unknown), class id (-1 without one),
+    """One image in RGB, its question, the expected answer (None when unknown), class id (-1 without one),
     and position in the dataset.
     """
 
@@ -56,7 +56,7 @@ class ImageQuestionDataset(ImageClassificationDataset):
         answer_column: Column with the answers; None: the class names.
         image_column: Column of the image.
         label_column: Column of the label, integers from 0; None where the answers give the labels, or there are none.
-        augmentation: Changes pictures at random, drawn from (seed, epoch, position) alone; None: the pictures are the
+        augmentation: Changes images at random, drawn from (seed, epoch, position) alone; None: the images are the
             same in every epoch, and what models make of them may be cached.
         collator: Makes model inputs from items, usually a `QuestionCollator`; the trainer takes it from here.
         seed: Seed of the augmentation.
@@ -104,7 +104,7 @@ class ImageQuestionDataset(ImageClassificationDataset):
             images: Labelled images with class names; their transform is left out.
             question: Asked about every image.
             question_column: Column of the source with a question per image, instead of `question`.
-            augmentation: Changes pictures at random.
+            augmentation: Changes images at random.
             collator: Makes model inputs.
         """
         other = cls.__new__(cls)
@@ -126,14 +126,14 @@ class ImageQuestionDataset(ImageClassificationDataset):
 
     @property
     def has_fixed_pixels(self) -> bool:
-        """Whether every epoch sees the same pictures."""
+        """True if every epoch sees the same images."""
         return self.augmentation is None
 
     def collate(self, items: Sequence[QuestionItem]) -> dict[str, torch.Tensor]:
         """Items of this dataset as model inputs.
 
         Args:
-            items: What `__getitem__` gave.
+            items: Result of `__getitem__`.
 
         Raises:
             DataError: If the dataset has no collator.
@@ -145,7 +145,7 @@ class ImageQuestionDataset(ImageClassificationDataset):
         return self.collator(items)
 
     def question(self, index: int) -> str:
-        """What is asked about the image at a position."""
+        """The question about the image at a position."""
         if self._question is not None:
             return self._question
         assert self._questions is not None, "one of both is set"
@@ -204,13 +204,13 @@ class ImageQuestionDataset(ImageClassificationDataset):
 
 
 class RandomCrop:
-    """A random part of the picture, randomly mirrored, in the picture's own size or a fixed one.
+    """A random part of the image, randomly mirrored, in the size of the image or a fixed one.
 
     Args:
         scale: Share of the image's area that a crop covers, smallest and largest.
         ratio: Width over height of a crop, smallest and largest.
         flip_probability: Chance of mirroring left and right. Use 0 where sides matter (text, "left or right").
-        size: Rows and columns of the result; None: those of the picture.
+        size: Rows and columns of the result; None: those of the image.
 
     Raises:
         ValueError: If the probability is out of range.
@@ -229,7 +229,7 @@ class RandomCrop:
         self.scale, self.ratio, self.flip_probability, self.size = scale, ratio, flip_probability, size
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
-        """The cropped picture.
+        """The cropped image.
 
         Args:
             image: RGB image.
@@ -250,7 +250,7 @@ def _texts(source: "datasets.Dataset | Sequence[Mapping[str, Any]]", column: str
     values = source[column][:] if is_hf_dataset(source) else [row[column] for row in source]
     for row, value in enumerate(values):
         if not isinstance(value, str | int) or isinstance(value, bool):
-            raise DataError(f"Expected texts or whole numbers in column {column!r}, got {value!r} in row {row}.")
+            raise DataError(f"Expected texts or integers in column {column!r}, got {value!r} in row {row}.")
     return [str(value) for value in values]
 
 

@@ -30,7 +30,7 @@ def normalization_of(processor: Any) -> tuple[tuple[float, ...], tuple[float, ..
     kind = type(processor).__name__
     if abs((settings.get("rescale_factor") or 0.0) - PIXEL_STEP) > 1e-6 or not settings.get("do_rescale", True):
         raise DataError(
-            f"Expected an image processor that brings pixels to [0, 1] first, got `{kind}` with "
+            f"Expected an image processor that rescales pixels to [0, 1] first, got `{kind}` with "
             f"do_rescale={settings.get('do_rescale')!r} and rescale_factor={settings.get('rescale_factor')!r}. "
             "A prompt in [0, 1] pixel units would have another size there; switch rescaling by 1/255 on."
         )
@@ -76,7 +76,7 @@ def shrunken_image(image: Image.Image, *, canvas_size: int, border: int, upscale
         image: RGB image.
         canvas_size: Rows and columns of the square.
         border: Width of the black border.
-        upscale: Whether smaller images are enlarged, as the official code does with its 32-pixel ones.
+        upscale: True enlarges smaller images, as the official code does with its 32-pixel ones.
 
     Raises:
         DataError: If the image is smaller than the window and must not be enlarged.
@@ -122,7 +122,7 @@ class ShrinkingProcessor:
         images = image_processor_of(processor)
         if images is processor:
             self.processor = processor
-        else:  # the whole processor calls its image processor, also for chat templates
+        else:  # the processor calls its image processor, also for chat templates
             self.processor = copy.copy(processor)
             inner = ShrinkingProcessor(images, canvas_size=canvas_size, border=border, upscale=upscale)
             self.processor.image_processor = inner
@@ -134,7 +134,7 @@ class ShrinkingProcessor:
         return getattr(self.processor, name)
 
     def __call__(self, images: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """What the processor gives for the shrunken images.
+        """Outputs of the processor for the shrunken images.
 
         Args:
             images: One PIL image or array, or (nested) lists of them.
@@ -147,10 +147,10 @@ class ShrinkingProcessor:
         if not self._is_image_processor or images is None:
             return self.processor(images, *args, **kwargs)
         outputs = self.processor(self._shrunken(images), *args, **kwargs)
-        pictures, count = _num_pictures(outputs), _count(images)
-        if pictures > count:
+        outputs_count, count = _num_outputs(outputs), _count(images)
+        if outputs_count > count:
             raise DataError(
-                f"Expected one picture per image for the model, got {pictures} of {count}: the processor "
+                f"Expected one output per image, got {outputs_count} of {count} images: the processor "
                 f"`{type(self.processor).__name__}` cuts images into tiles, and the border is not around each. "
                 "Switch tiles off, or use `shrink='model'`."
             )
@@ -170,10 +170,10 @@ def _count(images: Any) -> int:
     return sum(map(_count, images)) if isinstance(images, list | tuple) else 1
 
 
-def _num_pictures(outputs: Any) -> int:
-    """Pictures that a processor made, tiles counted one by one, padding not at all."""
+def _num_outputs(outputs: Any) -> int:
+    """Number of images that a processor made; each tile counts, padding does not."""
     if "image_grid_thw" in outputs:
         return len(outputs["image_grid_thw"])
     parts = [np.asarray(part) for part in outputs["pixel_values"]]
-    pictures = [picture for part in parts for picture in part.reshape(-1, *part.shape[-3:])]
-    return sum(bool(picture.any()) for picture in pictures)
+    tiles = [tile for part in parts for tile in part.reshape(-1, *part.shape[-3:])]
+    return sum(bool(tile.any()) for tile in tiles)

@@ -20,7 +20,7 @@ class DatasetSpec:
         template: CoOp's prompt.
         hub_id: Dataset on the Hub.
         split_file: CoOp's split file; None where it has none.
-        note: What to know before use.
+        note: Remark for users.
     """
 
     name: str

@@ -60,7 +60,7 @@ def few_shot_indices(
         ValueError: If `shots` is below 1.
     """
     if shots < 1:
-        raise ValueError(f"Expected `shots` of at least 1, got {shots!r}. Use the whole dataset for no limit.")
+        raise ValueError(f"Expected `shots` of at least 1, got {shots!r}. Use the full dataset for no limit.")
     positions: dict[int, list[int]] = defaultdict(list)
     for position, label in enumerate(labels):
         positions[label].append(position)
@@ -111,7 +111,7 @@ def base_to_new_split(
     seed: int,
     strict: bool = False,
 ) -> BaseToNewSplit:
-    """Draw shots over all classes, then part the classes, in this order as CoOp does.
+    """Draw shots over all classes, then split the classes, in this order as CoOp does.
 
     Args:
         train: Training images of all classes.

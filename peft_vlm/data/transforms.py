@@ -16,7 +16,7 @@ from peft_vlm.errors import DataError
 
 @runtime_checkable
 class ImageTransform(Protocol):
-    """What a dataset needs of a transform, and what an adapter records of it to prepare images the same way.
+    """Interface of a transform; its settings are recorded in the adapter, to prepare images the same way.
 
     `image_size` is (rows, cols); `image_mean` and `image_std` are per channel, in [0, 1] pixel units.
     """
@@ -59,7 +59,7 @@ def mean_and_std_of(processor: BaseImageProcessor) -> tuple[tuple[float, ...], t
 
 
 class EvalTransform:
-    """What the model's image processor does, applied to one image; nothing is random.
+    """The model's image processor, applied to one image; nothing is random.
 
     It calls the processor, so pixel values are equal to those of `processor(image)` and of HF pipelines.
 

@@ -1,4 +1,4 @@
-"""Answers in words against expected ones: normalised exact match, yes or no, counts. Shares are in percent."""
+"""Scores of written answers: normalised exact match, yes/no, counts. Shares are in percent."""
 
 import re
 import unicodedata
@@ -14,12 +14,12 @@ NUMBERS = {word: str(number) for number, word in enumerate(_WORDS.split())}
 
 
 def normalize_answer(text: str) -> str:
-    """An answer without what does not change its meaning: case, punctuation, articles, the spelling of small numbers.
+    """Normalise an answer: remove case, punctuation and articles, and write small numbers as digits.
 
     Points and signs inside numbers stay ("1.5"), commas between thousands go ("1,000" is "1000").
 
     Args:
-        text: What a model wrote, or an expected answer.
+        text: Answer of a model, or an expected one.
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
@@ -33,7 +33,7 @@ def exact_match(predictions: Sequence[str], answers: Sequence[str | Sequence[str
     """Share of predictions that equal an accepted answer after `normalize_answer`, in percent.
 
     Args:
-        predictions: What a model wrote.
+        predictions: Answers of a model.
         answers: Per prediction the expected answer, or several accepted ones.
 
     Raises:
@@ -48,10 +48,10 @@ def exact_match(predictions: Sequence[str], answers: Sequence[str | Sequence[str
 
 
 def parse_yes_no(text: str) -> bool | None:
-    """Whether a text says yes or no first; None when it says neither.
+    """The first yes (True) or no (False) in a text; None without either.
 
     Args:
-        text: What a model wrote.
+        text: Answer of a model.
     """
     for word in normalize_answer(text).split():
         if word in ("yes", "no"):
@@ -84,7 +84,7 @@ def yes_no_scores(predictions: Sequence[str], answers: Sequence[str]) -> YesNoSc
     """Accuracy and F1 of yes/no questions, as for the POPE benchmark with "yes" as the positive answer.
 
     Args:
-        predictions: What a model wrote.
+        predictions: Answers of a model.
         answers: Expected, each "yes" or "no".
 
     Raises:
@@ -110,10 +110,10 @@ def yes_no_scores(predictions: Sequence[str], answers: Sequence[str]) -> YesNoSc
 
 
 def parse_count(text: str) -> int | None:
-    """The first whole number in a text, in digits or as a word up to twenty; None when there is none.
+    """The first integer in a text, in digits or as a word up to twenty; None when there is none.
 
     Args:
-        text: What a model wrote.
+        text: Answer of a model.
     """
     for word in normalize_answer(text).split():
         if re.fullmatch(r"-?\d+", word):
@@ -140,7 +140,7 @@ def count_scores(predictions: Sequence[str], answers: Sequence[str]) -> CountSco
     """Accuracy and error of counting questions.
 
     Args:
-        predictions: What a model wrote.
+        predictions: Answers of a model.
         answers: Expected, each with a number.
 
     Raises:

@@ -25,10 +25,10 @@ LogitsFn = Callable[[Float[Tensor, "batch channels rows cols"]], Float[Tensor, "
 
 @dataclass(frozen=True, eq=False)
 class EvalResult:
-    """What a classifier said about each image of a dataset, and the metrics that follow; 24 bytes per image.
+    """Predictions of a classifier for each image of a dataset, and their metrics; 24 bytes per image.
 
     Args:
-        class_names: What labels index.
+        class_names: Names that labels index.
         labels: True class of each image, in dataset order.
         predicted: Class with the highest logit.
         confidence: Its probability: the softmax over all class names, in [0, 1].
@@ -73,7 +73,7 @@ class EvalResult:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """All logits of a dataset: images x classes numbers.
+    """All logits of a dataset, of shape (images, classes).
 
     Args:
         logits: Scaled logits in float32.
@@ -86,7 +86,7 @@ class Predictions:
 
 @runtime_checkable
 class ImageClassifier(Protocol):
-    """What a protocol needs of a classifier: logits for any class list."""
+    """Interface of a classifier under a protocol: logits for any class list."""
 
     def logits_for(self, class_names: Sequence[str], *, template: str | Sequence[str] | None = None) -> LogitsFn:
         """A function from pixels to logits over the classes, under another template where one is given."""
@@ -126,7 +126,7 @@ def cosine_logits(model: nn.Module, class_features: Float[Tensor, "classes dim"]
 
     Args:
         model: CLIP-like model, with or without adapters.
-        class_features: What `encode_classes` gave for it.
+        class_features: Result of `encode_classes` for it.
     """
 
     def logits(pixel_values: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch classes"]:
@@ -231,7 +231,7 @@ def predict_logits(
     Args:
         model: CLIP-like model, with or without adapters.
         dataset: Images with a transform that is not random.
-        class_features: What `encode_classes` gave for it.
+        class_features: Result of `encode_classes` for it.
         **options: Passed to `iterate_logits`.
     """
     batches = list(iterate_logits(cosine_logits(model, class_features), dataset, **options))

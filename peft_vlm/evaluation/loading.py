@@ -28,13 +28,13 @@ from peft_vlm.models.towers import towers_of
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What an adapter folder and its base model hold together.
+    """A model with its tokenizer, image processor and class names.
 
     Args:
         model: In evaluation mode, on its device; a `PeftModel` when there is an adapter.
         tokenizer: Of the base model.
         image_processor: Of the base model.
-        base_model: Where the base model came from.
+        base_model: Folder or id of the base model.
         class_names: Classes the adapter was trained on; None when it names none.
         template: Text around a class name, or several, recorded by the adapter; None when it has none.
     """
@@ -64,7 +64,7 @@ def load_model(
     Args:
         adapter: Folder or Hub id of an adapter; None for the base model alone.
         base_model: Folder or Hub id of the base model; None for the one the adapter records.
-        device: Where the model runs; None takes a GPU if there is one.
+        device: Device of the model; None takes a GPU if there is one.
         dtype: Data type of the base model's weights.
         revision: Branch, tag or commit of the adapter on the Hub.
         subfolder: Folder inside the adapter's folder or repository.

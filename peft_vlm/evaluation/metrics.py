@@ -75,7 +75,7 @@ def expected_calibration_error(
 
     Args:
         confidence: Probability of the predicted class, in [0, 1].
-        correct: Whether the predicted class is right.
+        correct: True where the predicted class is right.
         num_bins: Number of bins.
 
     Raises:

@@ -1,7 +1,7 @@
-"""How well an image-text model answers, and what a pixel prompt changes.
+"""Accuracy of image-text models, and the effect of a pixel prompt on it.
 
 A prompt is always compared with two baselines: the base model on images at full size, and the same model on images
-that are shrunk as the adapter shrinks them, without the prompt. The first says whether the adapter is worth having,
+that are shrunk as the adapter shrinks them, without the prompt. The first shows whether the adapter helps,
 the second how much of that is the prompt.
 """
 
@@ -122,7 +122,7 @@ def generation_accuracy(model: nn.Module, dataset: ImageQuestionDataset, **optio
 
 @dataclass(frozen=True)
 class PromptEffect:
-    """One figure of one model under three conditions, in percent.
+    """A score of one model under three conditions, in percent.
 
     Args:
         full_size: Base model, images at full size.
@@ -136,12 +136,12 @@ class PromptEffect:
 
     @property
     def gain(self) -> float:
-        """What the prompt adds to the same shrunken images."""
+        """Gain of the prompt over the same shrunken images."""
         return self.prompted - self.shrunken
 
     @property
     def gain_over_full_size(self) -> float:
-        """What the whole adapter, shrinking included, adds to the base model."""
+        """Gain of the adapter, shrinking included, over the base model."""
         return self.prompted - self.full_size
 
 
@@ -157,7 +157,7 @@ def evaluate_prompt(
     Args:
         model: `PeftModel` with an active pixel prompt.
         dataset: Questions with a collator of this model at full size.
-        score: What is measured.
+        score: Function that measures a score.
         shrinking_collator: For adapters with `shrink="processor"`: the collator around a `ShrinkingProcessor`, used
             for the two conditions with the adapter. None: the model shrinks.
 
@@ -168,7 +168,7 @@ def evaluate_prompt(
     layer = prompt_layer_of(model)
     settings = layer.settings[active_name(layer)]
     check_shrinking(shrunken.collator, settings)
-    check_shrinking(dataset.collator, replace(settings, shrink="model"))  # the base model sees whole images
+    check_shrinking(dataset.collator, replace(settings, shrink="model"))  # the base model sees full images
     with model.disable_adapter():
         full_size = score(model, dataset)
     with without_prompt(model):
@@ -184,7 +184,7 @@ def corruption_robustness(
     levels: Sequence[int] = LEVELS,
     **options: Any,
 ) -> dict[str, dict[int, PromptEffect]]:
-    """The three conditions on damaged pictures, the same ones for all models.
+    """The three conditions on corrupted images, the same ones for all models.
 
     Args:
         model: `PeftModel` with an active pixel prompt.
@@ -225,7 +225,7 @@ def data_scale_curve(
     *,
     seed: int = 0,
 ) -> dict[int, dict[str, PromptEffect]]:
-    """How the effect grows with the number of training questions. Smaller sets are part of the larger ones.
+    """The effect by number of training questions. Smaller sets are part of larger ones.
 
     Args:
         train: Trains a prompt on questions and evaluates it, per model.
@@ -250,14 +250,14 @@ def collator_of(dataset: ImageQuestionDataset) -> QuestionCollator:
     """The dataset's collator, for a dataset that fits an evaluation.
 
     Args:
-        dataset: Questions with a `QuestionCollator`, and pictures that are not cropped at random.
+        dataset: Questions with a `QuestionCollator`, and images that are not cropped at random.
 
     Raises:
-        DataError: If there is none, or the pictures are those of training.
+        DataError: If there is none, or its images are cropped at random.
     """
     if isinstance(dataset.augmentation, RandomCrop):
         raise DataError(
-            "Expected the pictures of evaluation, got random crops. Use `dataset.with_augmentation(None)`."
+            "Expected images without random crops, got an augmentation. Use `dataset.with_augmentation(None)`."
         )
     if not isinstance(dataset.collator, QuestionCollator):
         raise DataError(
@@ -277,9 +277,9 @@ def generate_answers(
     num_workers: int = 0,
     progress: bool = False,
 ) -> list[str]:
-    """What a model answers to each question, in dataset order: the most likely token at each step, up to the end.
+    """Generate an answer to each question, in dataset order: the most likely token at each step, up to the end.
 
-    Questions of a batch are padded on the left, so that every answer begins right behind its question.
+    Questions of a batch are padded on the left, so that every answer begins right after its question.
 
     Args:
         model: Image-text model with `generate`, with or without adapters.
@@ -331,7 +331,7 @@ class _LeftPadded:
 
 
 def _new_tokens(written: Tensor, questions: Tensor) -> Tensor:
-    """What was written behind the question; models with an encoder do not repeat the question."""
+    """Tokens generated after the question; models with an encoder do not repeat the question."""
     width = questions.shape[1]
     repeats = written.shape[1] >= width and torch.equal(written[:, :width], questions)
     return written[:, width:] if repeats else written

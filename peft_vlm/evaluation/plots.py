@@ -1,4 +1,4 @@
-"""The empty figure that every plot begins with. matplotlib is imported on use and comes with the extra `plots`."""
+"""Plots: bars, curves, confusion matrices. matplotlib is imported on use and comes with the extra `plots`."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def has_matplotlib() -> bool:
-    """Whether plots can be drawn."""
+    """True if matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 def require_matplotlib() -> None:
-    """Say how to install matplotlib, before work is done whose plots could not be drawn.
+    """Refuse to go further without matplotlib, before any work is done.
 
     Raises:
         ImportError: If it is not installed.
@@ -27,7 +27,7 @@ def require_matplotlib() -> None:
 
 
 def new_figure(width: float | int, height: float | int) -> Any:
-    """An empty figure that no window and no global state of matplotlib knows of; `savefig(path)` writes it.
+    """An empty figure outside of pyplot's global state; `savefig(path)` writes it.
 
     Args:
         width: Inches, of 120 pixels.
@@ -42,7 +42,7 @@ def new_figure(width: float | int, height: float | int) -> Any:
     return figure
 
 
-#: Beyond this many classes neither names nor counts can be read, and only the picture is drawn.
+#: Beyond this many classes neither names nor counts can be read, and only the matrix is drawn.
 MAX_NAMED_CLASSES = 120
 MAX_COUNTED_CLASSES = 12
 

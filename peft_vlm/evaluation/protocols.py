@@ -17,7 +17,7 @@ from peft_vlm.evaluation.metrics import harmonic_mean
 
 @dataclass(frozen=True, eq=False)
 class ProtocolResult:
-    """Outcome of one protocol.
+    """Result of one protocol.
 
     Args:
         protocol: Name, such as `"base-to-new"`.

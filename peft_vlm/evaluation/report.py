@@ -23,13 +23,13 @@ class EvalReport:
         protocol: `"zero-shot"`, `"few-shot"`, `"base-to-new"`, `"cross-dataset"` or `"domain-shift"`.
         model: Folder or id of the base model.
         adapter: Folder or id of the adapter; None for the base model alone.
-        dataset: What was evaluated: source and split of each part.
+        dataset: Source and split of each part.
         template: Texts around the class names that were used.
         scores: Accuracies in percent by name.
         parts: Per evaluated set: images, classes, accuracies, calibration error.
         shots: Training images per class; None where nothing was trained or all were used.
         seed: Seed of shots and training; None where nothing was trained.
-        note: What a reader must know, for example that unlabelled test images were used (transductive).
+        note: Remark for readers, for example that unlabelled test images were used (transductive).
         adapter_sha256: SHA-256 of the adapter's weights file, where the adapter is a local folder.
         versions: Versions of the packages involved.
     """
@@ -86,7 +86,7 @@ class EvalReport:
 
 
 def describe(result: EvalResult) -> dict[str, Any]:
-    """The numbers of one evaluated set as JSON values; accuracies in percent, calibration error in [0, 1]."""
+    """Scores of one evaluated set as JSON values; accuracies in percent, calibration error in [0, 1]."""
     return {
         "num_images": result.num_images,
         "num_classes": len(result.class_names),
@@ -132,7 +132,7 @@ def summarize(runs: Sequence[Mapping[str, float]]) -> Summary:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """By how much one method is better than another on the same seeds.
+    """Gain of one method over another on the same seeds.
 
     Args:
         mean: Mean of the differences.

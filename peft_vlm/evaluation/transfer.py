@@ -1,4 +1,4 @@
-"""One prompt on many models: figures per model, mean gain on models it never saw, as JSON, text and pictures."""
+"""One prompt on many models: scores per model, mean gain on unseen models, as JSON, tables and plots."""
 
 import json
 import statistics
@@ -24,15 +24,15 @@ CONDITIONS = {"full_size": "full size", "shrunken": "shrunken, no prompt", "prom
 
 @dataclass(frozen=True)
 class TransferReport:
-    """One trained prompt on several models, with everything needed to understand the figures; written as JSON.
+    """One trained prompt on several models, with everything needed to understand the scores; written as JSON.
 
     Args:
-        task: What was asked of which data, for example "emoji, pixel art, 40 classes".
+        task: Data and question, for example "emoji, pixel art, 40 classes".
         sources: Models the prompt was trained on.
         effects: Figures in percent per model, sources and unseen ones.
         seed: Seed of the training.
         settings: Objective and run, as JSON values.
-        note: What a reader must know.
+        note: Remark for readers.
         versions: Versions of the packages involved.
 
     Raises:
@@ -75,7 +75,7 @@ class TransferReport:
         return statistics.fmean(one["prompted"] - one[over] for one in gains) if gains else None
 
     def scores(self) -> dict[str, float]:
-        """All figures by name: `"<model>/<condition>"` and the mean gains on unseen models."""
+        """All scores by name: `"<model>/<condition>"` and the mean gains on unseen models."""
         flat = {f"{name}/{key}": v for name, effect in self.effects.items() for key, v in asdict(effect).items()}
         gains = {f"unseen_gain_over_{over}": self.mean_gain(over=over) for over in ("shrunken", "full_size")}
         return flat | {name: gain for name, gain in gains.items() if gain is not None}
@@ -108,7 +108,7 @@ class TransferReport:
             raise DataError(f"Expected {str(path)!r} to be a transfer report of peft_vlm; {error}.") from error
 
     def table(self) -> str:
-        """The figures as a Markdown table."""
+        """The scores as a Markdown table."""
         return transfer_table([self])
 
 
@@ -186,21 +186,21 @@ def transfer_png(reports: Sequence[TransferReport], path: str | Path, *, title: 
 
 
 def prompt_png(model: nn.Module, path: str | Path, *, side: int = 448, limit: float | None = None) -> Image.Image:
-    """Write the active prompt as a picture, enlarged without smoothing.
+    """Write the active prompt as an image, enlarged without smoothing.
 
     Args:
         model: `PeftModel` with a pixel prompt.
         path: PNG file to write.
-        side: Least rows and columns of the picture; it becomes a whole multiple of the canvas.
+        side: Minimum rows and columns of the image; it becomes an integer multiple of the canvas.
         limit: Value shown as full brightness, as in `draw_prompt`.
 
     Returns:
-        The picture.
+        The image.
     """
     layer = prompt_layer_of(model)
-    picture = draw_prompt(prompt_of(model), layer.settings[active_name(layer)].mask(), limit=limit, side=side)
-    picture.save(Path(path))
-    return picture
+    image = draw_prompt(prompt_of(model), layer.settings[active_name(layer)].mask(), limit=limit, side=side)
+    image.save(Path(path))
+    return image
 
 
 def effect_curves(effects: Mapping[int, PromptEffect]) -> dict[str, dict[float, float]]:

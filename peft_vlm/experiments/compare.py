@@ -1,4 +1,4 @@
-"""Full fine-tuning and linear probe in the same harness as the methods. They are yardsticks, not PEFT methods."""
+"""Methods x seeds on a task: train, evaluate, compare; with full fine-tuning and a linear probe as baselines."""
 
 import logging
 import time
@@ -34,7 +34,7 @@ from peft_vlm.training.trainer import VLMTrainer
 
 
 class FullFineTuningObjective(PromptObjective):
-    """Mean cross-entropy of scaled cosines over all classes; both towers run whole, with autograd, in every step.
+    """Mean cross-entropy of scaled cosines over all classes; both towers run in full, with autograd, in every step.
 
     Args:
         prompts: Tokenised class prompts with one template. Cut to their longest prompt they are the fast variant;
@@ -66,10 +66,10 @@ class FullFineTuningObjective(PromptObjective):
         return ObjectiveOutput({"cross_entropy": loss}, logits, batch["labels"])
 
     def check_stream(self) -> None:
-        """A stream will do: nothing is kept."""
+        """Accept streams: nothing is stored."""
 
     def config_dict(self) -> dict[str, Any]:
-        """Nothing to report but the length of the text."""
+        """Settings for the report: the length of the text."""
         return {"text_tokens": self.prompts.input_ids.shape[1]}
 
 
@@ -135,7 +135,7 @@ class Split:
 
     Args:
         train: The shots, with labels of the classes that are trained on.
-        pool: The whole training split, all classes: what a method that needs no labels may see.
+        pool: The full training split with all classes, for methods that need no labels.
         tests: Test sets by the name of their score.
     """
 
@@ -160,7 +160,7 @@ class Fitted:
     Args:
         accuracy: Top-1 accuracy in percent on a dataset whose classes are given by prompts; None when it has no
             answer.
-        trainable_parameters: How many numbers were trained.
+        trainable_parameters: Number of trainable parameters.
         template: Template to be evaluated with; None for the task's.
     """
 
@@ -261,7 +261,7 @@ class TrainerLearner:
         objective: Builds the objective from class prompts and a seed.
         training: Keyword arguments of `VLMTrainingArguments`.
         template: Text around a class name; None for the task's.
-        on_pool: Train on the whole training split with all classes instead of the shots; for objectives that read no
+        on_pool: Train on the full training split with all classes instead of the shots; for objectives that read no
             labels.
         load_model: Gives the model to start from; None for the experiment's.
         after: Called with the trained model and the seed.
@@ -326,7 +326,7 @@ def load_task(source: str | Path, protocol: Literal["base_to_new", "few_shot"], 
     """A task on the splits `train` and `test` of a dataset, called like the last part of its path or id.
 
     Args:
-        source: What `load_image_dataset` reads: a folder, a CSV or a Hub id.
+        source: Source for `load_image_dataset`: a folder, a CSV or a Hub id.
         protocol: `"base_to_new"` or `"few_shot"`.
         template: Text around a class name.
         shots: Images per class.
@@ -365,7 +365,7 @@ class Experiment:
         train_transform: Augmentation.
         test_transform: Preparation of test images.
         output_dir: Folder of everything that is written.
-        device: Where models run; None takes a GPU if there is one.
+        device: Device of the models; None takes a GPU if there is one.
     """
 
     load_model: Callable[[], nn.Module]
@@ -414,7 +414,7 @@ class Experiment:
         """Run everything and write `metrics.json` after each task.
 
         Args:
-            tasks: The first one's results stand at the top level of the report.
+            tasks: The results of the first one are at the top level of the report.
             learners: Rows of the tables.
             seeds: Seeds of shots and training order.
 
@@ -453,7 +453,7 @@ class Experiment:
         Args:
             task: Dataset and protocol.
             split: Images of this seed.
-            learner: What is trained.
+            learner: The learner to train.
             seed: Seed of the training.
 
         Returns:

@@ -15,11 +15,11 @@ class PeakMemory:
     """Measures the peak between `start` and `stop` in MB (2**20 bytes): on a GPU the allocator's, on Linux the
     process's.
 
-    Freed memory is handed back to the system first, so that what an earlier piece of work left behind in the allocator
+    Freed memory is returned to the system first, so that what earlier work left in the allocator
     neither counts nor hides what this one needs.
 
     Args:
-        device: Where the work runs.
+        device: Device of the work.
     """
 
     def __init__(self, device: torch.device) -> None:

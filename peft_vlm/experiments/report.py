@@ -17,7 +17,7 @@ def sections(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Results by task name, the first task included.
 
     Args:
-        report: What `Experiment.run` returned.
+        report: Result of `Experiment.run`.
     """
     return {report["task"]: report["methods"], **{name: task["methods"] for name, task in report["tasks"].items()}}
 
@@ -29,7 +29,7 @@ def markdown_table(report: Mapping[str, Any]) -> str:
     The gain is the mean over seeds of (method - zero-shot), with the standard deviation of those differences.
 
     Args:
-        report: What `Experiment.run` returned.
+        report: Result of `Experiment.run`.
     """
     parts = []
     for name, methods in sections(report).items():
@@ -60,8 +60,8 @@ def show_results(report: Mapping[str, Any], folder: Path, *, learner: str) -> No
     """Write `table.md` and `results.png` beside `metrics.json`, and print the table; from the main process.
 
     Args:
-        report: What `Experiment.run` returned.
-        folder: Where they go.
+        report: Result of `Experiment.run`.
+        folder: Output folder.
         learner: Whose adapter, that of the last seed, the printed example uses.
     """
     if not is_main_process():
@@ -71,14 +71,14 @@ def show_results(report: Mapping[str, Any], folder: Path, *, learner: str) -> No
     results_png(report, folder / "results.png")
     adapter = folder / report["task"] / learner / f"seed{report['seeds'][-1]}"
     print(f"\n{table}\nWritten to {folder}/: metrics.json, table.md, results.png, and each run's adapter.")
-    print(f"Use an adapter:  peft-vlm predict {str(adapter)!r} picture.png")
+    print(f"Use an adapter:  peft-vlm predict {str(adapter)!r} photo.png")
 
 
 def results_png(report: Mapping[str, Any], path: Path) -> None:
     """Bars of the scores of every method, one panel per task, every seed as a dot.
 
     Args:
-        report: What `Experiment.run` returned.
+        report: Result of `Experiment.run`.
         path: PNG file to write.
     """
     tasks = sections(report)

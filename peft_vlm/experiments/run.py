@@ -1,4 +1,4 @@
-"""Settings that come as words: `name=value`, given to whatever has parameters of these names."""
+"""One training from named settings (`name=value`): model, data, adapter, objective, trainer, report."""
 
 import inspect
 import json
@@ -59,7 +59,7 @@ def named_values(words: Sequence[str], name: str) -> dict[str, Any]:
 
 
 def accepted(target: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
-    """What of an offer a function or class has a parameter for.
+    """The arguments of an offer that a function or class has a parameter for.
 
     Args:
         target: Function or class.
@@ -98,7 +98,7 @@ def build(
 
 @dataclass
 class _Parts:
-    """What a run is made of, and what measures its result."""
+    """Parts of a run, and the function that measures its result."""
 
     model: nn.Module
     objective: Objective
@@ -130,7 +130,7 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
     """Train an adapter, save it in `args.output_dir`, and measure it.
 
     Args:
-        settings: What is trained on what.
+        settings: Model, data, method and their settings.
         args: How; a preset's settings of the training must be in it already (`preset_of`).
 
     Returns:
@@ -147,7 +147,7 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
     build = _classifier if _is_clip_like(settings.model) else _answerer
     if settings.evaluate:
         _images(settings, settings.test_split)  # a missing split is better found before the training
-    set_seed(args.seed)  # a new adapter may start from random numbers
+    set_seed(args.seed)  # a new adapter may start from random values
     parts = build(settings, args, config, options)
     trainer = VLMTrainer(parts.model, parts.objective, args, train_dataset=parts.train, eval_dataset=parts.eval)
     trainer.remove_callback(PrinterCallback)
@@ -156,7 +156,7 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
 
 
 def _is_clip_like(model: str) -> bool:
-    """Whether a folder or id holds a model with two towers."""
+    """True for a folder or id of a model with two towers."""
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -35,7 +35,7 @@ SHOWN_IMAGES = 8
 
 @dataclass(frozen=True)
 class ImageTextModel:
-    """A multimodal model with what it needs to be asked about images.
+    """A multimodal model with its processor and collator.
 
     Args:
         name: Name in the reports.
@@ -96,8 +96,8 @@ class TransferExperiment:
         objective: Makes the objective of a variant.
         training: Settings of `VLMTrainingArguments`.
         include_end: Count the end token of an answer, for class names of which one is the beginning of another.
-        score: How answers are measured, in percent.
-        task: What is asked of which data, for the reports.
+        score: Function that scores answers, in percent.
+        task: Data and question, for the reports.
 
     Raises:
         DataError: If two models have one name.
@@ -156,7 +156,7 @@ class TransferExperiment:
         Args:
             variant: How.
             seed: Seed of shots and order.
-            folder: Where the adapter and the training's reports go.
+            folder: Output folder of the adapter and its reports.
 
         Returns:
             The objective's settings.
@@ -186,7 +186,7 @@ class TransferExperiment:
         model.unload()
         for base, home in homes:
             remove_prompts(base)
-            _bring(base, home)
+            _move(base, home)
         self._device = args.device
         return objective.config_dict()
 
@@ -196,7 +196,7 @@ class TransferExperiment:
         Models are measured where the prompt was trained, one after the other, and go back to where they were.
 
         Args:
-            variant: How it was trained.
+            variant: The variant that was trained.
             seed: Seed of the training.
             folder: The adapter.
             settings: The objective's settings.
@@ -205,7 +205,7 @@ class TransferExperiment:
         for name, member in self.models.items():
             questions = self.test.with_collator(member.collator)
             home = next(member.model.parameters()).device
-            _bring(member.model, self._device or home)
+            _move(member.model, self._device or home)
             model = PeftModel.from_pretrained(member.model, folder).eval()
             if name not in self._baselines:
                 effects[name] = self._baselines[name] = evaluate_prompt(model, questions, score=self.score)
@@ -213,7 +213,7 @@ class TransferExperiment:
                 known = self._baselines[name]
                 effects[name] = PromptEffect(known.full_size, known.shrunken, self.score(model, questions))
             model.unload()
-            _bring(member.model, home)
+            _move(member.model, home)
         sources = tuple(member.name for member in self._sources(variant))
         run = {**settings, "training": self.training}
         return TransferReport(self.task, sources, effects, seed=seed, settings=run)
@@ -230,8 +230,8 @@ def write_transfer_results(variants: Mapping[str, Sequence[TransferReport]], fol
     """Write `metrics.json`, `table.md` and `results.png` of an experiment, from the main process.
 
     Args:
-        variants: What `TransferExperiment.run` gave.
-        folder: Where the files go.
+        variants: Result of `TransferExperiment.run`.
+        folder: Output folder.
 
     Returns:
         The tables as Markdown.
@@ -270,7 +270,7 @@ def _columns(reports: Sequence[TransferReport]) -> dict[str, Any]:
     }
 
 
-def _bring(model: nn.Module, device: torch.device) -> None:
+def _move(model: nn.Module, device: torch.device) -> None:
     """Move a model, unless it is there: quantised ones may refuse to be moved at all."""
     if next(model.parameters()).device != device:
         model.to(device)

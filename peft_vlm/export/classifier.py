@@ -1,4 +1,4 @@
-"""From an adapter to an image classifier of plain torch."""
+"""Make an image classifier in plain torch from an adapter."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ def export_classifier(
     template: str | Sequence[str] | None = None,
     revision: str | None = None,
 ) -> PlainClassifier:
-    """An adapter, or a base model alone, with fixed classes as an image classifier without PEFT and text encoder.
+    """Make an image classifier with fixed classes, without PEFT and text encoder, from an adapter or a base model.
 
     Args:
         adapter: Folder or Hub id; None for the base model alone.
@@ -73,14 +73,14 @@ def plain_classifier(
     image_processor: BaseImageProcessor,
     source: dict[str, Any] | None = None,
 ) -> PlainClassifier:
-    """A model in memory, as its active adapter makes it, as an image classifier; compared with it before it is given.
+    """Make an image classifier from a model in memory with its active adapter, and compare their logits.
 
     Args:
         model: `CLIPModel`, `SiglipModel` or a `PeftModel` around one, on any device; it is not changed.
-        class_features: What `encode_classes` gave for it.
+        class_features: Result of `encode_classes` for it.
         class_names: One per row.
         image_processor: Image processor of the model.
-        source: Where the model comes from, for the card.
+        source: Origin of the model, for the card.
 
     Returns:
         The classifier in evaluation mode, on the CPU.
@@ -114,7 +114,7 @@ def plain_classifier(
 
 
 def preprocessing_of(processor: BaseImageProcessor) -> Preprocessing:
-    """What an image processor does, as data.
+    """The steps of an image processor as data.
 
     Args:
         processor: Image processor of a CLIP-like model.

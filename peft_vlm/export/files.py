@@ -22,7 +22,7 @@ def export_program(classifier: PlainClassifier) -> torch.export.ExportedProgram:
     """The classifier as a torch program for batches of any size, without Python code of ours.
 
     Args:
-        classifier: What `export_classifier` gave.
+        classifier: Result of `export_classifier`.
     """
     shape = {"pixel_values": {0: torch.export.Dim.DYNAMIC}}
     return torch.export.export(classifier, (_example(classifier),), dynamic_shapes=shape)
@@ -32,7 +32,7 @@ def save_program(classifier: PlainClassifier, path: Path) -> None:
     """Write the torch program; `torch.export.load(path).module()` runs it.
 
     Args:
-        classifier: What `export_classifier` gave.
+        classifier: Result of `export_classifier`.
         path: File that ends in `.pt2`.
     """
     torch.export.save(export_program(classifier), path, extra_files={METADATA_KEY: classifier.card.to_json()})
@@ -42,7 +42,7 @@ def save_onnx(classifier: PlainClassifier, path: Path) -> None:
     """Write an ONNX file with input `pixel_values`, output `logits` and the card as metadata.
 
     Args:
-        classifier: What `export_classifier` gave.
+        classifier: Result of `export_classifier`.
         path: File to write.
 
     Raises:
@@ -73,7 +73,7 @@ def write_export(classifier: PlainClassifier, folder: str | Path, formats: Seque
     """Write a classifier in several formats, and `classifier.json` with its card.
 
     Args:
-        classifier: What `export_classifier` gave.
+        classifier: Result of `export_classifier`.
         folder: Made where it does not exist.
         formats: Keys of `FORMATS`.
 
@@ -99,7 +99,7 @@ def write_export(classifier: PlainClassifier, folder: str | Path, formats: Seque
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter of torch 2.13 says about itself: no torchvision, its own deprecated calls."""
+    """Silence the exporter of torch 2.13 about missing torchvision and its own deprecated calls."""
     log = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = log.level
     log.setLevel(logging.ERROR)

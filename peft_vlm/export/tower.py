@@ -43,7 +43,7 @@ def copy_tower(model: nn.Module) -> tuple[dict[str, Any], plain_towers.ImageTowe
             f"{config.hidden_act!r}."
         )
     if isinstance(embeddings, VisionTokens | VisionSlots):
-        tokens["input"], embeddings = _tokens_behind_patches(embeddings), embeddings.base_layer
+        tokens["input"], embeddings = _tokens_after_patches(embeddings), embeddings.base_layer
     size = (config.image_size, config.image_size)
     pixel_shape, state = _copy_pixel_prompt(embeddings.patch_embedding, size)
     layers, slots = _layers(towers_of(model).vision_layers, tokens)
@@ -63,7 +63,7 @@ def copy_tower(model: nn.Module) -> tuple[dict[str, Any], plain_towers.ImageTowe
     return shape, tower.requires_grad_(False).eval()
 
 
-def _tokens_behind_patches(embeddings: VisionTokens | VisionSlots) -> Tensor | None:
+def _tokens_after_patches(embeddings: VisionTokens | VisionSlots) -> Tensor | None:
     """Learned tokens, or the zeros of slots; None without an active adapter."""
     weight = embeddings.position_embedding.weight
     if isinstance(embeddings, VisionTokens):
@@ -96,7 +96,7 @@ def _layers(
 
 
 def _ends(base: Any, embeddings: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Sizes and tensors of what stands before and behind the layers."""
+    """Sizes and tensors of the parts before and after the layers."""
     vision, patches = base.vision_model, embeddings.patch_embedding
     if isinstance(patches, PixelPrompt):
         patches = patches.base_layer
@@ -137,7 +137,7 @@ def _attention_pool(head: Any) -> dict[str, Tensor]:
 
 
 def _copy_pixel_prompt(layer: nn.Module, size: tuple[int, int]) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """Sizes and tensors of the picture that an adapter adds; None and nothing without one."""
+    """Sizes and tensors of the pixel prompt of an adapter; None and nothing without one."""
     name = layer.current_adapter if isinstance(layer, PixelPrompt) else None
     if name is None:
         return None, {}
@@ -148,8 +148,8 @@ def _copy_pixel_prompt(layer: nn.Module, size: tuple[int, int]) -> tuple[dict[st
             "`shrink='processor'`: the processor that it needs is not part of an exported classifier."
         )
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (settings.image_mean, settings.image_std))
-    picture = torch.zeros(3, *size) if layer.prompt_is_off else resized_prompt(layer.effective_prompt(name), size)
-    state = {"picture": picture, "mean": mean, "std": std}
+    prompt = torch.zeros(3, *size) if layer.prompt_is_off else resized_prompt(layer.effective_prompt(name), size)
+    state = {"picture": prompt, "mean": mean, "std": std}
     window = None
     if settings.shrink == "model" and settings.border:
         (top, rows), (left, cols) = (window_of(side, settings) for side in size)
@@ -160,7 +160,7 @@ def _copy_pixel_prompt(layer: nn.Module, size: tuple[int, int]) -> tuple[dict[st
 
 
 def _shrinking(size: int, target: int) -> Tensor:
-    """Matrix (target, size) of the bicubic antialiased resize of one side: what it does to each unit vector."""
+    """Matrix (target, size) of the bicubic antialiased resize of one side: its result for each unit vector."""
     unit = torch.eye(size)[None, None]
     return interpolate(unit, size=(target, size), mode="bicubic", align_corners=False, antialias=True)[0, 0]
 

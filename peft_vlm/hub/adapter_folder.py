@@ -1,4 +1,4 @@
-"""An adapter folder as data: configuration, training summary, evaluation; and what it lacks to be published."""
+"""An adapter folder as data: configuration, training summary, evaluation, and missing parts."""
 
 import json
 import re
@@ -27,16 +27,16 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """What lies in an adapter folder.
+    """Contents of an adapter folder.
 
     Args:
         path: The folder.
         config: Configuration.
-        num_parameters: Numbers in the weights file.
-        finite: Whether all of them are finite.
+        num_parameters: Parameters in the weights file.
+        finite: True if all of them are finite.
         prompt_image: The adapter as an image; None where there is nothing to see.
-        summary: What the trainer wrote about the run; None where nothing is known of it.
-        evaluation: What was measured; None where nothing was.
+        summary: Training summary; None without one.
+        evaluation: Evaluation results; None without any.
     """
 
     path: Path
@@ -89,7 +89,7 @@ class AdapterFolder:
         return self.config.peft_type.value.lower()
 
     def missing(self, *, license: str | None, base_model: str | None) -> list[str]:
-        """What a user of the published adapter would miss, as ends of the sentence "Expected ...".
+        """Parts that a published adapter needs and this folder lacks, as ends of the sentence "Expected ...".
 
         Args:
             license: Licence that it is to be published under.

@@ -44,10 +44,10 @@ def render_card(
 
     Args:
         folder: The adapter folder.
-        repo_id: Where it will be loaded from: a Hub id, or a folder.
-        license: Identifier of the licence, as the Hub spells it; without one the card says so.
+        repo_id: Hub id or folder that it will be loaded from.
+        license: Identifier of the licence, as the Hub spells it; without one the card mentions it.
         base_model: Hub id of the base model; None for what the configuration names.
-        subfolder: Where in the repository it lies.
+        subfolder: Folder inside the repository.
         title: Heading; by default the method and the last part of `repo_id`.
         note: Further paragraph below the heading, in Markdown.
     """

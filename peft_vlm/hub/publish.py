@@ -1,4 +1,4 @@
-"""Publishing an adapter: everything its users need, in one commit, or nothing at all."""
+"""Publish an adapter with everything its users need, in one commit."""
 
 import shutil
 import tempfile
@@ -36,7 +36,7 @@ REPORTS = (
 
 @dataclass(frozen=True)
 class Published:
-    """Where an adapter was published.
+    """Address of a published adapter.
 
     Args:
         repo_id: Repository.
@@ -52,7 +52,7 @@ class Published:
 
 
 def saved_adapter(model: nn.Module, folder: str | Path) -> Path | None:
-    """Where `save_pretrained` puts the active adapter of a model; None if it has none of this package.
+    """Path at which `save_pretrained` puts the active adapter of a model; None if it has none of this package.
 
     Args:
         model: Any model.
@@ -75,15 +75,15 @@ def write_folder(
     title: str | None = None,
     note: str = "",
 ) -> None:
-    """Write what is published into a folder: weights, configuration, class names, reports, card.
+    """Write the published files into a folder: weights, configuration, class names, reports, card.
 
     Args:
         folder: The adapter.
-        target: Existing folder that it goes to; it may be the adapter's own.
-        repo_id: Where it will be loaded from.
+        target: Existing output folder; it may be that of the adapter.
+        repo_id: Hub id or folder that it will be loaded from.
         license: Identifier of the licence, as the Hub spells it.
         base_model: Hub id that the configuration will name as base model; None for the one it names already.
-        subfolder: Where in the repository it will lie.
+        subfolder: Folder inside the repository.
         title: Heading of the card.
         note: Further paragraph of the card.
     """
@@ -121,22 +121,23 @@ def publish(
     """Upload an adapter folder with a card made from it, in one commit.
 
     Everything is checked, and the card rendered, before the first request. The folder itself is left as it is; of what
-    else lies in it (checkpoints, optimizer states) nothing is uploaded. A failure leaves no commit behind, at most an
+    else lies in it (checkpoints, optimizer states) nothing is uploaded. A failure leaves no commit, at most an
     empty repository; calling again is safe.
 
     Args:
-        folder: What the trainer wrote, with the reports of `peft-vlm evaluate --baseline` in it.
+        folder: Adapter folder, with the reports of `peft-vlm evaluate --baseline` in it.
         repo_id: `owner/name`; made if it does not exist.
         license: Identifier of the licence, as the Hub spells it: "apache-2.0", "mit", "cc-by-4.0", ...
         base_model: Hub id of the base model; needed when the adapter was trained on a local folder.
         title: Heading of the card.
         note: Further paragraph of the card, in Markdown.
-        subfolder: Where in the repository; for several adapters in one.
+        subfolder: Folder inside the repository, for several adapters in one.
         revision: Branch to commit to, made if it does not exist; None for the main one.
         private: Make the repository private when it is made.
         token: Token of the Hub; None for the one of `hf auth login`.
         commit_message: Summary of the commit.
-        incomplete: Publish even if evaluation, licence, training summary or base model are missing; the card says so.
+        incomplete: Publish even if evaluation, licence, training summary or base model are missing; the card mentions
+            it.
 
     Returns:
         Where it is.
@@ -152,7 +153,7 @@ def publish(
     if missing and not incomplete:
         raise AdapterError(
             f"{str(folder)!r} is not complete. Expected " + "; expected ".join(missing) + ". To publish it as it is, "
-            "with a card that says so, pass `incomplete=True`."
+            "with a card that mentions it, pass `incomplete=True`."
         )
     with tempfile.TemporaryDirectory() as staging:
         place = {"repo_id": repo_id, "base_model": base_model, "subfolder": subfolder}
@@ -191,7 +192,7 @@ def push_model(
     run_folder: str | Path | None = None,
     **options: object,
 ) -> Published:
-    """Publish the active adapter of a model: what `model.push_to_hub(...)` does for adapters of this package.
+    """Publish the active adapter of a model, for `model.push_to_hub(...)`.
 
     Args:
         model: Model with the adapter.

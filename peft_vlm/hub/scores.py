@@ -21,7 +21,7 @@ class Score:
     Args:
         dataset: Name of the test set.
         split: Part of it; empty where the report names none.
-        title: What was measured, for example "base accuracy".
+        title: Name of the score, for example "base accuracy".
         value: With the adapter.
         baselines: Score without the adapter, by the name of the baseline.
     """
@@ -51,7 +51,7 @@ class Evaluation:
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
-    """The evaluation that lies in an adapter folder, None if there is none.
+    """The evaluation in an adapter folder, None if there is none.
 
     Args:
         folder: Holds `report.json` and `zero_shot.json`, or `transfer.json`.

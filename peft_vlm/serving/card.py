@@ -1,4 +1,4 @@
-"""What an exported classifier says about itself: one JSON text, the same in every file format."""
+"""Facts about an exported classifier: one JSON text, the same in every file format."""
 
 import json
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ class ClassifierCard:
     """Classes, preprocessing and origin of an exported classifier.
 
     Args:
-        class_names: What the columns of the logits mean.
-        preprocessing: How an image becomes pixels.
-        architecture: What `build` of `plain.py` makes the network from.
-        source: Where the classifier comes from: adapter, method, base model, template, package version.
+        class_names: Class of each column of the logits.
+        preprocessing: Steps from an image to pixels.
+        architecture: Sizes from which `ImageTower` is built.
+        source: Origin: adapter, method, base model, template, package version.
         format_version: Layout of the file.
     """
 

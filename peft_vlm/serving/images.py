@@ -1,4 +1,4 @@
-"""From an image file to the pixels a classifier takes: numpy and Pillow only."""
+"""Read image files and prepare pixels for a classifier, with numpy and Pillow only."""
 
 import io
 import logging
@@ -19,7 +19,7 @@ RASTER_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF"
 #: What counts as an image in a folder. Pillow registers more, PDF and video among them, which it cannot read.
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
-#: How files of these formats begin; JPEG 2000 is either a bare code stream or a box.
+#: First bytes of these formats; JPEG 2000 is either a bare code stream or a box.
 _SIGNATURE = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|BM....\0{4}|II[*+]\0|MM\0[*+]|P[1-6f]\s+[#\d]"
     rb"|\xff\x4f\xff\x51|\0\0\0\x0cjP  |....ftyp(avif|avis|mif1|msf1)",
@@ -28,7 +28,7 @@ _SIGNATURE = re.compile(
 
 
 def is_raster_image(head: bytes) -> bool:
-    """Whether a file begins as one of `RASTER_FORMATS` does.
+    """True if the first bytes of a file are those of one of `RASTER_FORMATS`.
 
     Args:
         head: The first 16 bytes, at least.
@@ -37,22 +37,22 @@ def is_raster_image(head: bytes) -> bool:
 
 
 def raster_suffixes() -> frozenset[str]:
-    """File endings that promise one of `RASTER_FORMATS`, in lower case."""
+    """File endings of `RASTER_FORMATS`, in lower case."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in RASTER_FORMATS)
 
 
 def open_raster(source: str | Path | bytes) -> Image.Image:
-    """An image of one of `RASTER_FORMATS`, not decoded yet; whatever Pillow raises for other files passes through.
+    """Open an image of one of `RASTER_FORMATS` without decoding it; Pillow's errors for other files pass through.
 
     Args:
-        source: Path, which is read whole so that no file stays open, or content.
+        source: Path, which is read in full so that no file stays open, or content.
     """
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     return Image.open(io.BytesIO(content), formats=RASTER_FORMATS)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image with three channels of 8 bits; what was converted is logged once per kind.
+    """Convert an image to three channels of 8 bits; each kind of conversion is logged once.
 
     Grey and palette images get three channels, transparent ones are laid over white, 16-bit grey is scaled to 8 bits.
 
@@ -81,7 +81,7 @@ def _say_once(message: str) -> None:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the model's image processor does, without transformers.
+    """The steps of the model's image processor, without transformers.
 
     Args:
         image_size: Rows and columns of what the model takes.

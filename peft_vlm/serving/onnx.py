@@ -16,7 +16,7 @@ class OnnxClassifier:
     Args:
         path: The file.
         threads: Threads of one call; 0 lets onnxruntime choose.
-        providers: Where it runs, best first, in onnxruntime's words.
+        providers: Execution providers of onnxruntime, best first.
     """
 
     def __init__(

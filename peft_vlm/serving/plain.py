@@ -71,11 +71,11 @@ class PlainClassifier(nn.Module):
 
 
 def load_exported(path: str | Path, *, device: str | torch.device = "cpu") -> PlainClassifier:
-    """Read what `PlainClassifier.save` wrote. Needs torch, safetensors, numpy and Pillow.
+    """Read a file of `PlainClassifier.save`. Needs torch, safetensors, numpy and Pillow.
 
     Args:
         path: The safetensors file.
-        device: Where the model runs.
+        device: Device of the model.
 
     Returns:
         The classifier in evaluation mode.

@@ -1,4 +1,4 @@
-"""The image tower of a CLIP or SigLIP with whatever an adapter has put into it, in plain torch."""
+"""The image tower of a CLIP or SigLIP, with the tensors of an adapter, in plain torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: gelu(x, approximate="tanh"),
 }
 
-#: What a head (projection, or PromptKD's projector) is made of.
+#: Layers of a head (projection, or PromptKD's projector).
 HEAD_LAYERS: dict[str, type[nn.Module]] = {
     layer.__name__: layer for layer in (nn.Linear, nn.LayerNorm, nn.BatchNorm1d, nn.ReLU)
 }
@@ -25,7 +25,7 @@ class Attention(nn.Module):
     Args:
         width: Width of the tokens.
         heads: Number of heads.
-        slots: How many tokens at the end have fixed queries, keys or values, by the name of the projection.
+        slots: Number of tokens at the end with fixed queries, keys or values, by the name of the projection.
     """
 
     def __init__(self, width: int, heads: int, slots: Mapping[str, int] | None = None) -> None:
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
         Args:
             queries: (batch, queries, width).
-            tokens: What they attend to, (batch, tokens, width).
+            tokens: Keys and values, (batch, tokens, width).
         """
         parts = (("q_proj", queries), ("k_proj", tokens), ("v_proj", tokens))
         q, k, v = (self._project(*part).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
@@ -90,7 +90,7 @@ class Layer(nn.Module):
         self.mlp = MLP(shape["width"], shape["mlp"], shape["activation"])
 
     def forward(self, hidden: Tensor, *, first_only: bool = False) -> Tensor:
-        """What leaves the layer.
+        """Hidden states after the layer.
 
         Args:
             hidden: (batch, tokens, width).
@@ -103,7 +103,7 @@ class Layer(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """SigLIP's pooling: a learned token asks all patches.
+    """SigLIP's pooling: a learned query attends to all patches.
 
     Args:
         shape: As for `Layer`.
@@ -127,7 +127,7 @@ class AttentionPool(nn.Module):
 
 
 class PixelPrompt(nn.Module):
-    """A learned picture on every image. The shrinking into its window is a product with one matrix per side.
+    """A pixel prompt on every image. The shrinking into its window is a product with one matrix per side.
 
     Args:
         image_size: Rows and columns.
@@ -145,7 +145,7 @@ class PixelPrompt(nn.Module):
             self.shrink_cols = nn.Buffer(torch.empty(self.size[1], window[3]))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Normalised images with the picture.
+        """Normalised images with the prompt.
 
         Args:
             pixel_values: (batch, 3, rows, cols), normalised.
@@ -174,7 +174,7 @@ class ImageTower(nn.Module):
         self.patches = nn.Conv2d(3, width, patch, stride=patch, bias=shape["patch_bias"])
         self.class_token = nn.Parameter(torch.empty(width)) if shape["class_token"] else None
         self.positions = nn.Parameter(torch.empty(shape["positions"], width))
-        # Always last: "input" stands behind the patches, a number replaces them where they enter that layer.
+        # Always last: "input" comes after the patches, a number replaces them at the input of that layer.
         self.tokens = nn.ParameterDict({i: nn.Parameter(torch.empty(n, width)) for i, n in shape["tokens"].items()})
         self.pre_norm = nn.LayerNorm(width, eps=shape["eps"]) if shape["pre_norm"] else nn.Identity()
         self.layers = nn.ModuleList(Layer(shape, shape["slots"].get(str(i))) for i in range(shape["layers"]))

@@ -95,11 +95,11 @@ def test_what_is_not_a_clip_is_named(openai_weights, tmp_path):
     refused({"visual.layer1.0.conv1.weight": torch.ones(1)}, r"a CLIP with a ResNet \(RN50")
     refused({"logit_bias": torch.ones(1)}, "a SigLIP")
     refused({}, "names of OpenAI or open_clip", drop="visual.proj")
-    refused({}, "do not make a whole CLIP.*ln_final|final_layer_norm", AdapterError, drop="ln_final.bias")
+    refused({}, "do not make a complete CLIP.*ln_final|final_layer_norm", AdapterError, drop="ln_final.bias")
     torch.save(openai_weights, tmp_path / "plain.pt")
     with pytest.raises(AdapterError, match="a state dict does not say"):
         convert_clip(tmp_path / "plain.pt", tmp_path / "out", **HEADS)
-    with pytest.raises(AdapterError, match="is a whole CLIP and no adapter"):
+    with pytest.raises(AdapterError, match="is a complete CLIP and no adapter"):
         convert(tmp_path / "plain.pt", tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")

@@ -85,7 +85,7 @@ def test_fewer_tokens_than_words_leave_the_rest_in_the_prompt(student_folder, tm
     pixels = tensors("B_ivlp_forward")["in.images"]
     expected = logits(adapter(tmp_path / "b"), pixels)
     assert_close(logits(adapter(tmp_path / "a"), pixels), expected, rtol=0, atol=1e-4)
-    with pytest.raises(AdapterError, match="go on with the rest of `context_init`"):
+    with pytest.raises(AdapterError, match="continue with the rest of `context_init`"):
         convert(official("B_ivlp_forward"), tmp_path / "c", context_init="a photo of a photo", **settings)
 
 

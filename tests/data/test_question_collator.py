@@ -224,7 +224,7 @@ def test_a_tokenizer_that_ends_questions_is_refused() -> None:
         single="$A </s>", special_tokens=[("</s>", EOS)]
     )
     some = items(colour_questions())[:1]
-    with pytest.raises(DataError, match="puts its end token behind every question"):
+    with pytest.raises(DataError, match="puts its end token after every question"):
         QuestionCollator(processor)(some)
     assert QuestionCollator(processor, encoder_decoder=True)(some)["input_ids"][0, -1] == EOS
 

@@ -106,7 +106,7 @@ def test_a_question_is_given_once() -> None:
         ImageQuestionDataset(rows, colour_names(), label_column="label")
     with pytest.raises(DataError, match="columns .'about'."):
         ImageQuestionDataset(rows, colour_names(), label_column="label", question_column="about")
-    with pytest.raises(DataError, match="Expected texts or whole numbers in column 'image'"):
+    with pytest.raises(DataError, match="Expected texts or integers in column 'image'"):
         ImageQuestionDataset(rows, colour_names(), label_column="label", question_column="image")
 
 

@@ -88,5 +88,5 @@ def test_tiles_are_refused():
     tiled = LlavaNextImageProcessor(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=[[32, 32]]
     )
-    with pytest.raises(DataError, match="one picture per image for the model, got 5 of 1: .*Switch tiles off"):
+    with pytest.raises(DataError, match="one output per image, got 5 of 1 images: .*Switch tiles off"):
         ShrinkingProcessor(tiled, canvas_size=32, border=6)(noise_image(40, 40), return_tensors="pt")

@@ -24,7 +24,7 @@ def test_models_are_measured_on_the_device_of_the_training(tmp_path: Path, monke
 
     wrap(ImageTextModel("c", tiny_llava(), questions.collator)).save_pretrained(tmp_path)
     moves = []
-    monkeypatch.setattr(transfer, "_bring", lambda model, device: moves.append((model, str(device))))
+    monkeypatch.setattr(transfer, "_move", lambda model, device: moves.append((model, str(device))))
     experiment = TransferExperiment(
         members,
         train=lambda seed: questions,

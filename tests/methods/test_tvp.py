@@ -258,7 +258,7 @@ def test_a_configuration_without_normalisation_is_refused():
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"do_rescale": False}, "brings pixels to \\[0, 1\\] first"),
+        ({"do_rescale": False}, "rescales pixels to \\[0, 1\\] first"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor=0.0078"),
     ],
 )

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from peft_vlm.adapters.pixel_prompt import prompt_of
-from peft_vlm.conversion.export import save_whole
+from peft_vlm.conversion.export import save_atomically
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.files import CONVERSION_NAME, new_folder, write_json
@@ -96,7 +96,7 @@ def export_checkpoint(
     settings = model.active_peft_config.pixel_settings
     if settings.clamp:
         raise AdapterError("Expected an adapter with `clamp`=False, as in the official code, got True.")
-    save_whole({OFFICIAL_KEY: prompt_of(model).float()}, path)
+    save_atomically({OFFICIAL_KEY: prompt_of(model).float()}, path)
     return {"canvas": settings.canvas_size, "border": settings.border}
 
 

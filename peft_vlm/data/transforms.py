@@ -75,12 +75,7 @@ class EvalTransform:
     def __call__(
         self, image: Image.Image, generator: torch.Generator | None = None
     ) -> Float[Tensor, "channels rows cols"]:
-        """Resized, cropped and normalised pixels.
-
-        Args:
-            image: Any PIL image; the dataset hands in RGB.
-            generator: Not used.
-        """
+        """Resized, cropped and normalised pixels."""
         return self.processor(image, return_tensors="pt")["pixel_values"][0].float()
 
 

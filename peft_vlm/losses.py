@@ -1,7 +1,12 @@
-"""POMP's class sampling: a softmax over a few of many classes, corrected for the classes that were left out.
+"""Losses of the methods as pure tensor functions; weights are applied by the objectives.
 
-Prompt Pre-Training with Twenty-Thousand Classes for Open-Vocabulary Visual Recognition (POMP), 2023, arXiv 2304.04704,
-Sec. 3.2 (local contrast, local correction); masking and constants of the official code.
+| functions | paper |
+|---|---|
+| sampled softmax: `sample_negatives` to `sampled_logits` | POMP, 2023, arXiv 2304.04704, Sec. 3.2, and its official
+code | | class selection: `num_top_classes` to `selected_classes` | Skip Tuning, CVPR 2025, arXiv 2412.11509 | |
+`distillation_loss`, `average_teachers` | PromptKD, CVPR 2024, arXiv 2403.02781 | | `feature_consistency`,
+`semantic_enhancement` | TVP, CVPR 2024, arXiv 2404.11207 | | `feature_distance` | PromptSRC, ICCV 2023, arXiv
+2307.06948 | | `soft_label_loss` | RPP, 2024, arXiv 2409.06166 |
 """
 
 import math
@@ -17,8 +22,8 @@ REJECTED_LOGIT = -1e6
 """Logit of a rejected negative: zero probability in float32, and still finite (official code)."""
 
 
-def sample_negatives(num_classes: int, count: int, *, generator: torch.Generator) -> Int[Tensor, " kept"]:
-    """Different classes drawn uniformly from all classes; those of the batch's own images are not left out.
+def sample_negatives(num_classes: int, count: int, *, generator: torch.Generator) -> Int[Tensor, " selected"]:
+    """Draw different classes uniformly from all classes; the classes of the batch's own images may be among them.
 
     Args:
         num_classes: Number of all classes N.
@@ -28,8 +33,10 @@ def sample_negatives(num_classes: int, count: int, *, generator: torch.Generator
     return torch.randperm(num_classes, generator=generator)[:count]
 
 
-def false_negatives(labels: Int[Tensor, " batch"], negatives: Int[Tensor, " kept"]) -> Bool[Tensor, "batch kept"]:
-    """Which sampled classes are an image's own class, and therefore no negatives for it.
+def false_negatives(
+    labels: Int[Tensor, " batch"], negatives: Int[Tensor, " selected"]
+) -> Bool[Tensor, "batch selected"]:
+    """Mask of sampled classes that are an image's own class, and therefore no negatives for it.
 
     Args:
         labels: Right class of each image.
@@ -39,9 +46,9 @@ def false_negatives(labels: Int[Tensor, " batch"], negatives: Int[Tensor, " kept
 
 
 def local_correction(
-    rejected: Bool[Tensor, "batch kept"], *, num_classes: int, form: str = "ln"
+    rejected: Bool[Tensor, "batch selected"], *, num_classes: int, form: str = "ln"
 ) -> Float[Tensor, " batch"]:
-    """What is added to the logits of an image's negatives, so that they stand for all wrong classes.
+    """Term added to the logits of an image's negatives, so that they represent all wrong classes.
 
     Formula: log(N - 1) - log(valid negatives of the image). With the natural logarithm the sum over the sampled
         exponentials is an unbiased estimate of the sum over all wrong classes; the base-10 logarithm, in the official
@@ -65,8 +72,8 @@ def local_correction(
 
 def sampled_logits(
     positive: Float[Tensor, " batch"],
-    negative: Float[Tensor, "batch kept"],
-    rejected: Bool[Tensor, "batch kept"],
+    negative: Float[Tensor, "batch selected"],
+    rejected: Bool[Tensor, "batch selected"],
     correction: Float[Tensor, " batch"],
 ) -> Float[Tensor, "batch sampled"]:
     """Logits over an image's own class, in column 0, and the sampled ones, in float32; the target is column 0.
@@ -86,7 +93,7 @@ TAIL_RANGE = 5.0
 
 
 def num_top_classes(num_classes: int, *, top_ratio: float | int, max_top: int) -> int:
-    """Number of most similar classes that are always kept.
+    """Number of most similar classes that are always selected.
 
     Args:
         num_classes: Number of classes C.
@@ -105,14 +112,14 @@ def num_top_classes(num_classes: int, *, top_ratio: float | int, max_top: int) -
 
 
 def rank_keep_probability(num_classes: int, num_top: int, *, tail_scale: float) -> Float[Tensor, " classes"]:
-    """Probability in [0, 1] that the class at each similarity rank is kept, rank 0 being the most similar.
+    """Probability in [0, 1] that the class at each similarity rank is selected, rank 0 being the most similar.
 
     1 for the first `num_top` ranks; behind them an exponential density, min-max normalised, so that the first tail
     rank has probability 1 and the last 0.
 
     Args:
         num_classes: Number of classes C.
-        num_top: Ranks that are always kept.
+        num_top: Ranks that are always selected.
         tail_scale: Scale of the exponential distribution. Paper: lambda; official `LAMBDA`, default 0.3.
 
     Returns:
@@ -149,19 +156,19 @@ def rank_classes(
     return similarity.max(dim=0).values.argsort(descending=True)
 
 
-def kept_classes(
+def selected_classes(
     ranked: Int[Tensor, " classes"], keep_rank: Bool[Tensor, " classes"], labels: Int[Tensor, " batch"]
-) -> Int[Tensor, " kept"]:
-    """Ids of the classes that stay, ascending.
+) -> Int[Tensor, " selected"]:
+    """Ids of the selected classes, ascending.
 
     Args:
         ranked: Class ids by rank.
         keep_rank: Which ranks stay.
-        labels: Right class of each image; always kept.
+        labels: Right class of each image; always selected.
 
-    Deviation: The official code drops a label that lies beyond the kept ranks (more distinct labels in a batch than
-        top
-    ranks) and then trains that image towards class 0.
+    Deviation: The official code drops a label that lies beyond the selected ranks (more distinct labels in a batch
+        than
+    top ranks) and then trains that image towards class 0.
     """
     keep = torch.zeros_like(keep_rank)
     keep[ranked] = keep_rank

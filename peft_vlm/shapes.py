@@ -4,7 +4,7 @@
 |----------|--------------------------------------------------------------|
 | batch    | images of one step                                           |
 | classes  | class prompts; rows of the class features                    |
-| kept     | the classes that a sampling or skipping rule leaves in a step |
+| selected | the classes that a sampling or skipping rule selects for a step |
 | sampled  | an image's own class and the classes that a step has drawn |
 | prompts  | tokenised texts (templates x classes)                        |
 | tokens   | positions of one sequence, text or patches                   |

@@ -247,7 +247,7 @@ class CompactPrompts:
         self._starts = self.lengths.cumsum(0) - self.lengths
         self._ids = ids[torch.arange(ids.shape[1]) < self.lengths[:, None]].to(torch.int32)
 
-    def rows(self, classes: Int[Tensor, " kept"]) -> Int[Tensor, "kept tokens"]:
+    def rows(self, classes: Int[Tensor, " selected"]) -> Int[Tensor, "selected tokens"]:
         """Token ids of some classes, cut to the longest of them; behind its end a row repeats its last token.
 
         Args:

@@ -97,7 +97,7 @@ def test_generation_accuracy_counts_matching_answers() -> None:
 
 def test_training_data_is_refused() -> None:
     """Random crops lower every figure; a dataset without collator cannot be asked."""
-    with pytest.raises(DataError, match="got random crops"):
+    with pytest.raises(DataError, match="without random crops"):
         generate_answers(tiny_llava(), colour_questions(augmentation=RandomCrop()))
     with pytest.raises(DataError, match=r"`QuestionCollator`, got NoneType"):
         generate_answers(tiny_llava(), colour_questions(collator=None))

@@ -163,6 +163,6 @@ def test_evaluate_loads_the_files_in_a_process_without_network(tmp_path: Path) -
 
 def test_a_metric_that_does_not_exist_lists_those_that_do() -> None:
     """Instead of a search on the Hub."""
-    with pytest.raises(ValueError, match=r"\['accuracy', 'expected_calibration_error', .*got 'f1'"):
+    with pytest.raises(ValueError, match=r"\('accuracy', 'expected_calibration_error', .*got 'f1'"):
         metric_path("f1")
     assert issubclass(Accuracy, evaluate.Metric)

@@ -39,7 +39,7 @@ def test_mean_gains_are_those_of_unseen_models() -> None:
     assert report().mean_gain(over="full_size") == pytest.approx(-5.0)
     alone = TransferReport("emoji", ("llava",), {"llava": PromptEffect(1.0, 2.0, 3.0)})
     assert alone.mean_gain() is None
-    with pytest.raises(ValueError, match="'shrunken' or 'full_size', got 'clean'"):
+    with pytest.raises(ValueError, match=r"\('shrunken', 'full_size'\), got 'clean'"):
         report().mean_gain(over="clean")
     with pytest.raises(DataError, match=r"without \['qwen'\]"):
         TransferReport("emoji", ("qwen",), report().effects)

@@ -13,7 +13,7 @@ from peft_vlm import SkipTuningObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data.dataset import collate
 from peft_vlm.data.feature_store import RowStore
 from peft_vlm.errors import AdapterError
-from peft_vlm.losses import kept_classes, num_top_classes, rank_classes, rank_keep_probability
+from peft_vlm.losses import num_top_classes, rank_classes, rank_keep_probability, selected_classes
 from peft_vlm.methods.skip_tuning.presets import preset_for
 from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
 from peft_vlm.text.prompts import tokenize_classes
@@ -80,7 +80,7 @@ def test_labels_beyond_the_top_ranks_are_kept():
     """The official code drops the label and trains the image towards class 0."""
     ranked = torch.tensor([3, 1, 0, 2])
     keep_rank = torch.tensor([True, False, False, False])
-    assert kept_classes(ranked, keep_rank, torch.tensor([1, 2])).tolist() == [1, 2, 3]
+    assert selected_classes(ranked, keep_rank, torch.tensor([1, 2])).tolist() == [1, 2, 3]
 
 
 def fresh(**settings):

@@ -98,7 +98,7 @@ def test_evaluation_logits_come_from_the_full_model(s1):
 
 @pytest.mark.parametrize("case", ["k20", "k8", "abs12"])
 def test_cskip_keeps_the_official_classes(case: str):
-    """Ranks, mask, kept classes, remapped labels and losses of three batches under one recorded tail draw."""
+    """Ranks, mask, selected classes, remapped labels and losses of three batches under one recorded tail draw."""
     recorded, settings = tensors("S2_cskip"), facts("S2_cskip")["cases"][case]
     model, objective, dataset = setup(
         "S2_cskip",
@@ -120,14 +120,14 @@ def test_cskip_keeps_the_official_classes(case: str):
         assert output.labels.tolist() == expected["remapped_labels"]
         assert output.logits.shape == (len(expected["batch"]), len(expected["kept_classes"]))
         assert float(output.loss.detach()) == pytest.approx(expected["loss"], rel=1e-5)
-        assert kept_of(objective, model, dataset, expected["batch"]) == expected["kept_classes"]
+        assert selected_classes_of(objective, model, dataset, expected["batch"]) == expected["kept_classes"]
 
 
-def kept_of(objective, model, dataset, indices) -> list[int]:
+def selected_classes_of(objective, model, dataset, indices) -> list[int]:
     """Kept classes of a batch, from the objective's own rule."""
     batch = batch_of(dataset, indices)
     image = image_features(model, dataset.pixel_values[batch["index"]]).detach()
-    return objective._kept(image, objective._text[2], batch["labels"]).tolist()
+    return objective._select_classes(image, objective._text[2], batch["labels"]).tolist()
 
 
 def test_ratio_one_ignores_the_cap_and_draws_nothing():

@@ -223,7 +223,7 @@ class RPPObjective(PromptObjective):
             terms["soft_label"] = weight * soft_label_loss(arranged(logits, added), arranged(taught, added), **options)
         return ObjectiveOutput(terms, arranged(logits, plain), target)
 
-    def _draw(self, index: Int[Tensor, " batch"]) -> Int[Tensor, " kept"]:
+    def _draw(self, index: Int[Tensor, " batch"]) -> Int[Tensor, " selected"]:
         """Sampled classes of a batch: the same whenever the run is resumed, and however many processes share it."""
         text = f"{self.seed},{self._epoch},{gather_rows(index).tolist()}"
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -236,7 +236,7 @@ class RPPObjective(PromptObjective):
         sampled, classes = int(self.settings["num_sampled_classes"]), len(self.prompts.class_names)
         return classes if sampled >= classes else sampled - 1
 
-    def _text_features(self, towers: Towers, classes: Int[Tensor, " kept"]) -> Float[Tensor, "kept dim"]:
+    def _text_features(self, towers: Towers, classes: Int[Tensor, " selected"]) -> Float[Tensor, "selected dim"]:
         """Features of some classes; several chunks keep one chunk's activations at a time."""
         if self._fixed_text is not None:
             return self._fixed_text.read(classes, classes.device)

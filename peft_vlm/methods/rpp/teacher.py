@@ -107,7 +107,7 @@ class ZeroShotTeacher:
             return towers.finish_image(towers.embed_image(pixel_values), 0).float()
 
     @torch.no_grad()
-    def logits(self, images: Float[Tensor, "batch dim"], classes: Tensor) -> Float[Tensor, "batch kept"]:
+    def logits(self, images: Float[Tensor, "batch dim"], classes: Tensor) -> Float[Tensor, "batch selected"]:
         """Scaled logits over some classes.
 
         Args:

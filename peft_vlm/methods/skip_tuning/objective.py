@@ -1,4 +1,4 @@
-"""Skip Tuning's objective: cross-entropy over the kept classes, from cached hidden states upwards.
+"""Skip Tuning's objective: cross-entropy over the selected classes, from cached hidden states upwards.
 
 Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves, 2025, arXiv
 2412.11509.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import RowStore
 from peft_vlm.distributed import gather_rows
-from peft_vlm.losses import kept_classes, num_top_classes, rank_classes, rank_keep_probability
+from peft_vlm.losses import num_top_classes, rank_classes, rank_keep_probability, selected_classes
 from peft_vlm.methods.skip_tuning.feature_cache import fill, initial_prototypes, text_hidden_states
 from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
 from peft_vlm.models.towers import side_of, towers_of
@@ -47,11 +47,11 @@ class SkipTuningObjective(PromptObjective):
 
     Args:
         prompts: Tokenised class prompts with a single template.
-        top_ratio: Share (up to 1) or number of classes always kept. Paper: r; official `TOP_RATIO`, 0.5.
+        top_ratio: Share (up to 1) or number of classes always selected. Paper: r; official `TOP_RATIO`, 0.5.
         max_top: Upper bound of that number; ignored when `top_ratio` is 1. Official `MAX_TOP`, 50.
         tail_scale: Scale of the tail's exponential distribution. Paper: lambda; official `LAMBDA`, 0.3.
-        redraw_tail: When the kept tail ranks are drawn: `"never"` (once per run, as in the official code), `"epoch"`
-            or `"step"`.
+        redraw_tail: When the selected tail ranks are drawn: `"never"` (once per run, as in the official code),
+            `"epoch"` or `"step"`.
         image_cache: Where the image states of an epoch are kept: `"ram"`, `"disk"` (memory-mapped), or `"none"`,
             which runs the lower layers per batch, with the same result.
         cache_folder: Folder of the memory-mapped file; temporary by default.
@@ -192,14 +192,14 @@ class SkipTuningObjective(PromptObjective):
         return groups
 
     def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
-        """Loss over the kept classes.
+        """Loss over the selected classes.
 
         Args:
             model: `PeftModel` with the active adapter.
             batch: `labels`, and `index` into the cache or `pixel_values`.
 
         Returns:
-            The term `cross_entropy` (mean over the batch) and logits over the kept classes, with remapped labels.
+            The term `cross_entropy` (mean over the batch) and logits over the selected classes, with remapped labels.
 
         Raises:
             RuntimeError: If `prepare` was not called.
@@ -209,10 +209,10 @@ class SkipTuningObjective(PromptObjective):
         ids, text_hidden, prototypes = self._text
         towers, labels = towers_of(model), batch["labels"]
         image = towers.finish_image(self._image_hidden(model, batch), self._starts[0])
-        kept = self._kept(image.detach(), prototypes, labels)
-        if kept is not None:
-            ids, text_hidden = ids[kept], text_hidden[kept]
-            labels = torch.searchsorted(kept, labels)
+        selected = self._select_classes(image.detach(), prototypes, labels)
+        if selected is not None:
+            ids, text_hidden = ids[selected], text_hidden[selected]
+            labels = torch.searchsorted(selected, labels)
         if towers.text_is_causal:  # states behind the last end-of-text token influence nothing
             length = int(towers.pooled_positions(ids).max()) + 1
             ids, text_hidden = ids[:, :length], text_hidden[:, :length]
@@ -260,13 +260,13 @@ class SkipTuningObjective(PromptObjective):
             self.generator.manual_seed(self.settings["seed"] * 1_000_003 + epoch)
         self.tail_uniform = torch.rand(len(self.tail_uniform), generator=self.generator)
 
-    def _kept(
+    def _select_classes(
         self,
         image: Float[Tensor, "batch dim"],
         prototypes: Float[Tensor, "classes dim"],
         labels: Int[Tensor, " batch"],
-    ) -> Int[Tensor, " kept"] | None:
-        """Ids of the kept classes, ascending; None when nothing is skipped."""
+    ) -> Int[Tensor, " selected"] | None:
+        """Ids of the selected classes, ascending; None when nothing is skipped."""
         if self.num_top == len(prototypes):
             return None
         if self.redraw_tail == "step":
@@ -274,7 +274,7 @@ class SkipTuningObjective(PromptObjective):
         image, labels = gather_rows(image), gather_rows(labels)  # the batch of all processes decides
         ranked = rank_classes(nn.functional.normalize(image.float(), dim=-1), prototypes, labels)
         keep_rank = (self.tail_uniform < self.keep_probability).to(ranked.device)
-        return kept_classes(ranked, keep_rank, labels)
+        return selected_classes(ranked, keep_rank, labels)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

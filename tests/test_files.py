@@ -40,9 +40,9 @@ def test_nan_is_kept_where_it_is_allowed(tmp_path: Path) -> None:
 
 def test_paths_of_any_system_are_named_alike(tmp_path: Path) -> None:
     """A report that was written on Windows is read on Linux; a card must not show the whole path."""
-    windows = PureWindowsPath("C:/Users/Zo\u00eb/holiday pictures/icons")
+    windows = PureWindowsPath("C:/Zo\u00eb/holiday photos/icons")
     assert "\\" in str(windows)
-    for path in (windows, str(windows), "C:/data/icons", "/home/zoe/icons/", "user/icons", "icons"):
+    for path in (windows, str(windows), "C:/data/icons", "/srv/zoe/icons/", "user/icons", "icons"):
         assert last_part(path) == "icons"
     assert last_part("D:\\data\\cifar.csv") == "cifar.csv"
 

@@ -7,18 +7,24 @@ from typing import overload
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from peft_vlm.data.dataset import read_image
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import ClassNameError
-from peft_vlm.evaluation.classify import LogitsFn, TextClassifier
+from peft_vlm.evaluation.classify import LogitsFn, cosine_logits
 from peft_vlm.evaluation.loading import load_model
+from peft_vlm.text.class_features import TextTensors, encode_classes
+from peft_vlm.text.prompts import check_class_names, tokenize_for_model
 
 #: One image: a path, file content, a PIL image, or a uint8 array (rows, cols, channels).
 ImageInput = str | Path | bytes | Image.Image | np.ndarray
+
+#: Class lists whose features are kept at once; each takes classes x dim x 4 bytes.
+MAX_CLASS_LISTS = 16
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,11 @@ class Prediction:
 
 class PromptedClassifier:
     """Classifies images with a CLIP-like model, with or without an adapter.
+
+    The class features of a class list are computed once and kept until the state of the model changes: another
+    adapter, one that is switched off, merged, loaded or deleted, another device or type. Weights changed in place by a
+    fused optimizer or through `.data` are not noticed; call `refresh()` after that. Several threads may predict at
+    once, each with its own class list.
 
     Args:
         model: CLIP-like model in evaluation mode.
@@ -62,9 +73,10 @@ class PromptedClassifier:
         class_names: Sequence[str] | None = None,
         template: str | Sequence[str] = "a photo of a {}.",
     ) -> None:
-        self.class_names = None if class_names is None else tuple(class_names)
-        self._text = TextClassifier(model, tokenizer, template=template)
+        self.class_names = None if class_names is None else check_class_names(class_names)
+        self.model, self.tokenizer, self.template = model, tokenizer, template
         self._transform = EvalTransform(image_processor)
+        self._features: tuple[TextTensors, dict[tuple[str, ...], Tensor]] | None = None
 
     @classmethod
     def from_pretrained(
@@ -103,10 +115,23 @@ class PromptedClassifier:
             template=template or loaded.template or "a photo of a {}.",
         )
 
-    @property
-    def model(self) -> nn.Module:
-        """The model, for example to switch adapters; class features follow it."""
-        return self._text.model
+    def refresh(self) -> None:
+        """Forget the class features; the next call of `predict` computes them from the weights as they are then."""
+        self._features = None
+
+    def _class_features(self, class_names: tuple[str, ...]) -> Float[Tensor, "classes dim"]:
+        """Features of a class list by the model as it is, out of the last few lists where that is possible."""
+        state, kept = TextTensors(self.model), self._features  # one read: another thread may replace it
+        if kept is None or not kept[0].is_same(state):
+            kept = self._features = (state, {})
+        features = kept[1].get(class_names)
+        if features is None:
+            prompts = tokenize_for_model(self.model, self.tokenizer, class_names, template=self.template)
+            features = encode_classes(self.model, prompts)
+            if len(kept[1]) >= MAX_CLASS_LISTS:
+                kept[1].clear()
+            kept[1][class_names] = features
+        return features
 
     @overload
     def predict(
@@ -154,11 +179,11 @@ class PromptedClassifier:
         """
         if top_k < 1:
             raise ValueError(f"Expected `top_k` of at least 1, got {top_k!r}.")
-        names = tuple(class_names) if class_names is not None else self.class_names
+        names = self.class_names if class_names is None else check_class_names(class_names)
         if names is None:
             raise ClassNameError("The adapter records no class names. Pass `class_names=` to `predict`.")
         inputs = [images] if isinstance(images, ImageInput) else list(images)
-        logits = self._text.logits_for(names)
+        logits = cosine_logits(self.model, self._class_features(names))
         results: list[list[Prediction]] = []
         for start in range(0, len(inputs), batch_size):
             results += self._predict_batch(

@@ -2,6 +2,8 @@
 
 import json
 import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -207,3 +209,125 @@ def test_siglip_classifies_too(tmp_path: Path) -> None:
         model, tiny_tokenizer(), clip_processor(), class_names=["cat", "ox"], template="a {}."
     )
     assert sum(p.probability for p in classifier.predict(noise_image(20, 20))) == pytest.approx(1, abs=1e-5)
+
+
+def lora_classifier(target: str = r".*text_model.*(q|v)_proj") -> PromptedClassifier:
+    """Two LoRA adapters "default" and "other" with random weights on the text side."""
+    config = LoraConfig(target_modules=target, r=2, init_lora_weights=False)
+    model = get_peft_model(tiny_clip(), config)
+    model.add_adapter("other", config)
+    return PromptedClassifier(model.eval(), tiny_tokenizer(), clip_processor(), class_names=NAMES)
+
+
+def scores(classifier: PromptedClassifier, **options: list[str]) -> list[float]:
+    """Probabilities of one image in label order."""
+    found = {p.label: p.probability for p in classifier.predict(noise_image(20, 30), top_k=99, **options)}
+    return [found[name] for name in options.get("class_names", NAMES)]
+
+
+def fresh_scores(classifier: PromptedClassifier) -> list[float]:
+    """The same by a classifier that has kept nothing."""
+    return scores(PromptedClassifier(classifier.model, tiny_tokenizer(), clip_processor(), class_names=NAMES))
+
+
+def fused_step(classifier: PromptedClassifier) -> None:
+    """A step that does not raise the tensors' version counters."""
+    parameters = [p for p in classifier.model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
+
+
+def edit_behind_autograd(classifier: PromptedClassifier) -> None:
+    """The adapter's tensors, all changed."""
+    for parameter in classifier.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(-3)
+
+
+def load_other_weights(classifier: PromptedClassifier) -> None:
+    """The state of a model with other adapter weights."""
+    state = {key: -3 * value for key, value in classifier.model.state_dict().items() if "lora" in key}
+    classifier.model.load_state_dict(state, strict=False)
+
+
+def replace_the_adapter(classifier: PromptedClassifier) -> None:
+    """Delete an adapter and add one of the same name."""
+    classifier.model.set_adapter("other")
+    classifier.model.delete_adapter("default")
+    classifier.model.add_adapter("default", classifier.model.peft_config["other"])
+    classifier.model.set_adapter("default")
+
+
+NOTICED = {
+    "load_state_dict": load_other_weights,
+    "set_adapter": lambda classifier: classifier.model.set_adapter("other"),
+    "switched off": lambda classifier: classifier.model.base_model.disable_adapter_layers(),
+    "unloaded": lambda classifier: classifier.model.unload(),
+    "an adapter of the same name": replace_the_adapter,
+    "half precision": lambda classifier: classifier.model.bfloat16(),
+}
+TOLD = {"fused optimizer": fused_step, ".data": edit_behind_autograd}
+
+
+@pytest.mark.parametrize("name", [*NOTICED, *TOLD])
+def test_changed_weights_give_fresh_features_or_after_refresh(name: str) -> None:
+    """Stale class features look right and belong to older weights; what needs `refresh()` is documented there."""
+    classifier = lora_classifier()
+    before = scores(classifier)
+    (NOTICED | TOLD)[name](classifier)
+    if name in TOLD:
+        classifier.refresh()
+    assert scores(classifier) == fresh_scores(classifier)
+    assert scores(classifier) != before
+
+
+def test_a_merge_is_noticed() -> None:
+    """A merged adapter gives the same features up to rounding, computed from other weights."""
+    classifier = lora_classifier()
+    before = scores(classifier)
+    classifier.model.merge_adapter()
+    assert scores(classifier) == fresh_scores(classifier)
+    assert scores(classifier) == pytest.approx(before, abs=1e-5)
+    classifier.model.unmerge_adapter()
+    assert scores(classifier) == fresh_scores(classifier)
+
+
+def test_class_features_are_computed_once_per_class_list() -> None:
+    """Two lists in turn must not encode the classes in every call."""
+    classifier = lora_classifier()
+    passes: list[int] = []
+    base = classifier.model.get_base_model()
+    base.text_model.register_forward_hook(lambda *call: passes.append(1))
+    for _ in range(3):
+        for names in (NAMES, NAMES[::-1], ["ox", "bee"]):
+            classifier.predict(noise_image(20, 30), class_names=names)
+    assert len(passes) == 3
+
+
+def test_threads_with_different_class_lists_get_their_own_labels() -> None:
+    """A server predicts in several threads; features of another thread's classes would be labels of other names."""
+    classifier = lora_classifier()
+    lists = [NAMES, NAMES[::-1], ["ox", "bee"], ["gnu", "emu", "cat", "dog", "owl"]]
+    expected = [scores(classifier, class_names=names) for names in lists]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+
+            def run(number: int) -> list[float]:
+                if number % 7 == 0:
+                    classifier.refresh()
+                return scores(classifier, class_names=lists[number % 4])
+
+            results = list(pool.map(run, range(60)))
+    finally:
+        sys.setswitchinterval(before)
+    for number, result in enumerate(results):
+        assert result == pytest.approx(expected[number % 4], abs=1e-6)
+
+
+def test_a_bare_string_is_no_class_list() -> None:
+    """It would be taken as a class per letter."""
+    with pytest.raises(ClassNameError, match="list of at least one class name, got 'cat'"):
+        lora_classifier().predict(noise_image(20, 30), class_names="cat")

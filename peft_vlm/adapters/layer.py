@@ -58,7 +58,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             return None
         name = self.active_adapters[0]
         for container in (*self.adapter_layer_names, *self.other_param_names):
-            own = self._modules.get(container)
+            own: Any = self._modules.get(container)
             if name in (getattr(self, container) if own is None else own):
                 return name
         return None

@@ -116,9 +116,11 @@ class TextClassifier:
         """
         chosen = self.template if template is None else template
         wanted = tuple(class_names), (chosen,) if isinstance(chosen, str) else tuple(chosen)
-        if self._prompts is None or (self._prompts.class_names, self._prompts.templates) != wanted:
-            self._prompts = tokenize_for_model(self.model, self.tokenizer, class_names, template=chosen)
-        return cosine_logits(self.model, self._cache.get(self.model, self._prompts))
+        prompts = self._prompts  # one read: another thread may ask for another class list
+        if prompts is None or (prompts.class_names, prompts.templates) != wanted:
+            prompts = tokenize_for_model(self.model, self.tokenizer, class_names, template=chosen)
+            self._prompts = prompts
+        return cosine_logits(self.model, self._cache.get(self.model, prompts))
 
 
 def cosine_logits(model: nn.Module, class_features: Float[Tensor, "classes dim"]) -> LogitsFn:

@@ -1,6 +1,8 @@
 """Class features: equal to the model's own, cheap in memory, and never stale."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Thread
 
 import pytest
 import torch
@@ -177,6 +179,32 @@ def test_other_prompts_are_noticed() -> None:
     with pytest.raises(AdapterError, match="class prompts changed"):
         cache.get(model, prompts_of(NAMES[::-1]), refresh=False)
     assert cache.get(model, prompts_of(NAMES[:2])).shape == (2, 16)
+
+
+@dataclass(frozen=True, eq=False)
+class InterruptedPrompts(ClassPrompts):
+    """Prompts during whose comparison another thread asks the same cache for other classes."""
+
+    interrupt: list[Callable[[], object]] = field(default_factory=list)
+
+    def is_same(self, other: ClassPrompts) -> bool:
+        """The comparison, after the other thread is done."""
+        if self.interrupt:
+            thread = Thread(target=self.interrupt.pop())
+            thread.start()
+            thread.join()
+        return super().is_same(other)
+
+
+def test_two_threads_get_the_features_of_their_own_classes() -> None:
+    """The features of one thread's classes would give another thread labels of other names."""
+    cache, model, mine, theirs = ClassFeatureCache(), tiny_clip(), prompts_of(NAMES[:2]), prompts_of(NAMES[2:])
+    interrupted = InterruptedPrompts(**vars(mine))
+    cache.get(model, interrupted)
+    interrupted.interrupt.append(lambda: cache.get(model, theirs))
+    torch.testing.assert_close(cache.get(model, mine), encode_classes(model, mine), rtol=0, atol=0)
+    assert not interrupted.interrupt
+    torch.testing.assert_close(cache.get(model, theirs), encode_classes(model, theirs), rtol=0, atol=0)
 
 
 def test_vision_changes_do_not_count() -> None:

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, TypeGuard
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, TypeGuard, runtime_checkable
 
 import numpy as np
 import torch
@@ -45,6 +45,18 @@ class UnreadableImages:
         """
         self._skip.fill_(skip)
 
+    def copy(self, *, skip: bool) -> "UnreadableImages":
+        """Notes of a training run, which begins with these where it skips such images.
+
+        Args:
+            skip: Whether another image takes the place of one that cannot be read.
+        """
+        other = UnreadableImages(len(self._found))
+        if skip:
+            other._found.copy_(self._found)
+        other.skip(skip)
+        return other
+
     @property
     def are_skipped(self) -> bool:
         """Whether another image takes the place of one that cannot be read."""
@@ -71,12 +83,12 @@ class UnreadableImages:
         """The first position whose image can be read, and the image.
 
         Args:
-            positions: The wanted position, then those that may stand in for it.
+            positions: The wanted position, then those that may take its place.
             rows: Row of the source at each position.
             read: Opens the image at a position.
 
         Raises:
-            DataError: If the wanted image cannot be read and that is an error, or none of the others can either.
+            DataError: If none can be read.
         """
         problem: DataError | None = None
         for position in positions:
@@ -85,8 +97,6 @@ class UnreadableImages:
             try:
                 return position, read(position)
             except DataError as error:
-                if not self.are_skipped:
-                    raise
                 self.note(rows[position], error)
                 problem = error
         raise DataError("Expected at least one readable image of each class, got none of one class.") from problem
@@ -166,8 +176,90 @@ class Item(TypedDict):
     index: int
 
 
+@runtime_checkable
+class RunImages(Protocol):
+    """What a training run needs of its images: a dataset, whose images have positions, or a stream, whose have none.
+
+    The trainer asks for `for_run` first and changes nothing but what that gives. Objectives get the same object in
+    `prepare` and `epoch_start`.
+    """
+
+    class_names: Sequence[str]
+    #: Makes pixels; its mean, standard deviation and size are recorded with the adapter.
+    transform: Any
+    unreadable: UnreadableImages
+    #: Whether an image has a position (`Item.index`) that comes again in every epoch; then it is `PositionedImages`.
+    has_positions: bool
+
+    @property
+    def has_fixed_pixels(self) -> bool:
+        """Whether every epoch sees the same pixels, so that what a frozen model makes of them stays valid."""
+        ...
+
+    def __len__(self) -> int:
+        """Images per epoch; of a stream, those that this process sees."""
+        ...
+
+    def for_run(self, *, skip_unreadable: bool) -> "RunImages":
+        """A view with an epoch, repeated views and notes on unreadable images of its own; it shares the images.
+
+        Args:
+            skip_unreadable: Whether another image takes the place of one that cannot be read.
+        """
+        ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw order and augmentation of another epoch from now on."""
+        ...
+
+    def skip_batches(self, count: int) -> None:
+        """Take note that a resumed run throws away the first batches of the next epoch.
+
+        Args:
+            count: Batches of this process.
+        """
+        ...
+
+    def order_facts(self) -> dict[str, Any]:
+        """What decides which images an epoch shows, beside seed, batch size and number of processes."""
+        ...
+
+    def collate(self, items: Sequence[Any]) -> Any:
+        """Items as a batch."""
+        ...
+
+
+@runtime_checkable
+class PositionedImages(RunImages, Protocol):
+    """Images with positions: what caches, batch samplers and evaluation need beside `RunImages`."""
+
+    #: Class of the image at each position; -1 where it is unknown.
+    labels: Sequence[int]
+
+    @property
+    def epoch(self) -> int:
+        """Epoch whose augmentation is drawn, from 0."""
+        ...
+
+    def __getitem__(self, index: int) -> Any:
+        """What `collate` takes, for one position."""
+        ...
+
+    def repeat_views(self, num_views: int | None) -> None:
+        """Draw the augmentation of epoch e modulo a number; None: every epoch's own.
+
+        Args:
+            num_views: Different views of each image.
+        """
+        ...
+
+    def without_pixels(self) -> Any:
+        """Labels and positions only, for objectives that read stored features."""
+        ...
+
+
 class ImageClassificationDataset(Dataset):
-    """Images, labels and class names.
+    """Images, labels and class names; an implementation of `PositionedImages`.
 
     Images are opened when they are asked for and nothing is kept, so memory does not grow with the dataset. What a
     random transform draws depends on (`seed`, `epoch`, position) alone: the number of workers changes nothing, and a
@@ -182,6 +274,8 @@ class ImageClassificationDataset(Dataset):
         label_column: Column of the label, integers from 0; None for images without labels, whose label is -1.
         seed: Seed of the random transforms.
     """
+
+    has_positions = True
 
     def __init__(
         self,
@@ -217,6 +311,29 @@ class ImageClassificationDataset(Dataset):
     def epoch(self) -> int:
         """Epoch whose augmentation is drawn, from 0."""
         return int(self._epoch)
+
+    def for_run(self, *, skip_unreadable: bool) -> "ImageClassificationDataset":
+        """A view of the same images with an epoch, repeated views and notes on unreadable images of its own.
+
+        Args:
+            skip_unreadable: Whether another image takes the place of one that cannot be read.
+        """
+        other = copy.copy(self)
+        other._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+        other._num_views = None
+        other.unreadable = self.unreadable.copy(skip=skip_unreadable)
+        return other
+
+    def order_facts(self) -> dict[str, Any]:
+        """What decides which images an epoch shows, beside seed, batch size and number of processes."""
+        return {"images": len(self)}
+
+    def skip_batches(self, count: int) -> None:
+        """Do nothing: batches that a resumed run throws away are skipped by position, unread.
+
+        Args:
+            count: Batches of this process.
+        """
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the augmentation of another epoch from now on, in running workers too."""
@@ -267,7 +384,9 @@ class ImageClassificationDataset(Dataset):
         """The picture at a position; in place of one that cannot be read, where this is allowed, the next of its class
         and its position.
         """
-        label, count = self.labels[index], len(self)
+        if not self.unreadable.are_skipped:
+            return index, self.image(index)
+        label, count = self.labels[index], len(self._rows)
         others = ((index + step) % count for step in range(count))
         same = (position for position in others if self.labels[position] == label)
         return self.unreadable.first_readable(same, self._rows, self.image)
@@ -342,7 +461,8 @@ class ImageClassificationDataset(Dataset):
         return other
 
     def _generator(self, index: int) -> torch.Generator:
-        epoch = self.epoch % self._num_views if self._num_views else self.epoch
+        epoch = int(self._epoch)
+        epoch = epoch % self._num_views if self._num_views else epoch
         digest = hashlib.blake2b(f"{self.seed},{epoch},{index}".encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 

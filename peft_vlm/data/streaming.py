@@ -1,5 +1,6 @@
 """Labelled images that are read in order and never all at once: Hub streams, parquet and webdataset shards."""
 
+import copy
 import hashlib
 import itertools
 import logging
@@ -31,7 +32,7 @@ Row = tuple[dict[str, Any], int]  # of the source, not decoded, and its label
 
 
 class ImageStream(TorchIterableDataset):
-    """A stream of labelled images for training, divided among processes and their workers.
+    """A stream of labelled images for training, divided among processes and their workers; one kind of `RunImages`.
 
     An epoch is the same number of whole batches on every process; a stream that ends earlier starts over with another
     order. Which images come, their order and their augmentation depend on (`seed`, `epoch`, number of processes and
@@ -56,6 +57,7 @@ class ImageStream(TorchIterableDataset):
     """
 
     has_fixed_pixels = False
+    has_positions = False
 
     def __init__(
         self,
@@ -100,6 +102,11 @@ class ImageStream(TorchIterableDataset):
             )
 
     @property
+    def num_shards(self) -> int:
+        """Shards of the source, which readers divide among them."""
+        return self.source.num_shards
+
+    @property
     def num_batches(self) -> int:
         """Batches of an epoch on each process."""
         return self.num_images // (self.batch_size * self.world_size)
@@ -111,21 +118,20 @@ class ImageStream(TorchIterableDataset):
         """What decides which images an epoch shows, and in which order, beside its number and who reads it."""
         return {"images": self.num_images, "stream_seed": self.seed, "shuffle_buffer": self.shuffle_buffer}
 
+    def for_run(self, *, skip_unreadable: bool) -> "ImageStream":
+        """A view of the same rows with an epoch, a place among the processes and notes on images of its own.
+
+        Args:
+            skip_unreadable: Whether another image takes the place of one that cannot be read.
+        """
+        other = copy.copy(self)
+        other.epoch, other._skipped_batches = 0, 0
+        other.unreadable = self.unreadable.copy(skip=skip_unreadable)
+        return other
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the order and augmentation of the next iteration."""
         self.epoch = epoch
-
-    def repeat_views(self, num_views: int | None) -> None:
-        """Nothing to do: a stream repeats no views; the trainer calls this with None.
-
-        Args:
-            num_views: Only None.
-
-        Raises:
-            DataError: For a number of views.
-        """
-        if num_views is not None:
-            raise DataError("Expected a dataset with positions for repeated views, got a stream.")
 
     def skip_batches(self, count: int) -> None:
         """Give placeholders for the first batches of the next iteration, which a resumed run throws away.

@@ -79,6 +79,7 @@ class VLMTrainingArguments(TrainingArguments):
         if launcher in ("fp16", "bf16") and not (self.fp16 or self.bf16):
             setattr(self, launcher, True)  # what computes must also be what is checked and reported
         super().__post_init__()
+        self._n_gpu = min(self.n_gpu, 1)  # several visible GPUs without a launcher would mean torch.nn.DataParallel
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         if self.fp16 and self.device.type == "cpu":

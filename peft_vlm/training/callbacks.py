@@ -1,4 +1,4 @@
-"""What to do about errors of the machine: too little memory, a worker that died."""
+"""What happens around the steps of a run: hooks of the objective, signals, steps that are not finite, progress."""
 
 import logging
 import signal
@@ -17,8 +17,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from peft_vlm.distributed import all_agree, from_all, is_main_process, num_processes
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.training.metrics import RunningMeans
-from peft_vlm.training.module import TrainingModule
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 CACHES = ("image_cache", "state_cache", "cache_storage")
@@ -78,18 +76,17 @@ def what_to_lower(args: Any, settings: dict[str, Any]) -> str:
 
 
 class ObjectiveCallback(TrainerCallback):
-    """Calls `prepare` once and `epoch_start` before each epoch, and tells the dataset its epoch.
+    """Calls `prepare` once and `epoch_start` before each epoch, and tells the run's images their epoch.
+
+    Both run in the mixed precision of the training, so that caches hold what training would compute.
 
     Args:
-        module: Model and objective.
-        dataset: Training dataset.
-        autocast: Context manager factory of the run's mixed precision, so that caches hold what training would
-            compute.
-        log: Logs a mapping of metrics.
+        trainer: The trainer it belongs to.
     """
 
-    def __init__(self, module: TrainingModule, dataset: Any, autocast: Any, log: Any) -> None:
-        self.module, self.dataset, self.autocast, self.log = module, dataset, autocast, log
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._has_begun = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,37 +95,42 @@ class ObjectiveCallback(TrainerCallback):
 
         The checkpoint of the last step of an epoch is written before the epoch ends.
         """
-        self.dataset.repeat_views(None)  # an earlier run may have left its views
-        with self.autocast():
-            self.module.objective.prepare(self.module.model, self.dataset)
-        epoch = state.epoch or 0.0
+        module = self.trainer.model
+        with self.trainer.accelerator.autocast():
+            module.objective.prepare(module.model, self.trainer.images)
+        self._has_begun, epoch = False, state.epoch or 0.0
         if round(epoch) > 0 and abs(epoch - round(epoch)) < 1e-6:
-            metrics = self.module.objective.epoch_end()
+            metrics = module.objective.epoch_end()
             logged = [entry.keys() for entry in state.log_history if entry.get("epoch") == epoch]
             if metrics and not any(metrics.keys() <= keys for keys in logged):
-                self.log(metrics)
+                self.trainer.log(metrics)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Build the caches of the epoch that begins or, after a resume, goes on; none where no step is left."""
-        if state.global_step >= state.max_steps:
-            return
+        """Build the caches of the epoch that begins or, after a resume, continues.
+
+        Batches that a resumed run throws away need not be decoded.
+        """
+        images, module = self.trainer.images, self.trainer.model
         epoch = int((state.epoch or 0.0) + 1e-6)
-        self.dataset.set_epoch(epoch)
-        with self.autocast():
-            self.module.objective.epoch_start(self.module.model, self.dataset, epoch)
+        done = 0 if self._has_begun or args.ignore_data_skip else state.global_step % self.trainer.steps_per_epoch
+        self._has_begun = True
+        images.set_epoch(epoch)
+        images.skip_batches(done * args.gradient_accumulation_steps)
+        with self.trainer.accelerator.autocast():
+            module.objective.epoch_start(module.model, images, epoch)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Log what the objective has counted in the epoch."""
-        metrics = self.module.objective.epoch_end()
-        unreadable = set().union(*from_all(set(self.dataset.unreadable.rows)))
+        metrics = self.trainer.model.objective.epoch_end()
+        unreadable = set().union(*from_all(set(self.trainer.images.unreadable.rows)))
         if unreadable:
             metrics["unreadable_images"] = float(len(unreadable))
         if metrics:
-            self.log(metrics)
+            self.trainer.log(metrics)
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -199,7 +201,7 @@ def _end(number: int, message: str) -> None:
 logger = logging.getLogger(__name__)
 
 MAX_IN_A_ROW = 10
-"""After so many steps left out one after the other the weights are broken, and the run stops."""
+"""After so many skipped steps one after the other the weights are broken, and the run stops."""
 MAX_SCALER_SKIPS = 30
 """The same for a loss scaler, which halves its factor of 65,536 each time: no gradient is too large after so many."""
 
@@ -207,8 +209,8 @@ MAX_SCALER_SKIPS = 30
 class FiniteSteps(TrainerCallback):
     """Looks at loss and gradient of all processes before each update; all of them decide alike.
 
-    Under a loss scaler a gradient that overflows is nothing special: the scaler leaves the step out and lowers its
-    factor. Such steps are counted too, and stop the run where lowering does not help.
+    Under a loss scaler a gradient that overflows is nothing special: the scaler skips the step and lowers its factor.
+    Such steps are counted too, and stop the run where lowering does not help.
 
     Args:
         trainer: The trainer it belongs to.
@@ -217,29 +219,19 @@ class FiniteSteps(TrainerCallback):
 
     def __init__(self, trainer: Any, choice: str) -> None:
         self.trainer, self.choice = trainer, choice
-        self._batches: list[tuple[dict[str, Tensor], Tensor]] = []
         self._in_a_row, self._scaler_skips = 0, 0
-        self._left_out = False
+        self._skipped = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget an earlier run, which may have ended within a step."""
-        self._batches, self._in_a_row, self._scaler_skips = [], 0, 0
-
-    def add(self, outputs: dict[str, Tensor], index: Tensor) -> None:
-        """Remember a batch until the update.
-
-        Args:
-            outputs: Loss and its terms.
-            index: Positions of its images in the dataset.
-        """
-        self._batches.append(({k: v.detach() for k, v in outputs.items() if k.startswith("loss")}, index))
+        """Forget an earlier run."""
+        self._in_a_row, self._scaler_skips = 0, 0
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop, or leave the update out, where something is not finite.
+        """Stop, or skip the update, where something is not finite.
 
         Args:
             args: Settings of the run.
@@ -250,22 +242,22 @@ class FiniteSteps(TrainerCallback):
         Raises:
             FloatingPointError: Naming the images.
         """
-        batches, self._batches = self._batches, []
+        batches = self.trainer.losses.batches
         parameters = [p for p in self.trainer.model.parameters() if p.grad is not None]
         good = torch.stack([outputs["loss"] for outputs, _ in batches]).isfinite().all()
         has_scaler = self.trainer.accelerator.scaler is not None
         if parameters and not has_scaler:
             good = good & torch.stack([p.grad.detach().float().sum() for p in parameters]).isfinite().all()
-        self._left_out = not all_agree(bool(good))
-        self.trainer.running_means.end_step(left_out=self._left_out)
-        if not self._left_out:
+        self._skipped = not all_agree(bool(good))
+        self.trainer.losses.end_step(skipped=self._skipped)
+        if not self._skipped:
             self._in_a_row = 0
             return
         message = self._message(batches, state.global_step)
         self._in_a_row += 1
         if self.choice == "error" or self._in_a_row > MAX_IN_A_ROW:
             raise FloatingPointError(message)
-        logger.warning("The step is left out. %s", message)
+        logger.warning("The step is skipped. %s", message)
         if has_scaler:  # which must have looked at gradients before they go, and skips the step if they overflow
             optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
             with suppress(RuntimeError):  # it has looked already
@@ -276,7 +268,7 @@ class FiniteSteps(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count a step that was left out, by this or by the loss scaler.
+        """Count a step that was skipped, by this or by the loss scaler.
 
         Args:
             args: Settings of the run.
@@ -285,7 +277,7 @@ class FiniteSteps(TrainerCallback):
             **kwargs: Not used.
 
         Raises:
-            FloatingPointError: If the scaler leaves out every step.
+            FloatingPointError: If the scaler skips every step.
         """
         by_scaler = self.trainer.accelerator.optimizer_step_was_skipped
         self._scaler_skips = self._scaler_skips + 1 if by_scaler else 0
@@ -295,13 +287,13 @@ class FiniteSteps(TrainerCallback):
                 "that the loss scaler left out, however small its factor. Use bf16 or float32 instead of fp16, or "
                 "lower the learning rate."
             )
-        if self._left_out or by_scaler:
+        if self._skipped or by_scaler:
             earlier = [entry["skipped_steps"] for entry in state.log_history if "skipped_steps" in entry]
             self.trainer.log({"skipped_steps": (earlier[-1] if earlier else 0.0) + 1})
 
     def _message(self, batches: list[tuple[dict[str, Tensor], Tensor]], step: int) -> str:
         bad = [pair for pair in batches if not torch.isfinite(pair[0]["loss"])]
-        terms = {key: float(value) for key, value in bad[0][0].items()} if bad else {}
+        terms = {key: float(value) for key, value in bad[0][0].items() if key.startswith("loss")} if bad else {}
         images = sorted({position for _, index in bad or batches for position in index.tolist()})
         everywhere = from_all((terms, images))
         guilty = [pair for pair in everywhere if pair[0]] or everywhere
@@ -309,7 +301,7 @@ class FiniteSteps(TrainerCallback):
         found = sorted({position for _, some in guilty for position in some})
         return (
             f"Expected {what} at step {step} for the images with dataset index {found!r}. Lower the learning rate, "
-            "use bf16 or float32 instead of fp16, look at these images, or leave such steps out (`non_finite='skip'`)."
+            "use bf16 or float32 instead of fp16, look at these images, or skip such steps (`non_finite='skip'`)."
         )
 
 
@@ -325,7 +317,7 @@ class RunReport(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self._start, self._first_step, self._loss, self._epoch = 0.0, 0, 0.0, 0.0
+        self._start = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -338,21 +330,21 @@ class RunReport(TrainerCallback):
             f"{together} images per step ({size} per process, {args.gradient_accumulation_steps} accumulated), "
             f"{state.max_steps - state.global_step} steps to go."
         )
-        self.trainer.running_means = RunningMeans()
-        self._start, self._first_step = time.monotonic(), state.global_step
+        self.trainer.losses.start_run()
+        self._start = time.monotonic()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The loss of the epoch begins anew."""
-        self.trainer.running_means.start_epoch()
+        """Forget the loss of the epoch before."""
+        self.trainer.losses.start_epoch()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Loss, speed, time left and peak memory; where the user has not switched progress off."""
-        loss = self.trainer.running_means.epoch_loss()
-        done = state.global_step - self._first_step
+        loss = self.trainer.losses.epoch_loss()
+        done = state.global_step - self.trainer.first_step
         if args.disable_tqdm or not done or loss is None:
             return
         seconds = (time.monotonic() - self._start) / done

@@ -1,4 +1,4 @@
-"""Checkpoint folders that are whole or not there: written aside, listed with their hashes, synced, then renamed."""
+"""Checkpoint directories: written atomically, checked when they are read, and compared with the run that resumes."""
 
 import errno
 import hashlib
@@ -15,19 +15,15 @@ from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
 
-from peft_vlm.adapters.config import VLMConfig, check_adapter_file, installed_version
-from peft_vlm.data.streaming import ImageStream
+from peft_vlm.adapters.config import VLMConfig, check_adapter_file
 from peft_vlm.distributed import all_agree, from_main, is_main_process, wait_for_everyone
 from peft_vlm.errors import AdapterError, CheckpointError, PeftVLMWarning
 from peft_vlm.files import read_json, write_json
 from peft_vlm.objective import Objective
 from peft_vlm.settings import RETIRED_SETTINGS
-from peft_vlm.training.callbacks import Interrupt, with_advice
 from peft_vlm.training.module import TrainingModule
 
 MANIFEST_NAME = "manifest.json"
@@ -35,8 +31,8 @@ PREFIX = "checkpoint-"
 
 
 @contextmanager
-def written_whole(folder: Path, *, facts: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write into, which takes its final name when all of it is on disk; an error leaves nothing of it.
+def atomic_folder(folder: Path, *, facts: dict[str, Any]) -> Iterator[Path]:
+    """A folder to write into, which is renamed to its final place when all of it is on disk; an error leaves nothing.
 
     All processes enter and write their files; the main one lists them and renames the folder.
 
@@ -45,16 +41,17 @@ def written_whole(folder: Path, *, facts: dict[str, Any]) -> Iterator[Path]:
         facts: Further entries of the manifest.
 
     Yields:
-        The folder to write into.
+        The folder to write into, of the same name, in a folder of its own.
 
     Raises:
         CheckpointError: If a process could not write, for want of room or otherwise.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    aside = folder.with_name(f".{folder.name}.partial")
+    partial = aside / folder.name
     failure: Exception | None = None
     try:
         if is_main_process():
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
         wait_for_everyone()
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -70,10 +67,9 @@ def written_whole(folder: Path, *, facts: dict[str, Any]) -> Iterator[Path]:
         except OSError as error:
             failure = error
         _same_on_all(failure, folder)
-    except BaseException:
+    finally:
         if is_main_process():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _same_on_all(failure: Exception | None, folder: Path) -> None:
@@ -355,37 +351,34 @@ class EarlierRun(TrainerCallback):
     """Renames checkpoints ahead of a run when it has made its first step, not before: a run that is refused or fails
     at its start changes nothing.
 
-    A run that begins anew has all of them ahead; one that goes on from an early checkpoint has the later ones.
+    A run from the beginning has all of them ahead; one that continues from an early checkpoint has the later ones.
+
+    Args:
+        trainer: The trainer it belongs to.
     """
 
-    def __init__(self) -> None:
-        self._start = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Remember where the run begins."""
-        self._start = state.global_step
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """After the first step, set aside what lies ahead."""
-        if state.global_step != self._start + 1:
+        if state.global_step != self.trainer.first_step + 1:
             return
         if is_main_process():
-            set_aside(Path(args.output_dir), behind=self._start)
+            set_aside(Path(args.output_dir), after=self.trainer.first_step)
         wait_for_everyone()
 
 
-def set_aside(output_dir: Path, *, behind: int) -> None:
+def set_aside(output_dir: Path, *, after: int) -> None:
     """Rename checkpoints; a warning says so. Those of a run before the earlier one are replaced.
 
     Args:
         output_dir: Folder of the run.
-        behind: Step behind which they lie.
+        after: Step after which they were written.
     """
-    found = [folder for step, folder in sorted(numbered_checkpoints(output_dir).items()) if step > behind]
+    found = [folder for step, folder in sorted(numbered_checkpoints(output_dir).items()) if step > after]
     if not found:
         return
     names = ", ".join(folder.name for folder in found)
@@ -410,131 +403,79 @@ ORDER = (
     *("seed", "data_seed", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
     "dataloader_drop_last",
 )
-#: Of a stream too: its workers divide the rows.
-STREAM_ORDER = (*ORDER, "dataloader_num_workers")
 
 
-class ResumableTrainer(Trainer):
-    """Checkpoints of adapter, objective, optimizer, schedule, loss scaler, random states and trainer state.
+def order_of(images: Any, args: Any) -> dict[str, Any]:
+    """What decides which images a step sees, and in which order.
 
     Args:
-        **kwargs: Of `transformers.Trainer`.
+        images: Training images.
+        args: Settings of the run.
     """
+    # the workers of a stream divide its rows
+    names = ORDER if images.has_positions else (*ORDER, "dataloader_num_workers")
+    return {name: getattr(args, name) for name in names} | images.order_facts()
 
-    objective: Objective
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.interrupt = Interrupt()
-        self._begun_with = self._settings()
+def settings_of(model: nn.Module, objective: Objective) -> dict[str, Any]:
+    """Settings of adapter and objective as JSON values.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, from the beginning or from a checkpoint.
+    Args:
+        model: `PeftModel`, or a plain model.
+        objective: What is minimised.
+    """
+    config = getattr(model, "active_peft_config", None)
+    own = config.method_settings() if isinstance(config, VLMConfig) else {}
+    return json.loads(json.dumps(own | objective.config_dict(), default=str))
 
-        Args:
-            resume_from_checkpoint: A folder; True for the newest whole checkpoint in `output_dir`; `"auto"` for the
-                same, or for the beginning where there is none. A damaged checkpoint is named in a warning and the one
-                before it is used.
-            *args: Of `transformers.Trainer.train`.
-            **kwargs: Of `transformers.Trainer.train`.
-        """
-        if resume_from_checkpoint is True or resume_from_checkpoint == "auto":
-            found = last_checkpoint(Path(self.args.output_dir))
-            if found is None and list(Path(self.args.output_dir).glob(f"{EARLIER}{PREFIX}*")):
-                message = f"The run begins anew: {self.args.output_dir!r} has checkpoints of an earlier run only."
-                warnings.warn(message, PeftVLMWarning, stacklevel=2)
-            if found is not None or resume_from_checkpoint == "auto":
-                resume_from_checkpoint = None if found is None else str(found)
-        elif resume_from_checkpoint:
-            check_whole(Path(resume_from_checkpoint))
-        if isinstance(resume_from_checkpoint, str):
-            self._compare(Path(resume_from_checkpoint))
-            if self.is_deepspeed_enabled:  # the base class then leaves out `_load_from_checkpoint`
-                load_objective_state(self.objective, Path(resume_from_checkpoint))
-        with self.interrupt.watched(), with_advice(self.args, self.objective.config_dict()):
-            return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _order(self) -> dict[str, Any]:
-        images: Any = self.train_dataset
-        if isinstance(images, ImageStream):
-            return {name: getattr(self.args, name) for name in STREAM_ORDER} | images.order_facts()
-        return {name: getattr(self.args, name) for name in ORDER} | {"images": len(images)}
+def warn_of_changes(checkpoint: Path, *, order: dict[str, Any], settings: dict[str, Any], has_optimizer: bool) -> None:
+    """Say so where the resumed run is not the interrupted one.
 
-    def _settings(self) -> dict[str, Any]:
-        """Those of method and objective, as they are before training fills in what it finds."""
-        config = getattr(self.model.model, "active_peft_config", None)
-        own = config.method_settings() if isinstance(config, VLMConfig) else {}
-        return json.loads(json.dumps(own | self.objective.config_dict(), default=str))
+    Args:
+        checkpoint: What the run continues from.
+        order: Of `order_of`, for this run.
+        settings: Of `settings_of`, as they are before training fills in what it finds.
+        has_optimizer: Whether the checkpoint holds an optimizer that this run can read.
+    """
+    manifest, problems = read_json(checkpoint / MANIFEST_NAME), []
+    found = manifest.get("settings_found", {})  # what training had filled in: an objective may be used again
+    for name, now, what in (
+        ("order", order, "sees other batches than it would have"),
+        ("settings", settings, "has other settings"),
+    ):
+        saved = {key: value for key, value in manifest.get(name, {}).items() if key not in RETIRED_SETTINGS}
+        changed = sorted(key for key in saved if now.get(key) not in (saved[key], found.get(key, saved[key])))
+        text = ", ".join(f"{key} was {saved[key]!r} and is {now.get(key)!r}" for key in changed)
+        problems += [f"{what}: {text}"] if changed else []
+    if not has_optimizer:
+        problems.append(f"begins with a new optimizer and schedule: the checkpoint has no {OPTIMIZER_NAME}")
+    if problems:
+        message = f"The run goes on from {checkpoint.name}, but {'; and it '.join(problems)}."
+        warnings.warn(message, PeftVLMWarning, stacklevel=3)
 
-    def _compare(self, checkpoint: Path) -> None:
-        """Say so where the resumed run is not the interrupted one."""
-        manifest, problems = read_json(checkpoint / MANIFEST_NAME), []
-        found = manifest.get("settings_found", {})  # what training had filled in: an objective may be used again
-        for name, now, what in (
-            ("order", self._order(), "sees other batches than it would have"),
-            ("settings", self._begun_with, "has other settings"),
-        ):
-            saved = {key: value for key, value in manifest.get(name, {}).items() if key not in RETIRED_SETTINGS}
-            changed = sorted(key for key in saved if now.get(key) not in (saved[key], found.get(key, saved[key])))
-            text = ", ".join(f"{key} was {saved[key]!r} and is {now.get(key)!r}" for key in changed)
-            problems += [f"{what}: {text}"] if changed else []
-        if not (checkpoint / OPTIMIZER_NAME).is_file() and not self.is_deepspeed_enabled:
-            problems.append(f"begins with a new optimizer and schedule: the checkpoint has no {OPTIMIZER_NAME}")
-        if problems:
-            message = f"The run goes on from {checkpoint.name}, but {'; and it '.join(problems)}."
-            warnings.warn(message, PeftVLMWarning, stacklevel=3)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint under another name and rename it when all of it is on disk."""
-        self.store_flos()
-        run = Path(self._get_output_dir(trial=trial))
-        folder = run / f"{PREFIX}{self.state.global_step}"
-        best = run / f"{PREFIX}{self.state.best_global_step}"
-        if self.state.best_global_step and (best == folder or best.is_dir()):
-            self.state.best_model_checkpoint = str(best)
-        facts = {"peft_vlm": installed_version(), "step": self.state.global_step}
-        facts |= {"order": self._order(), "settings": self._begun_with, "settings_found": self._settings()}
-        with written_whole(folder, facts=facts) as partial:
-            self.save_model(str(partial), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(partial))
-                self._save_scaler(str(partial))
-                self._save_rng_state(str(partial))
-            if self.args.should_save:
-                self._note_callbacks()
-                self.state.save_to_json(str(partial / STATE_NAME))
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder))
-        if self.args.should_save:
-            limit, best_checkpoint = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(run), limit, best_checkpoint, use_mtime=True)
+def checkpoint_to_resume(choice: str | bool, output_dir: Path) -> Path | None:
+    """The checkpoint that a run continues from; None where it starts from the beginning.
 
-    def _note_callbacks(self) -> None:
-        """Put the state of callbacks that have one into the trainer state, as the base class does."""
-        exported: dict[str, list[Any]] = {}
-        assert self.state.stateful_callbacks is not None, "the trainer fills it when training begins"
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                exported.setdefault(type(callback).__name__, []).append(callback.state())
-        for name, states in exported.items():
-            several = isinstance(self.state.stateful_callbacks.get(name), list)
-            self.state.stateful_callbacks[name] = states if several else states[-1]
+    Args:
+        choice: A folder; True for the newest whole checkpoint; `"auto"` for the same, or for the beginning where there
+            is none. A damaged checkpoint is named in a warning and the one before it is used.
+        output_dir: Folder of the run.
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write adapter weights and objective state, file by file in one step each; no pickled arguments."""
-        folder = Path(output_dir or self.args.output_dir)
-        state = self.objective.state_dict()
-        if not self.args.should_save:
-            return
-        with moved_into(folder) as partial:
-            save_weights(self.model, partial)
-            save_objective_state(state, partial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Restore adapter and objective, whatever the adapter's name."""
-        load_weights(self.model, Path(resume_from_checkpoint))
-        load_objective_state(self.objective, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        """Load the best checkpoint's adapter under its own name; the base class would always load `default`."""
-        load_weights(self.model, Path(self.state.best_model_checkpoint))
+    Raises:
+        CheckpointError: If the folder is damaged, or True finds no checkpoint.
+    """
+    if choice is not True and choice != "auto":
+        check_whole(Path(choice))
+        return Path(choice)
+    found = last_checkpoint(output_dir)
+    if found is None and list(output_dir.glob(f"{EARLIER}{PREFIX}*")):
+        message = f"The run starts again: {str(output_dir)!r} has checkpoints of an earlier run only."
+        warnings.warn(message, PeftVLMWarning, stacklevel=3)
+    if found is None and choice is True:
+        raise CheckpointError(
+            f"Expected a checkpoint in {str(output_dir)!r}, got none. `resume_from_checkpoint='auto'` starts from the "
+            "beginning where there is none."
+        )
+    return found

@@ -1,4 +1,7 @@
-"""Which images a step sees: the same ones whatever the number of processes, each process with its part of them."""
+"""Which images a step sees: the same ones whatever the number of processes, each process with its part of them.
+
+Also what a run is refused for because of its data.
+"""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -7,14 +10,14 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
-from peft_vlm.data.streaming import ImageStream
 from peft_vlm.distributed import num_processes, part_of, process_index
-from peft_vlm.errors import PeftVLMWarning
-from peft_vlm.objective import EpochBatchSampler
+from peft_vlm.errors import DataError, PeftVLMError, PeftVLMWarning
+from peft_vlm.objective import EpochBatchSampler, Objective
+from peft_vlm.text.prompts import readable
 from peft_vlm.training.arguments import VLMTrainingArguments
 
 FILLER = "is_filler"
@@ -89,41 +92,45 @@ class FillingCollate:
         return {**self.dataset.collate([self.dataset[0]]), FILLER: torch.ones(1, dtype=torch.bool)}
 
 
-def train_loader(dataset: Any, batches: EpochBatchSampler, args: TrainingArguments, *, num_workers: int) -> DataLoader:
-    """A loader of this process's part of the batches, on the device of the run.
+def train_loader(images: Any, objective: Objective, args: VLMTrainingArguments, *, batch_size: int) -> DataLoader:
+    """This process's batches, on the device of the run.
+
+    Batches are those that the objective composes, else shuffled; without pixels when the objective stores features.
 
     Args:
-        dataset: Training images.
-        batches: Batches of all processes together.
+        images: The run's `RunImages`.
+        objective: Composes batches, and says whether they need pixels.
         args: Settings of the run.
-        num_workers: Processes that read images.
+        batch_size: Images per process and batch.
     """
+    if not images.has_positions:
+        return _stream_loader(images, args, batch_size=batch_size)
+    dataset = images if objective.needs_pixels else images.without_pixels()
+    size, seed = batch_size * num_processes(), args.seed if args.data_seed is None else args.data_seed
+    batches = objective.batch_sampler(images.labels, batch_size=size, seed=args.seed)
+    if batches is None:
+        batches = ShuffledBatches(len(dataset), batch_size=size, seed=seed, drop_last=args.dataloader_drop_last)
+    workers = args.dataloader_num_workers if objective.needs_pixels else 0
     several = num_processes() > 1
     loader = DataLoader(
         dataset,
         batch_sampler=ProcessShard(batches) if several else batches,
         collate_fn=FillingCollate(dataset) if several else dataset.collate,
-        num_workers=num_workers,
+        num_workers=workers,
         pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-        persistent_workers=args.dataloader_persistent_workers and num_workers > 0,
-        prefetch_factor=args.dataloader_prefetch_factor if num_workers else None,
-        worker_init_fn=partial(seed_worker, num_workers=num_workers, rank=args.process_index),
+        persistent_workers=args.dataloader_persistent_workers and workers > 0,
+        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
     )
     # already this process's part: accelerator.prepare would divide again and mistreat batches of different sizes
     return prepare_data_loader(loader, device=args.device, num_processes=1, process_index=0, put_on_device=True)
 
 
-def stream_loader(stream: ImageStream, args: VLMTrainingArguments, *, batch_size: int) -> DataLoader:
-    """The loader of this process.
-
-    Args:
-        stream: Training images.
-        args: Settings of the run.
-        batch_size: Images per batch of a process.
-    """
+def _stream_loader(stream: Any, args: VLMTrainingArguments, *, batch_size: int) -> DataLoader:
+    """The part of a stream that this process reads."""
     stream.divide(batch_size=batch_size, rank=args.process_index, world_size=args.world_size)
     if args.process_index == 0:
-        name_uneven_shards(stream.source.num_shards, args.world_size, args.dataloader_num_workers)
+        name_uneven_shards(stream.num_shards, args.world_size, args.dataloader_num_workers)
     loader = DataLoader(
         stream,
         batch_size=batch_size,
@@ -134,6 +141,24 @@ def stream_loader(stream: ImageStream, args: VLMTrainingArguments, *, batch_size
     # already divided: by default one process would read for all
     options = {"num_processes": 1, "process_index": 0, "put_on_device": True, "dispatch_batches": False}
     return prepare_data_loader(loader, device=args.device, **options)
+
+
+def evaluation_loader(dataset: Any, args: VLMTrainingArguments) -> DataLoader:
+    """All images in their order, with the dataset's own collator; to be divided by `accelerator.prepare`.
+
+    Args:
+        dataset: A dataset with positions.
+        args: Settings of the run; `dataloader_drop_last` is that of the training.
+    """
+    workers = args.dataloader_num_workers
+    return DataLoader(
+        dataset,
+        batch_size=args.eval_batch_size,
+        collate_fn=dataset.collate,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory,
+        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+    )
 
 
 def name_uneven_shards(shards: int, processes: int, workers: int) -> None:
@@ -147,3 +172,86 @@ def name_uneven_shards(shards: int, processes: int, workers: int) -> None:
         return
     advice = "Write another number of shards, or change the number of processes or `dataloader_num_workers`."
     warnings.warn(message + advice, PeftVLMWarning, stacklevel=3)
+
+
+def check_training(model: nn.Module, objective: Objective, train_dataset: Any) -> None:
+    """Refuse a run that could not train.
+
+    Args:
+        model: Model with its adapter.
+        objective: Its class prompts, if it has any, say what the columns of its logits mean.
+        train_dataset: Training images, a dataset or a stream.
+
+    Raises:
+        PeftVLMError: If nothing is trainable.
+        DataError: If the objective cannot train on a stream, or the labels are of other classes than its own.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PeftVLMError(
+            "Expected trainable parameters, got none. Load adapters for training with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+    if not train_dataset.has_positions:
+        objective.check_stream()
+    if objective.labels_are_positions:
+        _check_places(objective, train_dataset)
+
+
+def check_evaluation(objective: Objective, eval_dataset: Any) -> None:
+    """Refuse images that the objective could not be evaluated on.
+
+    Args:
+        objective: Its class prompts, if it has any, say what the columns of its logits mean.
+        eval_dataset: Validation images.
+
+    Raises:
+        DataError: If they have no end, no labels, or other classes than the prompts, or the objective predicts none.
+    """
+    if not eval_dataset.has_positions:
+        raise DataError(
+            "Expected an `eval_dataset` with an end, got a stream, which repeats images. Load one with "
+            "`load_image_dataset`."
+        )
+    if min(eval_dataset.labels) < 0:
+        raise DataError("Expected an `eval_dataset` with labels, got images without. Leave it out.")
+    if not objective.can_predict:
+        raise DataError(
+            "Expected an objective with answers to choose from for an `eval_dataset`, got "
+            f"`{type(objective).__name__}` for free answers, which have no scores. Pass candidates to the objective "
+            "(`tokenize_candidates`), or leave out `eval_dataset` and compare generated answers after training."
+        )
+    if objective.prompts is None:
+        return
+    expected = [readable(name) for name in objective.prompts.class_names]
+    actual = [readable(name) for name in eval_dataset.class_names]
+    if actual == expected:
+        return
+    pairs = zip(expected, actual, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(actual)))
+    raise DataError(
+        "Expected an `eval_dataset` with the class names of the objective's prompts in their order, got "
+        f"{len(actual)} names for {len(expected)}, the first difference at label {place}: "
+        f"{actual[place : place + 1]!r} for {expected[place : place + 1]!r}. Labels of one list are wrong in the "
+        "other: `restrict` the dataset to the classes of the prompts, or make prompts of its classes."
+    )
+
+
+def _check_places(objective: Objective, dataset: Any) -> None:
+    """Refuse training labels that stand for other classes in the prompts; classes may be worded otherwise there."""
+    if objective.prompts is None:
+        return
+    places = {readable(name): place for place, name in enumerate(objective.prompts.class_names)}
+    names = [readable(name) for name in dataset.class_names]
+    moved = [(label, name) for label, name in enumerate(names) if places.get(name, label) != label]
+    if len(names) > len(places):
+        raise DataError(
+            f"Expected training images of at most {len(places)} classes, as the objective's prompts, got "
+            f"{len(names)}. `restrict` the dataset to the classes of the prompts, or make prompts of all its classes."
+        )
+    if moved:
+        (label, name), count = moved[0], len(moved)
+        raise DataError(
+            f"Expected training images whose labels are places in the objective's prompts, got {count} classes that "
+            f"stand elsewhere there: label {label}, {name!r}, is class {places[name]}. Make prompts of the dataset's "
+            "`class_names`."
+        )

@@ -10,10 +10,11 @@ from peft_vlm.models.towers import unwrap
 from peft_vlm.objective import Objective
 from peft_vlm.shapes import Batch
 from peft_vlm.training.loaders import FILLER
+from peft_vlm.training.metrics import mean_cross_entropy
 
 
 class TrainingModule(nn.Module):
-    """`forward(batch)` gives the loss, its terms and the logits.
+    """`forward(batch)` gives the loss and its terms; in evaluation mode the loss and the logits over all classes.
 
     Calling the unwrapped model from a loss function would bypass the gradient averaging of DDP without any error.
 
@@ -39,10 +40,15 @@ class TrainingModule(nn.Module):
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Run the objective on one batch; keyword arguments are its columns.
 
+        In evaluation mode: logits as a user of the trained model gets them, and their cross-entropy.
+
         With several processes every term is scaled by this process's share of the rows that it is the mean of. The
         mean over the processes, which DDP takes of gradients and the log of terms, is then that over all rows, also
         where the last batch of an epoch divides unevenly.
         """
+        if not self.training:
+            logits = self.objective.predict(self.model, cast(Batch, batch))
+            return {"loss": mean_cross_entropy(logits, batch["labels"]), "logits": logits}
         with left_out(batch.pop(FILLER, None) is not None):
             output = self.objective(self.model, cast(Batch, batch))
             share = share_of(torch.tensor(float(len(output.labels)), device=output.labels.device))
@@ -56,8 +62,3 @@ class TrainingModule(nn.Module):
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute layer activations in the backward pass, in both towers."""
         unwrap(self.model).activation_checkpointing_enable(**kwargs)
-
-    @torch.no_grad()
-    def predict(self, batch: Batch) -> Tensor:
-        """Logits over all classes."""
-        return self.objective.predict(self.model, batch)

@@ -1,4 +1,4 @@
-"""The training curve as a picture."""
+"""What a run leaves behind: adapter, metrics, summary, card and curve, and their way to the Hub."""
 
 import platform
 from collections.abc import Sequence
@@ -9,13 +9,12 @@ from typing import Any
 from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from peft_vlm.adapters.config import installed_version
-from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.streaming import ImageStream
+from peft_vlm.data.dataset import RunImages
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.distributed import wait_for_everyone
 from peft_vlm.evaluation.plots import has_matplotlib, new_figure
@@ -88,13 +87,6 @@ class ArtifactsCallback(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self._start = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Remember where the run begins."""
-        self._start = state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -104,7 +96,7 @@ class ArtifactsCallback(TrainerCallback):
         The other processes wait, so that each may read the folder when its `train()` returns. A finished run that is
         started again, and makes no step, leaves its files as they are.
         """
-        if state.global_step > self._start or not was_finished(Path(args.output_dir), state.global_step):
+        if state.global_step > self.trainer.first_step or not was_finished(Path(args.output_dir), state.global_step):
             self.trainer.save_model(_internal_call=True)
             if args.should_save:
                 self.write_reports(args, state)
@@ -181,9 +173,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def describe_adapter(
-    model: nn.Module, objective: Objective, dataset: ImageClassificationDataset | ImageStream
-) -> None:
+def describe_adapter(model: nn.Module, objective: Objective, dataset: RunImages) -> None:
     """Write classes, template and preprocessing into the adapter's configuration, so that its folder is enough to
     predict.
 
@@ -257,52 +247,3 @@ def push_checkpoint(args: VLMTrainingArguments, repo_id: str, checkpoint: Path, 
         run_as_future=True,
     )
     return PushInProgress([job])
-
-
-class PublishingTrainer(Trainer):
-    """Hugging Face's Trainer whose uploads are complete adapter folders with a card made from facts."""
-
-    def push_to_hub(self, commit_message: str | None = None, **options: Any) -> Published | None:
-        """Save and publish the adapter with its reports and a card; see `peft_vlm.publish`.
-
-        Evaluate first: `peft-vlm evaluate --baseline --adapter FOLDER --output_dir FOLDER ...` with the run's folder.
-        Plain models are uploaded by the base class.
-
-        Args:
-            commit_message: Summary of the commit.
-            **options: Passed to `publish`; licence, token, branch and visibility default to those of the arguments.
-
-        Returns:
-            Where it is; None on all but the main process, and for plain models.
-        """
-        folder = saved_adapter(self.model.model, self.args.output_dir)
-        if folder is None:
-            super().push_to_hub(commit_message or "End of training", **options)
-            return None
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=options.get("token"), private=options.get("private"))
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        return publish_run(folder, self.args, self.hub_model_id, commit_message=commit_message, **options)
-
-    def create_model_card(self, license: str | None = None, **options: Any) -> None:
-        """Write the card of the run's folder; that of the base class for plain models.
-
-        Args:
-            license: Identifier of the licence; None for the one of the arguments.
-            **options: Of the base class.
-        """
-        folder = saved_adapter(self.model.model, self.args.output_dir)
-        if folder is None:
-            super().create_model_card(license=license, **options)
-        elif self.is_world_process_zero():
-            write_card(folder, license=license or self.args.hub_license)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload a checkpoint for a resume elsewhere, without the base class's pickled arguments."""
-        if self.is_world_process_zero():
-            step = self.state.global_step
-            self._finish_current_push()
-            self.push_in_progress = push_checkpoint(self.args, self.hub_model_id, Path(checkpoint_folder), step=step)

@@ -1,8 +1,39 @@
-"""The learning-rate schedule of the Dassl toolbox, on which the official codes of this field are built."""
+"""Optimizer and learning-rate schedule of the Dassl toolbox, on which the official codes of this field are built."""
 
 import math
 
 import torch
+from transformers import Trainer
+
+from peft_vlm.training.arguments import VLMTrainingArguments
+from peft_vlm.training.module import TrainingModule
+
+
+def build_optimizer(module: TrainingModule, *, args: VLMTrainingArguments) -> torch.optim.Optimizer:
+    """The objective's own optimizer, or that of the arguments.
+
+    The latter has one parameter group per learning rate, and weight decay on every trainable parameter as in the
+    official codes.
+
+    Args:
+        module: Model and objective.
+        args: Optimizer and its settings.
+    """
+    own = module.objective.optimizer(module.model, learning_rate=args.learning_rate)
+    if own is not None:
+        return own
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    groups = []
+    for name, parameters in module.objective.param_groups(named).items():
+        rate = args.vision_learning_rate if name == "vision" else None
+        groups.append({"params": parameters, "lr": args.learning_rate if rate is None else rate})
+    if str(args.optim) in ("sgd", "OptimizerNames.SGD"):
+        optimizer_class, options = torch.optim.SGD, {"momentum": args.momentum}
+    else:
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, module)
+        options.pop("lr", None)
+    groups = [group for group in groups if group["params"]]
+    return optimizer_class(groups, lr=args.learning_rate, weight_decay=args.weight_decay, **options)
 
 
 def epoch_cosine(

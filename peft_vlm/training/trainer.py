@@ -1,34 +1,60 @@
-"""`VLMTrainer`: Hugging Face's Trainer around one module of model and objective.
+"""`VLMTrainer`: Hugging Face's Trainer around one module of model and objective."""
 
-Overrides of its internals live here.
-"""
-
+import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.streaming import ImageStream
-from peft_vlm.distributed import num_processes
+from peft_vlm.adapters.config import installed_version
+from peft_vlm.data.dataset import PositionedImages, RunImages
 from peft_vlm.errors import PeftVLMError
+from peft_vlm.files import read_json
+from peft_vlm.hub.publish import Published, saved_adapter
 from peft_vlm.objective import Objective
 from peft_vlm.training.arguments import VLMTrainingArguments
-from peft_vlm.training.callbacks import FiniteSteps, ObjectiveCallback, RunReport
-from peft_vlm.training.checkpoints import EarlierRun, ResumableTrainer
-from peft_vlm.training.checks import check_run
-from peft_vlm.training.loaders import ShuffledBatches, stream_loader, train_loader
-from peft_vlm.training.metrics import RunningMeans, WithLoss, accuracy_metric, classes_and_losses
+from peft_vlm.training.callbacks import FiniteSteps, Interrupt, ObjectiveCallback, RunReport, with_advice
+from peft_vlm.training.checkpoints import (
+    OPTIMIZER_NAME,
+    PREFIX,
+    STATE_NAME,
+    EarlierRun,
+    atomic_folder,
+    checkpoint_to_resume,
+    load_objective_state,
+    load_weights,
+    moved_into,
+    order_of,
+    save_objective_state,
+    save_weights,
+    settings_of,
+    warn_of_changes,
+)
+from peft_vlm.training.loaders import check_evaluation, check_training, evaluation_loader, train_loader
+from peft_vlm.training.metrics import EvaluationMetrics, LossSums
 from peft_vlm.training.module import TrainingModule
-from peft_vlm.training.reports import ArtifactsCallback, PublishingTrainer, describe_adapter
-from peft_vlm.training.schedule import epoch_cosine_scheduler
+from peft_vlm.training.reports import ArtifactsCallback, describe_adapter, publish_run, push_checkpoint, write_card
+from peft_vlm.training.schedule import build_optimizer, epoch_cosine_scheduler
+
+#: Names of `transformers.Trainer` that begin with an underscore and are overridden or set here, each with what for.
+PRIVATE_NAMES = {
+    "_get_dataloader": "the objective composes the batches, and each dataset has its own collator",
+    "_save_checkpoint": "a checkpoint is written atomically and has a manifest",
+    "_load_from_checkpoint": "a checkpoint holds the active adapter under any name, and the objective's state",
+    "_load_best_model": "the best checkpoint too",
+    "_created_lr_scheduler": "a second `train()` gets a new schedule",
+}
 
 
-class VLMTrainer(PublishingTrainer, ResumableTrainer):
+class VLMTrainer(Trainer):
     """Trains an adapter (or, for baselines, a whole model) by an objective.
 
     Checkpoints hold the adapter only, plus what an exact resume needs. At the end `output_dir` holds the adapter,
@@ -38,10 +64,10 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
         model: `PeftModel` with the adapter to train active, or a plain model.
         objective: What is minimised.
         args: Settings of the run.
-        train_dataset: Training images, a dataset or a stream.
+        train_dataset: Training images, a dataset or a stream. They stay as they are: a run works on a view of its own.
         eval_dataset: Validation images with the same classes; never the test split, since the best checkpoint may be
             chosen on it.
-        compute_metrics: Metrics from predicted class ids and labels; accuracy in percent by default.
+        compute_metrics: Metrics from logits and labels; accuracy in percent by default.
         callbacks: Further callbacks.
         **kwargs: Passed to `transformers.Trainer`.
     """
@@ -52,100 +78,101 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
         objective: Objective,
         args: VLMTrainingArguments,
         *,
-        train_dataset: ImageClassificationDataset | ImageStream,
-        eval_dataset: ImageClassificationDataset | None = None,
+        train_dataset: RunImages,
+        eval_dataset: PositionedImages | dict[str, PositionedImages] | None = None,
         compute_metrics: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        check_run(model, objective, train_dataset, eval_dataset)
-        if args.n_gpu > 1:  # several visible GPUs without a launcher would mean torch.nn.DataParallel
-            args._n_gpu = 1
+        check_training(model, objective, train_dataset)
+        for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+            if dataset is not None:
+                check_evaluation(objective, dataset)
+        if compute_metrics is None:
+            args = copy.copy(args)
+            args.batch_eval_metrics = True  # memory does not grow with images times classes; `predict` still gathers
+        if (kwargs.get("optimizers") or (None,))[0] is None:
+            kwargs.setdefault("optimizer_cls_and_kwargs", (lambda: build_optimizer, {"args": args}))
         self.objective = objective
-        self.steps_per_epoch = 0
-        self.running_means, self._finite = RunningMeans(), FiniteSteps(self, args.non_finite)
-        train_dataset.unreadable.skip(args.unreadable_images == "skip")
+        self.losses, self.interrupt = LossSums(), Interrupt()
+        self.metrics = EvaluationMetrics(
+            compute_metrics,
+            by_batch=args.batch_eval_metrics and compute_metrics is not None,
+            has_logits=kwargs.get("preprocess_logits_for_metrics") is None,
+        )
+        self.images: RunImages | None = None
+        self.first_step, self.steps_per_epoch = 0, 1
         super().__init__(
             model=TrainingModule(model, objective),
             args=args,
             data_collator=train_dataset.collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            compute_metrics=WithLoss(compute_metrics or accuracy_metric),
-            preprocess_logits_for_metrics=classes_and_losses,
+            compute_metrics=self.metrics,
             callbacks=callbacks,
             **kwargs,
         )
-        first = ObjectiveCallback(self.model, train_dataset, self.accelerator.autocast, self.log)
-        self.callback_handler.callbacks[:0] = [RunReport(self), first]
-        own = (self._finite, *objective.callbacks(model), EarlierRun(), self.interrupt, ArtifactsCallback(self))
-        for callback in own:
+        self.model.register_forward_hook(self.losses.record, with_kwargs=True)
+        self.settings = settings_of(model, objective)
+        self.callback_handler.callbacks[:0] = [RunReport(self), ObjectiveCallback(self)]
+        own = (EarlierRun(self), self.interrupt, ArtifactsCallback(self))
+        for callback in (FiniteSteps(self, args.non_finite), *objective.callbacks(model), *own):
             self.add_callback(callback)
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Batches as the objective composes them, else shuffled; without pixels when the objective caches features."""
-        if isinstance(self.train_dataset, ImageStream):
-            return stream_loader(self.train_dataset, self.args, batch_size=self._train_batch_size)
-        dataset = self.train_dataset if self.objective.needs_pixels else self.train_dataset.without_pixels()
-        size, args = self._train_batch_size * num_processes(), self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        batches = self.objective.batch_sampler(self.train_dataset.labels, batch_size=size, seed=args.seed)
-        if batches is None:
-            batches = ShuffledBatches(len(dataset), batch_size=size, seed=seed, drop_last=args.dataloader_drop_last)
-        workers = args.dataloader_num_workers if self.objective.needs_pixels else 0
-        return train_loader(dataset, batches, args, num_workers=workers)
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, from the beginning or from a checkpoint.
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """One epoch; a resumed stream is told what will be thrown away, so that it does not decode it.
-
-        A run that ended in mid-epoch and is started again has nothing left to do; the base class would make a step.
+        Args:
+            resume_from_checkpoint: A folder; True for the newest whole checkpoint in `output_dir`; `"auto"` for the
+                same, or for the beginning where there is none. A damaged checkpoint is named in a warning and the one
+                before it is used.
+            trial: Of `transformers.Trainer.train`.
+            ignore_keys_for_eval: Of `transformers.Trainer.train`.
         """
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        if isinstance(self.train_dataset, ImageStream):
-            resumed = kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]
-            self.train_dataset.skip_batches(kwargs["steps_trained_in_current_epoch"] if resumed else 0)
-        super()._run_epoch(**kwargs)
+        checkpoint, self.first_step = None, 0
+        if resume_from_checkpoint:
+            checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir))
+        if checkpoint is not None:
+            self.first_step = read_json(checkpoint / STATE_NAME)["global_step"]
+            has_optimizer = self.is_deepspeed_enabled or (checkpoint / OPTIMIZER_NAME).is_file()
+            order = order_of(self.train_dataset, self.args)
+            warn_of_changes(checkpoint, order=order, settings=self.settings, has_optimizer=has_optimizer)
+            if self.is_deepspeed_enabled:  # the base class then leaves out `_load_from_checkpoint`
+                load_objective_state(self.objective, checkpoint)
+        self.images = self._view()
+        with self.interrupt.watched(), with_advice(self.args, self.objective.config_dict()):
+            resumed = None if checkpoint is None else str(checkpoint)
+            output = super().train(resumed, trial, ignore_keys_for_eval)
+        return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
-        """The base class's loader with the dataset's own collator; training and validation may differ in theirs."""
-        self.data_collator = dataset.collate
-        return super()._get_dataloader(dataset, *args, **kwargs)
+    def _view(self) -> RunImages:
+        return self.train_dataset.for_run(skip_unreadable=self.args.unreadable_images == "skip")
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[Any, ...]:
-        """The base class's values; the schedule needs the updates per epoch."""
-        values = super().set_initial_training_values(args, dataloader)
-        self.steps_per_epoch = values[1]
-        return values
+        """The base class's values, of which the schedule needs the updates per epoch.
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The objective's own optimizer, or that of the arguments.
-
-        The latter has one parameter group per learning rate, and weight decay on every trained tensor as in the
-        official codes.
+        A run that had ended and is started again has no epoch left, also where it had ended in mid-epoch, where the
+        base class would make a step more.
         """
-        if self.optimizer is None:
-            self.optimizer = self.objective.optimizer(self.model.model, learning_rate=self.args.learning_rate)
-        if self.optimizer is not None:
-            return self.optimizer
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        groups = []
-        for name, parameters in self.objective.param_groups(named).items():
-            rate = self.args.vision_learning_rate if name == "vision" else None
-            groups.append({"params": parameters, "lr": self.args.learning_rate if rate is None else rate})
-        if str(self.args.optim) in ("sgd", "OptimizerNames.SGD"):
-            optimizer_class, options = torch.optim.SGD, {"momentum": self.args.momentum}
-        else:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            options.pop("lr", None)
-        self.optimizer = optimizer_class(
-            [group for group in groups if group["params"]],
-            lr=self.args.learning_rate,
-            weight_decay=self.args.weight_decay,
-            **options,
-        )
-        return self.optimizer
+        num_epochs, self.steps_per_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if self.first_step >= max_steps:
+            num_epochs = self.first_step // self.steps_per_epoch
+        return (num_epochs, self.steps_per_epoch, *others, max_steps)
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, *args: Any, is_training: bool = False, **kwargs: Any
+    ) -> DataLoader:
+        """Batches as the objective composes them; for an evaluation all images in order, with their own collator."""
+        if is_training:
+            images = self._view() if self.images is None else self.images
+            return train_loader(images, self.objective, self.args, batch_size=batch_size)
+        self.metrics.start()
+        return self.accelerator.prepare(evaluation_loader(dataset, self.args))
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -154,8 +181,7 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
         if self.args.lr_schedule == "transformers":
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
-            steps = self.steps_per_epoch or num_training_steps
-            num_epochs = math.ceil(num_training_steps / steps)
+            num_epochs = math.ceil(num_training_steps / self.steps_per_epoch)
             if self.args.warmup_epochs >= num_epochs and not self.control.should_training_stop:
                 raise PeftVLMError(
                     f"Expected a run longer than its warm-up, got {num_epochs} epoch{'s' * (num_epochs > 1)} and "
@@ -164,30 +190,13 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
                 )
             self.lr_scheduler = epoch_cosine_scheduler(
                 optimizer or self.optimizer,
-                steps_per_epoch=steps,
+                steps_per_epoch=self.steps_per_epoch,
                 num_epochs=num_epochs,
                 warmup_epochs=self.args.warmup_epochs,
                 warmup_rate=self.args.warmup_learning_rate,
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Loss of one batch through the wrapped module; sums up its terms for the log.
-
-        Args:
-            model: The wrapped module.
-            inputs: Columns of `Batch`.
-            return_outputs: Also return the module's outputs.
-            num_items_in_batch: Not used; losses are means over a batch.
-        """
-        outputs = model(**inputs)
-        loss = outputs["loss"]
-        self._finite.add(outputs, inputs["index"])
-        self.running_means.add(outputs)
-        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the mean loss, loss terms and training accuracy of all processes since the last log, or of the run.
@@ -197,41 +206,122 @@ class VLMTrainer(PublishingTrainer, ResumableTrainer):
             start_time: Of the base class.
         """
         if "loss" in logs:
-            logs.pop("loss")  # the base class's stays NaN for good after one step that was left out
-            logs |= self.running_means.take()
+            logs.pop("loss")  # the base class's stays NaN for good after one step that was skipped
+            logs |= self.losses.take()
         if "train_loss" in logs:
-            mean = self.running_means.run_loss()
+            mean = self.losses.run_loss()
             logs.pop("train_loss")
             logs |= {} if mean is None else {"train_loss": mean}
         super().log(logs, start_time)
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """The base class's ending, its result with the loss that was logged."""
-        output = super()._finalize_training(*args, **kwargs)
-        return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Logits over all classes, as a user of the trained model gets them; `WithLoss` has the loss."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.accelerator.autocast():
-            logits = self.model.predict(inputs)
-        if prediction_loss_only:
-            return nn.functional.cross_entropy(logits.float(), inputs["labels"]), None, None
-        return None, logits, inputs["labels"]
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """The base class's loop; predictions are class ids."""
-        output = super().evaluation_loop(*args, **kwargs)
-        classes = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-        return output._replace(predictions=classes)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter, with everything needed to use it, from the main process."""
+        """Save the adapter with everything needed to use it, from the main process, file by file in one step each.
+
+        Args:
+            output_dir: Target; the run's folder by default.
+            _internal_call: Of the base class: False also pushes, where the arguments say so.
+        """
         describe_adapter(self.model.model, self.objective, self.train_dataset)
-        super().save_model(output_dir, _internal_call=_internal_call)
+        state = self.objective.state_dict()  # all processes take part
+        if self.args.should_save:
+            with moved_into(Path(output_dir or self.args.output_dir)) as partial:
+                save_weights(self.model, partial)
+                save_objective_state(state, partial)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let the base class write a checkpoint aside, and rename it when all of it is on disk."""
+        run, step = Path(self.args.output_dir), self.state.global_step
+        folder, best = run / f"{PREFIX}{step}", run / f"{PREFIX}{self.state.best_global_step}"
+        facts = {"peft_vlm": installed_version(), "step": step, "order": order_of(self.train_dataset, self.args)}
+        facts |= {"settings": self.settings, "settings_found": settings_of(self.model.model, self.objective)}
+        with atomic_folder(folder, facts=facts) as partial:
+            with self._arguments(output_dir=str(partial.parent), push_to_hub=False, save_total_limit=None):
+                self._note_callbacks()
+                super()._save_checkpoint(model, trial)
+            if self.state.best_global_step and (best == folder or best.is_dir()):
+                self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self._note_callbacks()
+                self.state.save_to_json(str(partial / STATE_NAME))
+        if self.args.push_to_hub and self.is_world_process_zero():
+            self._wait_for_push()
+            self.push_in_progress = push_checkpoint(self.args, self.hub_model_id, folder, step=step)
+        if self.args.should_save:
+            limit, best_checkpoint = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(run), limit, best_checkpoint, use_mtime=True)
+
+    @contextmanager
+    def _arguments(self, **changes: Any) -> Iterator[None]:
+        """Other settings for a while."""
+        before, self.args = self.args, copy.copy(self.args)
+        vars(self.args).update(changes)
+        try:
+            yield
+        finally:
+            self.args = before
+
+    def _note_callbacks(self) -> None:
+        """Put the state of callbacks that have one into the trainer state; the base class appends to earlier ones."""
+        exported: dict[str, list[Any]] = {}
+        assert self.state.stateful_callbacks is not None, "the trainer fills it when training begins"
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                exported.setdefault(type(callback).__name__, []).append(callback.state())
+        for name, states in exported.items():
+            several = isinstance(self.state.stateful_callbacks.get(name), list)
+            self.state.stateful_callbacks[name] = states if several else states[-1]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Restore adapter and objective, whatever the adapter's name."""
+        load_weights(self.model, Path(resume_from_checkpoint))
+        load_objective_state(self.objective, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint's adapter under its own name; the base class would always load `default`."""
+        load_weights(self.model, Path(self.state.best_model_checkpoint))
+
+    def push_to_hub(self, commit_message: str | None = None, **options: Any) -> Published | None:
+        """Save and publish the adapter with its reports and a card; see `peft_vlm.publish`.
+
+        Evaluate first: `peft-vlm evaluate --baseline --adapter FOLDER --output_dir FOLDER ...` with the run's folder.
+        Plain models are uploaded by the base class.
+
+        Args:
+            commit_message: Summary of the commit.
+            **options: Passed to `publish`; licence, token, branch and visibility default to those of the arguments.
+
+        Returns:
+            Where it is; None on all but the main process, and for plain models.
+        """
+        folder = saved_adapter(self.model.model, self.args.output_dir)
+        if folder is None:
+            super().push_to_hub(commit_message or "End of training", **options)
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=options.get("token"), private=options.get("private"))
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._wait_for_push()
+        return publish_run(folder, self.args, self.hub_model_id, commit_message=commit_message, **options)
+
+    def _wait_for_push(self) -> None:
+        """Wait for a checkpoint that is being uploaded."""
+        push = getattr(self, "push_in_progress", None)
+        if push is not None:
+            push.wait_until_done()
+
+    def create_model_card(self, license: str | None = None, **options: Any) -> None:
+        """Write the card of the run's folder; that of the base class for plain models.
+
+        Args:
+            license: Identifier of the licence; None for the one of the arguments.
+            **options: Of the base class.
+        """
+        folder = saved_adapter(self.model.model, self.args.output_dir)
+        if folder is None:
+            super().create_model_card(license=license, **options)
+        elif self.is_world_process_zero():
+            write_card(folder, license=license or self.args.hub_license)

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from peft_vlm.distributed import process_index
 from peft_vlm.models.towers import unwrap
 from peft_vlm.training import checkpoints, reports
+from peft_vlm.training import trainer as trainer_module
 from tests import forked
 from tests.short_run import MEMORY, QUESTION_RUNS, RUNS, train
 
@@ -79,7 +80,7 @@ WRITERS = ("write_json", "save_weights", "save_objective_state", "training_curve
 
 def note_writers(writers: list[str]) -> None:
     """Keep the names of functions that write files, with the process that called them."""
-    for module in (reports, checkpoints):
+    for module in (reports, checkpoints, trainer_module):
         for name in WRITERS:
             if hasattr(module, name):
                 setattr(module, name, noting(getattr(module, name), name, writers))

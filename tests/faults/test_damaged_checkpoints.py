@@ -109,7 +109,7 @@ def test_a_run_that_goes_on_from_an_early_checkpoint_sets_later_ones_aside(tmp_p
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     shutil.rmtree(tmp_path / "checkpoint-4")
     shutil.rmtree(tmp_path / "checkpoint-2")
-    with pytest.warns(PeftVLMWarning, match="begins anew: .* has checkpoints of an earlier run only"):
+    with pytest.warns(PeftVLMWarning, match="starts again: .* has checkpoints of an earlier run only"):
         train(tmp_path, "promptsrc", resume="auto", max_steps=1, **options)
 
 

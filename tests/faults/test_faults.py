@@ -110,7 +110,7 @@ def test_a_damaged_image_can_be_left_out(tmp_path: Path, method: str) -> None:
     """The next image of its class takes its place, in caches too, so batches keep their size and their classes."""
     options = {"save_strategy": "no", "unreadable_images": "skip", "num_train_epochs": 1}
     trainer = train(tmp_path, method, change=damage_images(4, DAMAGED), **options)
-    dataset = trainer.train_dataset
+    dataset = trainer.images
     neighbour = next(p for p in (6, 7, 0, 1, 2, 3) if dataset.labels[p] == dataset.labels[DAMAGED])
     item, other = dataset[DAMAGED], dataset[neighbour]
     assert item["index"] == DAMAGED
@@ -120,6 +120,7 @@ def test_a_damaged_image_can_be_left_out(tmp_path: Path, method: str) -> None:
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["final"]["unreadable_images"] == 2
     assert dataset.unreadable.rows == [4, DAMAGED]
+    assert trainer.train_dataset.unreadable.rows == [], "the user's dataset stays as it is"
 
 
 def test_a_class_without_a_readable_image_is_refused(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from peft_vlm import RPPObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data import ImageStream
 from peft_vlm.errors import DataError, PeftVLMWarning
-from peft_vlm.training.checks import check_run
-from peft_vlm.training.loaders import name_uneven_shards, stream_loader
+from peft_vlm.training.loaders import check_evaluation, name_uneven_shards, train_loader
 from tests.cases import base_model, class_prompts, rpp_config
 from tests.short_run import parts
 from tests.tiny_streams import stream, table, write_shards
@@ -69,9 +68,9 @@ def test_methods_that_need_positions_refuse_streams(tmp_path: Path, method: str,
 
 def test_validation_images_are_no_stream():
     """One that starts over has no accuracy."""
-    model, objective, dataset = parts("coop")
+    _, objective, _ = parts("coop")
     with pytest.raises(DataError, match="`eval_dataset` with an end, got a stream"):
-        check_run(model, objective, dataset, stream(table()))
+        check_evaluation(objective, stream(table()))
 
 
 @pytest.mark.parametrize(
@@ -99,4 +98,4 @@ def test_a_run_names_the_shards_that_its_workers_cannot_divide(tmp_path: Path):
     """The check stands where the loader is made."""
     args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, dataloader_num_workers=2, report_to="none")
     with pytest.warns(PeftVLMWarning, match="2 workers cannot divide 3 shards evenly"):
-        stream_loader(stream(table().to_iterable_dataset(num_shards=3)), args, batch_size=4)
+        train_loader(stream(table().to_iterable_dataset(num_shards=3)), parts("rpp")[1], args, batch_size=4)

@@ -1,16 +1,30 @@
 """What the trainer asks of datasets and objectives: columns, collators, optimizers, class names."""
 
+import ast
+import copy
+import inspect
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import Trainer
 
 from peft_vlm import CoOpConfig, CoOpObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.errors import DataError, PeftVLMError
+from peft_vlm.training.checkpoints import damage
+from peft_vlm.training.trainer import PRIVATE_NAMES
 from tests.cases import WORD_A, base_model, class_prompts, images
 from tests.short_run import train as train_short
 from tests.tiny import colour_names
+
+#: Whose attributes are those of the trainer, in its methods and in callbacks.
+OWNERS = ("self", "trainer", "super()")
+CLASS_ATTRIBUTES = {"__module__", "__doc__", "__firstlineno__", "__static_attributes__"}
 
 
 class WithColumn(CoOpObjective):
@@ -200,3 +214,74 @@ def test_a_run_says_how_it_goes(tmp_path, capsys) -> None:
     assert "Epoch 1 of 2: loss " in printed
     assert " images/s, " in printed
     assert " left, peak memory " in printed
+
+
+#: What fails when transformers changes a private name that the trainer relies on.
+TESTS_OF_PRIVATE_NAMES = {
+    "_get_dataloader": "test_a_batch_may_have_any_columns_and_each_dataset_makes_its_own",
+    "_save_checkpoint": "test_a_run_does_not_change_the_users_dataset_and_leaves_whole_checkpoints",
+    "_load_from_checkpoint": "test_a_resumed_adapter_is_the_saved_one",
+    "_load_best_model": "test_the_best_checkpoint_is_loaded_under_the_adapters_own_name",
+    "_created_lr_scheduler": "test_a_second_training_has_a_new_schedule",
+}
+
+
+def test_the_trainer_overrides_little_of_the_base_class() -> None:
+    """Each override is a place where a new version of transformers may differ without an error."""
+    ours = [cls for cls in VLMTrainer.__mro__ if cls.__module__.startswith("peft_vlm")]
+    overridden = {name for cls in ours for name in vars(cls) if name in vars(Trainer)} - CLASS_ATTRIBUTES
+    assert len(overridden) <= 12, sorted(overridden)
+    source = inspect.getsource(inspect.getmodule(Trainer))
+    private = {name for cls in (Trainer,) for name in vars(cls)} | set(re.findall(r"self\.(_[a-z]\w*)", source))
+    folder = Path(inspect.getsourcefile(VLMTrainer)).parent
+    tree = ast.parse("\n".join(path.read_text() for path in sorted(folder.glob("*.py"))))
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value).endswith(OWNERS)}
+    used |= {name for cls in ours for name in vars(cls)}
+    assert {name for name in used & private if re.match("_[a-z]", name)} == set(PRIVATE_NAMES)
+    assert set(PRIVATE_NAMES) == set(TESTS_OF_PRIVATE_NAMES)
+    assert len(PRIVATE_NAMES) <= 5
+    assert set(TESTS_OF_PRIVATE_NAMES.values()) <= set(globals())
+
+
+def test_a_run_does_not_change_the_users_dataset_and_leaves_whole_checkpoints(tmp_path) -> None:
+    """A dataset that was trained on would show another augmentation, or hide damaged images, ever after."""
+    dataset = images(per_class=2)
+    dataset.set_epoch(7)
+    before = {key: copy.copy(value) for key, value in vars(dataset).items()}
+    arguments = {"num_train_epochs": 2, "save_strategy": "epoch", "unreadable_images": "skip"}
+    trainer = trainer_of(CoOpObjective(class_prompts()), tmp_path, train_dataset=dataset, arguments=arguments)
+    trainer.train()
+    assert vars(dataset).keys() == before.keys()
+    assert dataset.epoch == 7
+    assert not dataset.unreadable.are_skipped
+    assert all(vars(dataset)[key] is value for key, value in before.items() if isinstance(value, str | int | tuple))
+    assert trainer.images.epoch == 1
+    assert trainer.images.source is dataset.source, "the view shares the images"
+    found = sorted(tmp_path.glob("**/checkpoint-*"))
+    assert [damage(folder) for folder in found] == [[], []]
+    assert not list(tmp_path.glob(".*")), "nothing of the folders that were written aside"
+    state = json.loads((found[-1] / "trainer_state.json").read_text())
+    assert state["global_step"] == trainer.state.global_step
+
+
+def test_a_resumed_adapter_is_the_saved_one(tmp_path) -> None:
+    """The base class would look for weights of the whole module, or take a fresh adapter."""
+    arguments = {"num_train_epochs": 1, "save_strategy": "epoch"}
+    first = trainer_of(CoOpObjective(class_prompts()), tmp_path, arguments=arguments)
+    first.train()
+    again = trainer_of(CoOpObjective(class_prompts()), tmp_path, arguments=arguments)
+    again.train(resume_from_checkpoint=True)
+    assert again.first_step == again.state.global_step == first.state.global_step, "no step was left"
+    states = [get_peft_model_state_dict(trainer.model.model) for trainer in (first, again)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_second_training_has_a_new_schedule(tmp_path) -> None:
+    """It would begin where the cosine of the first one ended, at a rate near 0."""
+    trainer = trainer_of(
+        CoOpObjective(class_prompts()), tmp_path, arguments={"num_train_epochs": 2, "logging_steps": 1}
+    )
+    trainer.train()
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates[0] == pytest.approx(0.01)

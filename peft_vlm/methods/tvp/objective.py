@@ -98,6 +98,7 @@ class TVPObjective(Objective):
         self.normalized_gradient = normalized_gradient
         self._tasks = [self.task, *(AnswerTask(None) for _ in self.sources)]  # nobody scores what sources answer
         self._shared: list[Any] = [None] * len(self.sources)
+        self._source_images: list[Any] = []
         self._step = torch.zeros((), dtype=torch.long)
 
     def config_dict(self) -> dict[str, Any]:
@@ -132,6 +133,9 @@ class TVPObjective(Objective):
                 "`modules_to_save` and freeze the model."
             )
         check_same_images(self.sources, dataset)
+        self._source_images = [
+            source.dataset.for_run(skip_unreadable=dataset.unreadable.are_skipped) for source in self.sources
+        ]
         for images in self._datasets(dataset):
             check_shrinking(getattr(images, "collator", None), settings)
         if self.tse_weight and self.tse_clip is not None:
@@ -147,7 +151,7 @@ class TVPObjective(Objective):
             task.prepare(member, batch_at(images, [0], device))
 
     def _datasets(self, dataset: Any) -> list[Any]:
-        return [dataset, *(source.dataset for source in self.sources)]
+        return [dataset, *self._source_images]
 
     def epoch_start(self, model: nn.Module, dataset: Any, epoch: int) -> None:
         """Move the images of the sources to the epoch.
@@ -157,8 +161,8 @@ class TVPObjective(Objective):
             dataset: Training images or questions; its epoch is already set.
             epoch: Number of the epoch, from 0.
         """
-        for source in self.sources:
-            source.dataset.set_epoch(epoch)
+        for images in self._source_images:
+            images.set_epoch(epoch)
 
     def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
         """The loss of a batch on the model, on its sources, or on the one whose turn it is.
@@ -194,7 +198,7 @@ class TVPObjective(Objective):
         task = self._tasks[number]
         if number:
             model = self._shared[number - 1]
-            batch = batch_at(self.sources[number - 1].dataset, batch["index"].tolist(), batch["index"].device)
+            batch = batch_at(self._source_images[number - 1], batch["index"].tolist(), batch["index"].device)
         hold_still(model)
         output = task.run(model, batch)
         if not self.fca_weight:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from peft_vlm.data.transforms import EvalTransform, ImageTransform
 from peft_vlm.errors import DataError
-from peft_vlm.serving.images import open_raster, to_rgb
+from peft_vlm.serving.images import check_size, open_raster, to_rgb
 from peft_vlm.shapes import Batch
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def read_image(value: Any, *, where: str = "image") -> Image.Image:
     name = f"{where} ({_source_name(value)})"
     try:
         image = _open(value)
+        check_size(image)
         image.load()
         image = ImageOps.exif_transpose(image)
     except DataError:

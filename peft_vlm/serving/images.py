@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from .errors import ImageError
+
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
@@ -41,14 +43,59 @@ def raster_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in RASTER_FORMATS)
 
 
+MAX_ASPECT = 200
+"""Longest side of an image over its shortest. Resized by its shorter side, a line of 8000 x 1 pixels takes 2 GB."""
+
+MAX_FILE_BYTES = 2**29
+"""Largest image file that is read."""
+
+
 def open_raster(source: str | Path | bytes) -> Image.Image:
     """Open an image of one of `RASTER_FORMATS` without decoding it; Pillow's errors for other files pass through.
 
     Args:
         source: Path, which is read in full so that no file stays open, or content.
+
+    Raises:
+        ImageError: If it is no regular file, or the image is too large (see `check_size`).
     """
-    content = source if isinstance(source, bytes) else Path(source).read_bytes()
-    return Image.open(io.BytesIO(content), formats=RASTER_FORMATS)
+    if not isinstance(source, bytes):
+        path = Path(source)
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise ImageError("it is no file. Leave folders and pipes out.")
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise ImageError(f"expected a file of at most {MAX_FILE_BYTES:,} bytes, got {size:,}. Shrink the image.")
+        source = path.read_bytes()
+    try:
+        image = Image.open(io.BytesIO(source), formats=RASTER_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own look at the size
+        limit = Image.MAX_IMAGE_PIXELS or 0
+        raise ImageError(f"expected an image of at most {limit:,} pixels, got more. Shrink it.") from error
+    check_size(image)
+    return image
+
+
+def check_size(image: Image.Image) -> None:
+    """Refuse an image that would take gigabytes or seconds, by its size alone, before it is decoded.
+
+    The number of pixels is Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS` (89 million by default, None for any).
+
+    Args:
+        image: An image, decoded or not.
+
+    Raises:
+        ImageError: If it has too many pixels, or is too long for its width.
+    """
+    limit, (cols, rows) = Image.MAX_IMAGE_PIXELS, image.size
+    if limit is not None and cols * rows > limit:
+        raise ImageError(
+            f"expected an image of at most {limit:,} pixels, got {cols} x {rows}. Shrink it, or raise "
+            "`PIL.Image.MAX_IMAGE_PIXELS` where you trust your images."
+        )
+    if max(cols, rows) > MAX_ASPECT * max(min(cols, rows), 1):
+        raise ImageError(
+            f"expected an image at most {MAX_ASPECT} times as long as wide, got {cols} x {rows}. Cut it into parts."
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -105,13 +152,17 @@ class Preprocessing:
 
         Args:
             image: A path, the content of a file, or a PIL image; the orientation that a photo records is applied.
-                What is none is a `ValueError`.
+                What is none is an `ImageError`.
         """
         image = to_rgb(ImageOps.exif_transpose(_open(image)))
-        rows, cols = self._resized(image.height, image.width)
-        image = image.resize((cols, rows), Image.Resampling(self.resample))
-        top, left = (rows - self.image_size[0]) // 2, (cols - self.image_size[1]) // 2
-        image = image.crop((left, top, left + self.image_size[1], top + self.image_size[0]))
+        (rows, cols), (height, width) = self._resized(image.height, image.width), self.image_size
+        top, left, resample = (rows - height) // 2, (cols - width) // 2, Image.Resampling(self.resample)
+        if rows >= image.height:
+            # Pillow then resizes columns, rounds, and resizes rows: what the crop cuts off at the sides need not be
+            # made high. Where rows shrink it may begin with them (13.0), but nothing gets large.
+            image = image.resize((cols, image.height), resample).crop((left, 0, left + width, image.height))
+            left, cols = 0, width
+        image = image.resize((cols, rows), resample).crop((left, top, left + width, top + height))
         pixels = (np.asarray(image).transpose(2, 0, 1) * self.rescale_factor).astype(np.float32)
         mean, std = (np.array(v, dtype=np.float32).reshape(-1, 1, 1) for v in (self.image_mean, self.image_std))
         return (pixels - mean) / std
@@ -128,7 +179,8 @@ def _open(image: str | Path | bytes | Image.Image) -> Image.Image:
     try:
         if not isinstance(image, Image.Image):
             image = open_raster(image)
+        check_size(image)
         image.load()
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them stumble over
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+        raise ImageError(f"{name} cannot be read as an image: {error}") from error
     return image

@@ -42,7 +42,9 @@ class Attack:
     error: type[PeftVLMError] = AdapterError
 
 
-def outcomes(table: str, use: str, folders: Mapping[str, Path], log: Path) -> dict[str, str]:
+def outcomes(
+    table: str, use: str, folders: Mapping[str, Path], log: Path, *, error: type[PeftVLMError] | None = None
+) -> dict[str, str]:
     """Run the attacks of a table in a child process, which checks error, message, memory and time of each.
 
     Args:
@@ -50,6 +52,7 @@ def outcomes(table: str, use: str, folders: Mapping[str, Path], log: Path) -> di
         use: Name of the function; it gets the folder.
         folders: Folder with the files of each attack.
         log: What the child prints; its beginning is the name of the file with the outcomes.
+        error: Type of the error that this function raises for all of them; None for that of each attack.
 
     Returns:
         What went wrong, by name; empty where the attack was refused as it should be.
@@ -58,7 +61,9 @@ def outcomes(table: str, use: str, folders: Mapping[str, Path], log: Path) -> di
     results = log.with_suffix(".jsonl")
     while missing := {name: str(folder) for name, folder in folders.items() if name not in found}:
         results.write_text("")
-        child = forked.start(log, _resist, table, use, missing, str(results), environ={"CUDA_VISIBLE_DEVICES": ""})
+        child = forked.start(
+            log, _resist, table, use, missing, str(results), error, environ={"CUDA_VISIBLE_DEVICES": ""}
+        )
         code = forked.wait(child, log, timeout=10 * len(missing) + 60)
         found |= dict(json.loads(line) for line in results.read_text().splitlines())
         if code:  # the one that it was at has ended the child
@@ -67,14 +72,15 @@ def outcomes(table: str, use: str, folders: Mapping[str, Path], log: Path) -> di
     return found
 
 
-def _resist(table: str, use: str, folders: dict[str, str], results: str) -> None:
+def _resist(table: str, use: str, folders: dict[str, str], results: str, error: Any) -> None:
     module = import_module(table)
     attacks, read = module.ATTACKS, getattr(module, use)
     for name, folder in folders.items():
         signal.alarm(60)  # ends the child
         try:
             with little_memory(), no_connections():
-                check_refusal(lambda path=Path(folder): read(path), attacks[name].error, attacks[name].message)
+                wanted = error or attacks[name].error
+                check_refusal(lambda path=Path(folder): read(path), wanted, attacks[name].message)
             failure = ""
         except Exception:
             failure = traceback.format_exc()

@@ -224,6 +224,24 @@ class DeepTokens(LearnedTokens):
         tokens = config.num_text_tokens if self.tower == "text" else config.num_vision_tokens
         self.prompts[adapter_name] = self._random(tokens, token_like(self.get_base_layer()))
 
+    @property
+    def num_entering(self) -> int:
+        """Positions after the start token that the active adapter replaces."""
+        name = self.current_adapter
+        return 0 if name is None else len(self.prompts[name])
+
+    def enter(self, hidden: Float[Tensor, "rows tokens width"]) -> Float[Tensor, "rows tokens width"]:
+        """Return the layer's input with the learned tokens in place.
+
+        Args:
+            hidden: Output of the layer below.
+        """
+        prompt = self.active_prompt(hidden)
+        if prompt is None:
+            return hidden
+        before, after = split_at_prompts(hidden, len(prompt), side=self.tower)
+        return torch.cat([before, prompt.expand(len(hidden), -1, -1), after], dim=1)
+
     def forward(self, hidden: Float[Tensor, "rows tokens width"], *args: Any, **kwargs: Any) -> Any:
         """The layer on its input with the learned tokens in place.
 
@@ -232,8 +250,4 @@ class DeepTokens(LearnedTokens):
             *args: Passed on.
             **kwargs: Passed on.
         """
-        prompt = self.active_prompt(hidden)
-        if prompt is not None:
-            before, after = split_at_prompts(hidden, len(prompt), side=self.tower)
-            hidden = torch.cat([before, prompt.expand(len(hidden), -1, -1), after], dim=1)
-        return self.base_layer(hidden, *args, **kwargs)
+        return self.base_layer(self.enter(hidden), *args, **kwargs)

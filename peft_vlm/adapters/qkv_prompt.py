@@ -259,6 +259,25 @@ class ProjectionPrompts(DelegatingLayer):
             self.unfold()
         return super().train(mode)
 
+    @property
+    def num_entering(self) -> int:
+        """Positions after the start token that have prompts of the active adapter."""
+        prompts = (self.prompt(part) for part in PROJECTIONS)
+        return max((len(prompt) for prompt in prompts if prompt is not None), default=0)
+
+    def enter(self, hidden: Float[Tensor, "rows tokens width"]) -> Float[Tensor, "rows tokens width"]:
+        """Return the layer's input, by the rule "replaced" with the query prompt in its slots.
+
+        Args:
+            hidden: Output of the layer below.
+        """
+        prompt = self.input_prompt
+        if prompt is None:
+            return hidden
+        rows = prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
+        before, after = split_at_prompts(hidden, len(prompt), side=self.tower)
+        return torch.cat([before, rows, after], dim=1)
+
     def forward(self, hidden: Float[Tensor, "rows tokens width"], *args: Any, **kwargs: Any) -> Any:
         """The layer; its projections ask for the prompts themselves.
 
@@ -267,9 +286,4 @@ class ProjectionPrompts(DelegatingLayer):
             *args: Passed on.
             **kwargs: Passed on.
         """
-        prompt = self.input_prompt
-        if prompt is not None:
-            rows = prompt.to(hidden.dtype).expand(len(hidden), -1, -1)
-            before, after = split_at_prompts(hidden, len(prompt), side=self.tower)
-            hidden = torch.cat([before, rows, after], dim=1)
-        return self.base_layer(hidden, *args, **kwargs)
+        return self.base_layer(self.enter(hidden), *args, **kwargs)

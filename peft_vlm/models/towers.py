@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel, Siglip2Model, SiglipModel
 from transformers.masking_utils import create_causal_mask
@@ -26,6 +26,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionE
 
 from peft_vlm.errors import UnsupportedModelError
 from peft_vlm.models.cache_name import CACHE_NAME
+from peft_vlm.models.packed_texts import PackedTexts, num_required, passes, reason_against, run_packed
 
 LEAVES_OF_A_LAYER = (
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
@@ -228,22 +229,27 @@ class Towers:
         if start >= len(layers) or not _is_plain(layers[-1]):
             return self.pool_image(self.run_vision(hidden, start))
         hidden = self.run_vision(hidden, start, len(layers) - 1)
-        return self.pool_image(_one_query_layer(layers[-1], hidden, hidden[:, :1], None))
+        return self.pool_image(_one_query_layer(layers[-1], hidden, hidden[:, :1]))
 
     def finish_text(
         self, hidden: Float[Tensor, "prompts tokens width"], input_ids: Int[Tensor, "prompts tokens"], start: int
     ) -> Float[Tensor, "prompts dim"]:
-        """Text features from what enters text layer `start`; the last layer computes the pooled token only."""
-        layers = self.text_layers
-        if start >= len(layers) or not _is_plain(layers[-1]):
-            return self.pool_text(self.run_text(hidden, start), input_ids)
-        hidden = self.run_text(hidden, start, len(layers) - 1)
-        positions = self.pooled_positions(input_ids).to(hidden.device)
-        query = hidden[torch.arange(len(hidden), device=hidden.device), positions][:, None]  # (prompts, 1, width)
-        # What the causal mask leaves to the query of each prompt: the tokens up to its own position.
-        visible = torch.arange(hidden.shape[1], device=hidden.device) <= positions[:, None]
-        pooled = _one_query_layer(layers[-1], hidden, query, visible[:, None, None])
-        return self.model.text_projection(self.model.text_model.final_layer_norm(pooled[:, 0]))
+        """Text features from what enters text layer `start`, computed once where prompts begin alike.
+
+        Each prompt runs by its own length, and the last layer computes the pooled token only (`packed_texts`). Layers
+        that must run as they are get whole, padded prompts.
+        """
+        layers, positions = list(self.text_layers[start:]), self.pooled_positions(input_ids)
+        reason = reason_against(layers) if layers else "no layer is left"
+        if reason is None:
+            texts = PackedTexts.of(input_ids, positions)
+            if texts.num_shared >= num_required(layers):
+                passes["packed"] += 1
+                pooled = run_packed(layers, texts.pack(hidden), texts)
+                return self.model.text_projection(self.model.text_model.final_layer_norm(pooled))
+            reason = "prompts differ where a layer is prompted"
+        passes[f"plain: {reason}"] += 1
+        return self.pool_text(self.run_text(hidden, start), input_ids)
 
     def similarity_logits(
         self, image_features: Float[Tensor, "batch dim"], text_features: Float[Tensor, "classes dim"]
@@ -334,7 +340,6 @@ def _one_query_layer(
     layer: Any,
     hidden: Float[Tensor, "batch tokens width"],
     query: Float[Tensor, "batch 1 width"],
-    visible: Bool[Tensor, "batch 1 1 tokens"] | None,
 ) -> Float[Tensor, "batch 1 width"]:
     """A transformer layer for one token per row: what the layer would give there, at a fraction of its cost.
 
@@ -342,7 +347,6 @@ def _one_query_layer(
         layer: `CLIPEncoderLayer`; its projections may be wrapped by adapters.
         hidden: What enters the layer.
         query: The token of each row whose output is wanted, out of `hidden`.
-        visible: Which tokens the query may attend to; None for all.
     """
     attention = layer.self_attn
     shape = (hidden.shape[0], -1, attention.num_heads, attention.head_dim)
@@ -358,7 +362,7 @@ def _one_query_layer(
     )
     dropout = attention.dropout if attention.training else 0.0
     attended = nn.functional.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=visible, dropout_p=dropout, scale=attention.scale
+        queries, keys, values, dropout_p=dropout, scale=attention.scale
     )
     query = query + attention.out_proj(attended.transpose(1, 2).flatten(2))  # (batch, 1, width)
     return query + layer.mlp(layer.layer_norm2(query))

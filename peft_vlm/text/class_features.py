@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_vlm.distributed import divided, num_processes
 from peft_vlm.errors import AdapterError, ClassNameError
-from peft_vlm.models.towers import image_features, side_of, text_features, towers_of
+from peft_vlm.models.towers import image_features, side_of, towers_of
 from peft_vlm.objective import Objective
 from peft_vlm.shapes import Batch
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
@@ -78,13 +78,20 @@ def encode_classes(
         for start in range(0, len(prompts.input_ids), chunk_size):
             input_ids = prompts.input_ids[start : start + chunk_size].to(device)
             _check_vocabulary(model, input_ids)
-            features = nn.functional.normalize(text_features(model, input_ids).float(), dim=-1)
+            features = _unit_features(model, input_ids)
             if sums is None:
                 sums = features.new_zeros(num_classes, features.shape[-1])
             rows = torch.arange(start, start + len(features), device=device) % num_classes
             sums.index_add_(0, rows, features)
     assert sums is not None, "ClassPrompts has at least one class"
     return nn.functional.normalize(sums, dim=-1)
+
+
+def _unit_features(model: nn.Module, input_ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts dim"]:
+    """Unit-norm text features, computed once where the prompts begin alike."""
+    towers = towers_of(model)
+    features = towers.finish_text(towers.embed_text(input_ids), input_ids, 0)
+    return nn.functional.normalize(features.float(), dim=-1)
 
 
 def _encode_together(
@@ -95,7 +102,7 @@ def _encode_together(
     def features_of(rows: Int[Tensor, " rows"]) -> Tensor:
         input_ids = prompts.input_ids[rows].to(device)
         _check_vocabulary(model, input_ids)
-        return nn.functional.normalize(text_features(model, input_ids).float(), dim=-1)
+        return _unit_features(model, input_ids)
 
     with evaluation_mode(model):
         features = divided(len(prompts.input_ids), features_of, chunk_size=chunk_size)

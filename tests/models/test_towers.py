@@ -110,15 +110,15 @@ def test_prompts_stand_after_the_start_token_or_last(side, first):
 
 def test_the_last_layer_computes_one_token_only():
     model = tiny_clip()
-    shapes = []
+    tokens = []
     layers = (model.vision_model.encoder.layers, model.text_model.encoder.layers)
     with torch.no_grad():
         for tower in layers:  # a linear inside the layer sees how many tokens come through
             linear = tower[-1].mlp.fc1
             original = linear.forward
-            linear.forward = lambda x, run=original: shapes.append(x.shape[1]) or run(x)
+            linear.forward = lambda x, run=original: tokens.append(x.shape[:-1].numel()) or run(x)
         in_pieces(model, 0)
-    assert shapes == [1, 1]
+    assert tokens == [len(pixels()), len(PROMPTS)]
 
 
 def test_logits_are_exact_under_autocast():

@@ -126,7 +126,7 @@ class VLMConfig(PeftConfig):
         for setting in fields(self):
             kind = PEFT_FIELDS.get(setting.name, setting.type)
             value = getattr(self, setting.name)
-            if not isinstance(kind, str) and not is_of(value, kind):
+            if not isinstance(kind, str) and not _is_of(value, kind):
                 raise TypeError(f"Expected `{setting.name}` to be {_in_words(kind)}, got {shown(value)}.")
 
     @classmethod
@@ -251,11 +251,11 @@ def check_weights(source: AdapterSource, config: PeftConfig) -> None:
         for name in config.modules_to_save or ():
             shapes[rf"(.*\.)?{re.escape(name)}\..*"] = ...
     else:
-        shapes = foreign_shapes(config)
+        shapes = _foreign_shapes(config)
     check_header(source.weights(), shapes)
 
 
-def foreign_shapes(config: PeftConfig) -> dict[str, Shape]:
+def _foreign_shapes(config: PeftConfig) -> dict[str, Shape]:
     """What can be said of the weights of PEFT's own methods: the rank of LoRA; patterns that never end are refused.
 
     Args:
@@ -278,7 +278,7 @@ def foreign_shapes(config: PeftConfig) -> dict[str, Shape]:
     return {r".*\.lora_A\.weight": (rank, ...)} if is_plain else {}
 
 
-def is_of(value: Any, kind: Any) -> bool:
+def _is_of(value: Any, kind: Any) -> bool:
     """Whether a value has the type that a field's annotation names; numbers must be finite.
 
     Args:
@@ -286,9 +286,9 @@ def is_of(value: Any, kind: Any) -> bool:
         kind: Type, union, or list of a type.
     """
     if isinstance(kind, UnionType):
-        return any(is_of(value, part) for part in get_args(kind))
+        return any(_is_of(value, part) for part in get_args(kind))
     if get_origin(kind) is list:
-        return isinstance(value, list | tuple) and all(is_of(entry, get_args(kind)[0]) for entry in value)
+        return isinstance(value, list | tuple) and all(_is_of(entry, get_args(kind)[0]) for entry in value)
     if get_origin(kind) is dict:
         return isinstance(value, dict)
     if kind is float:

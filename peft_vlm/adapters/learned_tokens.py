@@ -52,7 +52,7 @@ class TextSlots(DelegatingLayer, SlotLayer):
             words = embedded.new_zeros(slots.num_tokens, embedded.shape[-1])
         else:
             words = self.base_layer(torch.tensor(slots.initial_ids, device=input_ids.device))
-        return fill_slots(embedded, input_ids, words, slots)
+        return _fill_slots(embedded, input_ids, words, slots)
 
 
 class VisionSlots(DelegatingLayer):
@@ -144,10 +144,10 @@ class TextContext(LearnedTokens, SlotLayer):
         context, slots = self.active_prompt(embedded), self.slots
         if context is None or slots is None:
             return embedded
-        return fill_slots(embedded, input_ids, context, slots)
+        return _fill_slots(embedded, input_ids, context, slots)
 
 
-def fill_slots(
+def _fill_slots(
     embedded: Float[Tensor, "prompts tokens width"],
     input_ids: Int[Tensor, "prompts tokens"],
     vectors: Float[Tensor, "slots width"],

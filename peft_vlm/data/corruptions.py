@@ -62,23 +62,23 @@ class Corruption:
         return Image.fromarray(np.round(255 * damaged.clip(0, 1)).astype(np.uint8))
 
 
-def gaussian_noise(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
+def _gaussian_noise(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
     """Normal noise of a standard deviation."""
     return pixels + rng.normal(0, strength, pixels.shape)
 
 
-def shot_noise(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
+def _shot_noise(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
     """Poisson noise of a camera that counts up to so many photons."""
     return rng.poisson(pixels * strength) / strength
 
 
-def impulse_noise(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
+def _impulse_noise(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
     """Set a share of all values to 0 or 1, half of it each."""
     draw = rng.random(pixels.shape)
     return np.where(draw < strength / 2, 0.0, np.where(draw < strength, 1.0, pixels))
 
 
-def defocus_blur(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
+def _defocus_blur(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
     """Mean over a disc of a radius."""
     radius = strength * min(pixels.shape[:2]) / REFERENCE_SIDE
     reach = range(-math.ceil(radius), math.ceil(radius) + 1)
@@ -87,7 +87,7 @@ def defocus_blur(pixels: Pixels, strength: float, rng: np.random.Generator) -> P
     return _average(pixels, weights)
 
 
-def motion_blur(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
+def _motion_blur(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
     """Mean along a line of a length, whose direction is drawn within 45 degrees of the horizontal."""
     length = strength * min(pixels.shape[:2]) / REFERENCE_SIDE
     angle = rng.uniform(-math.pi / 4, math.pi / 4)
@@ -121,7 +121,7 @@ def jpeg(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
     return np.asarray(Image.open(file).convert("RGB"), dtype=np.float64) / 255
 
 
-def pixelate(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
+def _pixelate(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
     """Shrunk to a share of its size by averaging, and enlarged without smoothing."""
     image = Image.fromarray(np.round(255 * pixels).astype(np.uint8))
     size = max(1, round(image.width * strength)), max(1, round(image.height * strength))
@@ -131,15 +131,15 @@ def pixelate(pixels: Pixels, strength: float, rng: np.random.Generator) -> Pixel
 
 #: Kind of damage -> function and its strength at the levels 1 to 5.
 CORRUPTIONS: dict[str, tuple[Callable[[Pixels, float, np.random.Generator], Pixels], tuple[float, ...]]] = {
-    "gaussian_noise": (gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
-    "shot_noise": (shot_noise, (60.0, 25.0, 12.0, 5.0, 3.0)),
-    "impulse_noise": (impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27)),
-    "defocus_blur": (defocus_blur, (3.0, 4.0, 6.0, 8.0, 10.0)),
-    "motion_blur": (motion_blur, (10.0, 15.0, 20.0, 25.0, 30.0)),
+    "gaussian_noise": (_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
+    "shot_noise": (_shot_noise, (60.0, 25.0, 12.0, 5.0, 3.0)),
+    "impulse_noise": (_impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27)),
+    "defocus_blur": (_defocus_blur, (3.0, 4.0, 6.0, 8.0, 10.0)),
+    "motion_blur": (_motion_blur, (10.0, 15.0, 20.0, 25.0, 30.0)),
     "contrast": (contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
     "brightness": (brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
     "jpeg": (jpeg, (25.0, 18.0, 15.0, 10.0, 7.0)),
-    "pixelate": (pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
+    "pixelate": (_pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
 }
 
 

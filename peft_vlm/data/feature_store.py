@@ -162,7 +162,7 @@ def check_room(size: int, storage: str, *, name: str, folder: str | Path | None 
             folder = folder.parent
         free = shutil.disk_usage(folder).free
     else:
-        free = free_ram()
+        free = _free_ram()
     if free is not None and size > free:
         where = "RAM" if storage == "ram" else str(folder)
         raise DataError(
@@ -172,7 +172,7 @@ def check_room(size: int, storage: str, *, name: str, folder: str | Path | None 
         )
 
 
-def free_ram() -> int | None:
+def _free_ram() -> int | None:
     """Bytes of free memory; None on systems other than Linux."""
     if not _MEMORY.is_file():
         return None

@@ -24,7 +24,7 @@ Rows = list[dict[str, str]]
 SPLIT_COLUMN = "split"
 
 
-def read_image_folder(root: Path, *, split: str) -> tuple[Rows, list[str]]:
+def _read_image_folder(root: Path, *, split: str) -> tuple[Rows, list[str]]:
     """Images of `root/<split>/<class>/...`, or of `root/<class>/...`, which has the split `train` only.
 
     Files and classes are in sorted order (numerically when all class folders are numbers); hidden files and files that
@@ -45,7 +45,7 @@ def read_image_folder(root: Path, *, split: str) -> tuple[Rows, list[str]]:
             f"{str(root)!r} has no split folders, so all of it is the split 'train'; got `split`={split!r}. "
             f"Make the folders {str(root / 'train')!r} and {str(root / split)!r}, each with one folder per class."
         )
-    raw_labels = sort_labels({folder.name for part in splits.values() or [root] for folder in _folders(part)})
+    raw_labels = _sort_labels({folder.name for part in splits.values() or [root] for folder in _folders(part)})
     rows = [
         {"image": str(file), "label": label}
         for label in raw_labels
@@ -59,7 +59,7 @@ def read_image_folder(root: Path, *, split: str) -> tuple[Rows, list[str]]:
     return rows, raw_labels
 
 
-def read_csv(path: Path, *, split: str, image_column: str, label_column: str) -> tuple[Rows, list[str]]:
+def _read_csv(path: Path, *, split: str, image_column: str, label_column: str) -> tuple[Rows, list[str]]:
     """Rows of a CSV file with a header; image paths are relative to the file.
 
     A column `split` says to which part a row belongs; a file without it is the split `train`. The classes are those of
@@ -94,7 +94,7 @@ def read_csv(path: Path, *, split: str, image_column: str, label_column: str) ->
         raise DataError(f"{str(path)!r} has the splits {splits!r}, got `split`={split!r}.{advice}")
     rows = [{"image": str(path.parent / image), "label": label} for image, label, part in cells if part == split]
     check_files_exist([row["image"] for row in rows])
-    return rows, sort_labels({label for _, label, _ in cells})
+    return rows, _sort_labels({label for _, label, _ in cells})
 
 
 def check_files_exist(paths: Sequence[str]) -> None:
@@ -114,7 +114,7 @@ def check_files_exist(paths: Sequence[str]) -> None:
         )
 
 
-def sort_labels(labels: set[str]) -> list[str]:
+def _sort_labels(labels: set[str]) -> list[str]:
     """Labels in the order of their ids: numerically when all are numbers (as ImageNet-V2's folders), else as text."""
     return sorted(labels, key=(lambda label: (int(label), label)) if all(x.isdecimal() for x in labels) else None)
 
@@ -176,9 +176,9 @@ def load_image_dataset(
             raise DataError(f"`where` needs a dataset with columns, got {str(path)!r}, with images and labels only.")
         _check_exists(path)
         if path.suffix == ".csv":
-            rows, raw_labels = read_csv(path, split=split, image_column=image_column, label_column=label_column)
+            rows, raw_labels = _read_csv(path, split=split, image_column=image_column, label_column=label_column)
         else:
-            rows, raw_labels = read_image_folder(path, split=split)
+            rows, raw_labels = _read_image_folder(path, split=split)
         ids, labels = _name_raw_labels(raw_labels, names)
         return ImageClassificationDataset([row | {"label": ids[row["label"]]} for row in rows], labels, **options)
     table = _filtered(_open_table(source, path, split), where)
@@ -290,7 +290,7 @@ def _named_classes(
         return table, _renamed(feature.names, names)
     cells = table.with_format(None)[label_column][:]
     if all(isinstance(cell, str) for cell in cells):
-        ids, labels = _name_raw_labels(sort_labels(set(cells)), names)
+        ids, labels = _name_raw_labels(_sort_labels(set(cells)), names)
         column = Dataset.from_dict({label_column: [ids[cell] for cell in cells]})
         return concatenate_datasets([table.remove_columns(label_column), column], axis=1), labels
     if names is None or isinstance(names, Mapping):
@@ -411,7 +411,7 @@ def read_class_list(path: str | Path) -> list[str] | dict[str, str]:
         return read_class_names(path)
     lines = [line.rstrip() for line in path.read_text(encoding="utf-8-sig").splitlines()] if path.is_file() else []
     words = _noun_words(lines) or _id_words(lines)
-    return distinct_names(words) if words else read_class_names(path)
+    return _distinct_names(words) if words else read_class_names(path)
 
 
 def _id_words(lines: list[str]) -> dict[str, list[str]]:
@@ -438,7 +438,7 @@ def _noun_words(lines: list[str]) -> dict[str, list[str]]:
     return words
 
 
-def distinct_names(words: Mapping[str, list[str]]) -> dict[str, str]:
+def _distinct_names(words: Mapping[str, list[str]]) -> dict[str, str]:
     """A different name for each class, the first of its words where no other class has it.
 
     Args:

@@ -168,7 +168,7 @@ class QuestionCollator:
         Raises:
             DataError: If the question contains the image token.
         """
-        token = image_text(self.processor)
+        token = _image_text(self.processor)
         if token and token in question:
             raise DataError(f"The question {question!r} contains the image token {token!r}. Take it out.")
         if self.template is None and self.processor.chat_template is not None:
@@ -176,7 +176,7 @@ class QuestionCollator:
             messages = [{"role": "user", "content": content}]
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         else:
-            template = self.template or default_template(self.processor)
+            template = self.template or _default_template(self.processor)
             text = template.replace("{question}", question)
         return text + self.answer_prefix
 
@@ -272,7 +272,7 @@ class QuestionCollator:
         return types
 
 
-def image_text(processor: Any) -> str:
+def _image_text(processor: Any) -> str:
     """The text that represents one image in a question; empty where the processor adds it itself.
 
     Args:
@@ -284,7 +284,7 @@ def image_text(processor: Any) -> str:
     return str(own.image_token)
 
 
-def default_template(processor: Any) -> str:
+def _default_template(processor: Any) -> str:
     """The text of a question for a processor without chat template.
 
     Args:
@@ -294,7 +294,7 @@ def default_template(processor: Any) -> str:
     if isinstance(own, Blip2Processor | InstructBlipProcessor):
         return "{question}"
     separator = "" if isinstance(own, PaliGemmaProcessor) else "\n"
-    return image_text(processor) + separator + "{question}"
+    return _image_text(processor) + separator + "{question}"
 
 
 def check_shrinking(collator: Any, prompt: Any) -> None:

@@ -26,7 +26,7 @@ def normalization_of(processor: Any) -> tuple[tuple[float, ...], tuple[float, ..
     Raises:
         DataError: If the processor names none, or its input is not in [0, 1] pixel units before it normalises.
     """
-    settings = image_processor_of(processor).to_dict()
+    settings = _image_processor_of(processor).to_dict()
     kind = type(processor).__name__
     if abs((settings.get("rescale_factor") or 0.0) - PIXEL_STEP) > 1e-6 or not settings.get("do_rescale", True):
         raise DataError(
@@ -46,7 +46,7 @@ def normalization_of(processor: Any) -> tuple[tuple[float, ...], tuple[float, ..
     return triples[0], triples[1]
 
 
-def image_processor_of(processor: Any) -> Any:
+def _image_processor_of(processor: Any) -> Any:
     """The image processor inside a processor of texts and images; an image processor as it is.
 
     Args:
@@ -56,9 +56,9 @@ def image_processor_of(processor: Any) -> Any:
         DataError: If there is none.
     """
     if isinstance(processor, ShrinkingProcessor):
-        return image_processor_of(processor.processor)
+        return _image_processor_of(processor.processor)
     if isinstance(processor, ProcessorMixin) and "image_processor" in processor.get_attributes():
-        return image_processor_of(processor.image_processor)
+        return _image_processor_of(processor.image_processor)
     if not isinstance(processor, BaseImageProcessor):
         raise DataError(
             f"Expected an image processor with a mean and a standard deviation, got `{type(processor).__name__}`. "
@@ -119,7 +119,7 @@ class ShrinkingProcessor:
                 f"Expected `border` from 0 to below half of `canvas_size`={canvas_size!r}, got {border!r}."
             )
         self.canvas_size, self.border, self.upscale = canvas_size, border, upscale
-        images = image_processor_of(processor)
+        images = _image_processor_of(processor)
         if images is processor:
             self.processor = processor
         else:  # the processor calls its image processor, also for chat templates

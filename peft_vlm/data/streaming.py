@@ -198,7 +198,7 @@ class ImageStream(TorchIterableDataset):
             seen = 0
             for row in split_dataset_by_node(rows, self.rank, self.world_size):
                 raw, seen = row[self.label_column], seen + 1
-                label = label_of(raw, self.label_ids, num_classes=len(self.class_names), column=self.label_column)
+                label = _label_of(raw, self.label_ids, num_classes=len(self.class_names), column=self.label_column)
                 if self.keep is None or random.random() < self.keep[label]:
                     yield row, label
             if not seen:
@@ -212,7 +212,7 @@ class ImageStream(TorchIterableDataset):
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
-def label_of(raw: Any, label_ids: Mapping[str, int] | None, *, num_classes: int, column: str) -> int:
+def _label_of(raw: Any, label_ids: Mapping[str, int] | None, *, num_classes: int, column: str) -> int:
     """Label from 0 of a cell of the label column.
 
     Args:
@@ -291,7 +291,7 @@ def _opened(
     raise DataError(f"Expected '{split}*.parquet' or '{split}*.tar' in {str(folder)!r}, got neither.")
 
 
-def class_labels(source: "datasets.IterableDataset", label_column: str) -> list[str] | None:
+def _class_labels(source: "datasets.IterableDataset", label_column: str) -> list[str] | None:
     """Class names that the stream itself knows; None where its labels are bare numbers or texts.
 
     Args:
@@ -359,7 +359,7 @@ def load_image_stream(
     rows = undecoded(open_stream(source, split=split), image_column)
     first = _first_row(rows, (image_column, label_column))
     names = read_class_list(class_names) if isinstance(class_names, str | Path) else class_names
-    names = class_labels(rows, label_column) if names is None else names
+    names = _class_labels(rows, label_column) if names is None else names
     if names is None:
         raise DataError(f"The labels in column {label_column!r} have no names. Pass `class_names`.")
     is_mapping = isinstance(names, Mapping)
@@ -444,7 +444,7 @@ def count_labels(
     counts, problem = np.zeros(len(names), dtype=np.int64), None
     try:
         for row in rows if is_main_process() or num_processes() == 1 else ():
-            counts[label_of(row[label_column], label_ids, num_classes=len(names), column=label_column)] += 1
+            counts[_label_of(row[label_column], label_ids, num_classes=len(names), column=label_column)] += 1
     except DataError as error:
         problem = error
     counts, problem = from_main((counts, problem))

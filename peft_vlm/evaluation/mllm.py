@@ -62,7 +62,7 @@ def classify_answers(
         DataError: If questions have no label.
         ClassNameError: If the candidates are not the dataset's class names.
     """
-    collator = collator_of(dataset)
+    collator = _collator_of(dataset)
     if not dataset.labels or min(dataset.labels) < 0:
         raise DataError("Expected questions with labels, got some without. Pass `class_names` and labels or answers.")
     if candidates is None:
@@ -246,7 +246,7 @@ def data_scale_curve(
     return {size: dict(train(dataset.select(sorted(order[:size])))) for size in sizes}
 
 
-def collator_of(dataset: ImageQuestionDataset) -> QuestionCollator:
+def _collator_of(dataset: ImageQuestionDataset) -> QuestionCollator:
     """The dataset's collator, for a dataset that fits an evaluation.
 
     Args:
@@ -292,7 +292,7 @@ def generate_answers(
     Returns:
         Texts without the question, the end token and spaces around.
     """
-    collator = collator_of(dataset)
+    collator = _collator_of(dataset)
     tokenizer = collator.tokenizer
     stops = _stops(model, collator)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}

@@ -18,7 +18,7 @@ from peft_vlm.serving.plain import PlainClassifier
 CARD_NAME = "classifier.json"
 
 
-def export_program(classifier: PlainClassifier) -> torch.export.ExportedProgram:
+def _export_program(classifier: PlainClassifier) -> torch.export.ExportedProgram:
     """The classifier as a torch program for batches of any size, without Python code of ours.
 
     Args:
@@ -35,7 +35,7 @@ def save_program(classifier: PlainClassifier, path: Path) -> None:
         classifier: Result of `export_classifier`.
         path: File that ends in `.pt2`.
     """
-    torch.export.save(export_program(classifier), path, extra_files={METADATA_KEY: classifier.card.to_json()})
+    torch.export.save(_export_program(classifier), path, extra_files={METADATA_KEY: classifier.card.to_json()})
 
 
 def save_onnx(classifier: PlainClassifier, path: Path) -> None:
@@ -55,7 +55,7 @@ def save_onnx(classifier: PlainClassifier, path: Path) -> None:
         )
     names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
     with _quiet():
-        program = torch.onnx.export(export_program(classifier), dynamo=True, verbose=False, **names)
+        program = torch.onnx.export(_export_program(classifier), dynamo=True, verbose=False, **names)
     assert program is not None, "the dynamo exporter gives a program"
     program.model.metadata_props[METADATA_KEY] = classifier.card.to_json()
     program.save(str(path), external_data=False)

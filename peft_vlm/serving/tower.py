@@ -53,7 +53,7 @@ class Attention(nn.Module):
         return torch.cat([projected[:, : -len(fixed)], fixed.expand(tokens.shape[0], -1, -1)], dim=1)
 
 
-class MLP(nn.Module):
+class _MLP(nn.Module):
     """Two linear layers.
 
     Args:
@@ -87,7 +87,7 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(shape["width"], shape["heads"], slots)
         self.norm1, self.norm2 = (nn.LayerNorm(shape["width"], eps=shape["eps"]) for _ in range(2))
-        self.mlp = MLP(shape["width"], shape["mlp"], shape["activation"])
+        self.mlp = _MLP(shape["width"], shape["mlp"], shape["activation"])
 
     def forward(self, hidden: Tensor, *, first_only: bool = False) -> Tensor:
         """Hidden states after the layer.
@@ -102,7 +102,7 @@ class Layer(nn.Module):
         return kept + self.mlp(self.norm2(kept))
 
 
-class AttentionPool(nn.Module):
+class _AttentionPool(nn.Module):
     """SigLIP's pooling: a learned query attends to all patches.
 
     Args:
@@ -114,7 +114,7 @@ class AttentionPool(nn.Module):
         self.probe = nn.Parameter(torch.empty(1, 1, shape["width"]))
         self.attention = Attention(shape["width"], shape["heads"])
         self.norm = nn.LayerNorm(shape["width"], eps=shape["eps"])
-        self.mlp = MLP(shape["width"], shape["mlp"], shape["activation"])
+        self.mlp = _MLP(shape["width"], shape["mlp"], shape["activation"])
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Features (batch, width).
@@ -179,7 +179,7 @@ class ImageTower(nn.Module):
         self.pre_norm = nn.LayerNorm(width, eps=shape["eps"]) if shape["pre_norm"] else nn.Identity()
         self.layers = nn.ModuleList(Layer(shape, shape["slots"].get(str(i))) for i in range(shape["layers"]))
         self.post_norm = nn.LayerNorm(width, eps=shape["eps"])
-        self.pool = AttentionPool(shape) if shape["attention_pool"] else None
+        self.pool = _AttentionPool(shape) if shape["attention_pool"] else None
         self.head = nn.Sequential(*(HEAD_LAYERS[name](*sizes) for name, *sizes in shape["head"]))
 
     def forward(self, pixel_values: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ _QFORMER_MODELS = (Blip2ForConditionalGeneration, InstructBlipForConditionalGene
 _SHIFTED_MODELS = (Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration)
 
 
-def read_questions(model: nn.Module, inputs: Mapping[str, Tensor]) -> "DecoderQuestions | EncoderQuestions":
+def _read_questions(model: nn.Module, inputs: Mapping[str, Tensor]) -> "_DecoderQuestions | _EncoderQuestions":
     """Run image and question through a model.
 
     Args:
@@ -119,11 +119,11 @@ def read_questions(model: nn.Module, inputs: Mapping[str, Tensor]) -> "DecoderQu
     """
     base: Any = unwrap(model)
     if isinstance(base, _QFORMER_MODELS) and base.language_model.config.is_encoder_decoder:
-        return EncoderQuestions(model, inputs)
-    return DecoderQuestions(model, inputs)
+        return _EncoderQuestions(model, inputs)
+    return _DecoderQuestions(model, inputs)
 
 
-class DecoderQuestions:
+class _DecoderQuestions:
     """Questions in the cache of a language model without encoder.
 
     Args:
@@ -203,7 +203,7 @@ class DecoderQuestions:
         return output.logits.unflatten(0, (batch, number))
 
 
-class EncoderQuestions:
+class _EncoderQuestions:
     """Questions in the encoder of a BLIP-2 or InstructBLIP with an encoder-decoder language model.
 
     Args:
@@ -367,7 +367,7 @@ def candidate_scores(
         )
     check_right_padding(inputs["attention_mask"])
     with evaluation_mode(model):
-        question = read_questions(model, inputs)
+        question = _read_questions(model, inputs)
         if chunk_size is None:
             longest = max(map(len, candidates.token_ids))
             vocabulary = question.next_logits.shape[1]
@@ -376,7 +376,7 @@ def candidate_scores(
 
 
 def _scores(
-    question: DecoderQuestions | EncoderQuestions, rows: Sequence[Sequence[int]], *, per_pass: int
+    question: _DecoderQuestions | _EncoderQuestions, rows: Sequence[Sequence[int]], *, per_pass: int
 ) -> Float[Tensor, "batch classes"]:
     first = question.next_logits.float().log_softmax(dim=-1)
     # Answers of similar length share a pass, so that little padding is computed.

@@ -65,7 +65,7 @@ def encode_classes(
         ClassNameError: If the prompts were made with the tokenizer of another model, or have no room for the learned
             context of the active adapter.
     """
-    stored = stored_class_features(model, prompts.class_names)
+    stored = _stored_class_features(model, prompts.class_names)
     if stored is not None:
         return stored
     prompts = reserve_slots(model, prompts)
@@ -109,7 +109,7 @@ def _encode_together(
     return nn.functional.normalize(features.unflatten(0, (-1, len(prompts.class_names))).sum(dim=0), dim=-1)
 
 
-def stored_class_features(model: nn.Module, class_names: Sequence[str]) -> Float[Tensor, "classes dim"] | None:
+def _stored_class_features(model: nn.Module, class_names: Sequence[str]) -> Float[Tensor, "classes dim"] | None:
     """Class features that the active adapter stores instead of computing them from text; None without such an adapter.
 
     Args:

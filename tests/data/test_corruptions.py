@@ -5,19 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from peft_vlm.data.corruptions import (
-    CORRUPTIONS,
-    Corruption,
-    brightness,
-    contrast,
-    defocus_blur,
-    gaussian_noise,
-    impulse_noise,
-    motion_blur,
-    pixelate,
-    shot_noise,
-)
+from peft_vlm.data.corruptions import CORRUPTIONS, Corruption, brightness, contrast
 from tests.tiny_questions import colour_questions
+
+DAMAGE = {kind: function for kind, (function, _) in CORRUPTIONS.items()}
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -54,11 +45,11 @@ def test_every_level_damages_more_than_the_one_before(kind: str) -> None:
 def test_noise_has_the_strength_it_says() -> None:
     """Standard deviation, share of struck values, photons."""
     grey = np.full((200, 200, 3), 0.5)
-    assert (gaussian_noise(grey, 0.1, rng()) - grey).std() == pytest.approx(0.1, rel=0.02)
-    struck = impulse_noise(grey, 0.2, rng())
+    assert (DAMAGE["gaussian_noise"](grey, 0.1, rng()) - grey).std() == pytest.approx(0.1, rel=0.02)
+    struck = DAMAGE["impulse_noise"](grey, 0.2, rng())
     assert (struck == 0).mean() == pytest.approx(0.1, rel=0.05)
     assert (struck == 1).mean() == pytest.approx(0.1, rel=0.05)
-    counted = shot_noise(grey, 10.0, rng())
+    counted = DAMAGE["shot_noise"](grey, 10.0, rng())
     assert counted.mean() == pytest.approx(0.5, rel=0.02)
     assert counted.var() == pytest.approx(0.5 / 10, rel=0.05), "a Poisson count has the variance of its mean"
     np.testing.assert_allclose(counted * 10, np.round(counted * 10), atol=1e-9)
@@ -78,7 +69,7 @@ def test_blurs_spread_a_point_and_lose_nothing() -> None:
     """A disc of radius 2 holds 13 whole pixels and 8 halved ones; a line has its length. Flat areas stay."""
     point = np.zeros((224, 224, 3))
     point[112, 112] = 1
-    disc = defocus_blur(point, 2.0, rng())[..., 0]
+    disc = DAMAGE["defocus_blur"](point, 2.0, rng())[..., 0]
     assert disc.sum() == pytest.approx(1)
     spread = disc[110:115, 110:115] / disc[112, 112]
     inner = 2.5 - 5**0.5
@@ -90,12 +81,12 @@ def test_blurs_spread_a_point_and_lose_nothing() -> None:
         [0, inner, 0.5, inner, 0],
     ]
     np.testing.assert_allclose(spread, expected, atol=1e-12)
-    line = motion_blur(point, 20.0, rng())[..., 0]
+    line = DAMAGE["motion_blur"](point, 20.0, rng())[..., 0]
     assert line.sum() == pytest.approx(1)
     y, x = np.nonzero(line)
     assert np.hypot(np.ptp(y), np.ptp(x)) == pytest.approx(20, abs=2.5)
     flat = np.full((30, 40, 3), 0.3)
-    for blur in (defocus_blur, motion_blur):
+    for blur in (DAMAGE["defocus_blur"], DAMAGE["motion_blur"]):
         np.testing.assert_allclose(blur(flat, 10.0, rng()), flat)
 
 
@@ -112,7 +103,7 @@ def test_a_small_picture_suffers_as_much_as_a_large_one() -> None:
 def test_pixels_become_blocks() -> None:
     """Half the size: every second pixel repeats the one before."""
     pixels = rng().random((8, 8, 3))
-    blocks = pixelate(pixels, 0.5, rng())
+    blocks = DAMAGE["pixelate"](pixels, 0.5, rng())
     np.testing.assert_array_equal(blocks[0::2, 0::2], blocks[1::2, 1::2])
     np.testing.assert_allclose(blocks[0, 0], pixels[:2, :2].mean(axis=(0, 1)), atol=1.01 / 255)
 

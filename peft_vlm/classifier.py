@@ -14,6 +14,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from peft_vlm.data.dataset import read_image
 from peft_vlm.data.transforms import EvalTransform
+from peft_vlm.data.value_range import as_value_range
 from peft_vlm.errors import ClassNameError
 from peft_vlm.evaluation.classify import LogitsFn, cosine_logits
 from peft_vlm.evaluation.loading import load_model
@@ -54,6 +55,7 @@ class PromptedClassifier:
         image_processor: Its image processor.
         class_names: Classes to choose from when a call names none.
         template: Text around a class name, or several, whose features are averaged.
+        value_range: Black and white of images with more than 8 bits; see `read_image`.
 
     Example:
         ```python
@@ -72,11 +74,13 @@ class PromptedClassifier:
         *,
         class_names: Sequence[str] | None = None,
         template: str | Sequence[str] = "a photo of a {}.",
+        value_range: Sequence[int | float] | None = None,
     ) -> None:
         self.class_names = None if class_names is None else check_class_names(class_names)
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self._transform = EvalTransform(image_processor)
         self._features: tuple[TextTensors, dict[tuple[str, ...], Tensor]] | None = None
+        self.value_range = as_value_range(value_range)
 
     @classmethod
     def from_pretrained(
@@ -91,6 +95,7 @@ class PromptedClassifier:
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | None = None,
+        value_range: Sequence[int | float] | None = None,
     ) -> "PromptedClassifier":
         """Load an adapter with its base model, class names and template.
 
@@ -104,6 +109,7 @@ class PromptedClassifier:
             revision: Branch, tag or commit of the adapter on the Hub.
             subfolder: Folder inside the adapter's folder or repository.
             token: Token of the Hub, for private repositories; None for the one of `hf auth login`.
+            value_range: Used instead of the range the adapter records.
         """
         source = {"revision": revision, "subfolder": subfolder, "token": token}
         loaded = load_model(adapter, base_model=base_model, device=device, dtype=dtype, **source)
@@ -113,6 +119,7 @@ class PromptedClassifier:
             loaded.image_processor,
             class_names=loaded.class_names if class_names is None else class_names,
             template=template or loaded.template or "a photo of a {}.",
+            value_range=loaded.value_range if value_range is None else value_range,
         )
 
     def refresh(self) -> None:
@@ -194,7 +201,11 @@ class PromptedClassifier:
     def _predict_batch(
         self, inputs: list[ImageInput], positions: range, logits: LogitsFn, names: tuple[str, ...], top_k: int
     ) -> list[list[Prediction]]:
-        pixels = [self._transform(read_image(inputs[position], where=f"image {position}")) for position in positions]
+        images = (
+            read_image(inputs[position], where=f"image {position}", value_range=self.value_range)
+            for position in positions
+        )
+        pixels = [self._transform(image) for image in images]
         probabilities = logits(torch.stack(pixels)).softmax(dim=-1)
         best = probabilities.topk(min(top_k, len(names)), dim=-1)
         return [

@@ -63,6 +63,9 @@ class RunSettings:
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
     class_names: str | None = field(default=None, metadata={"help": "File with class names."})
+    value_range: list[float] | None = field(
+        default=None, metadata={"help": "Black and white of images with more than 8 bits, such as 0 4095."}
+    )
 
     def check(self) -> None:
         """Refuse what no run can be made from.
@@ -91,6 +94,10 @@ class EvaluationArguments:
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
     class_names: str | None = field(default=None, metadata={"help": "File with class names."})
+    value_range: list[float] | None = field(
+        default=None,
+        metadata={"help": "Black and white of images with more than 8 bits; none: those the adapter records."},
+    )
     domain_column: str | None = field(
         default=None, metadata={"help": "For domain-shift on one dataset: the column that names the domain."}
     )

@@ -72,6 +72,7 @@ class VLMConfig(PeftConfig):
         image_mean: Channel means of the image processor used in training, in [0, 1] pixel units.
         image_std: Channel standard deviations of that processor.
         image_size: Rows and columns of the images that the model saw.
+        value_range: Numbers that were black and white in training images of more than 8 bits; None: those of the type.
         base_architecture: Sizes of the base model. Recorded on creation; a base with other sizes is refused on
             loading.
         init_weights: False starts from perturbed instead of initial values, which makes an untrained adapter change
@@ -90,6 +91,7 @@ class VLMConfig(PeftConfig):
     image_mean: list[float] | None = field(default=None)
     image_std: list[float] | None = field(default=None)
     image_size: list[int] | None = field(default=None)
+    value_range: list[float] | None = field(default=None)
     base_architecture: dict[str, Any] | None = field(default=None)
     init_weights: bool = field(default=True)
     format_version: int = field(default=FORMAT_VERSION)

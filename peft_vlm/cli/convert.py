@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_vlm.cli.command import add_command, print_json
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.files import CONVERSION_NAME
+from peft_vlm.files import CONVERSION_NAME, read_class_names_file
 
 if TYPE_CHECKING:
     from peft_vlm.conversion.official_file import OfficialFile
@@ -167,7 +167,7 @@ def _listed(names: list[str]) -> list[str]:
     if len(names) != 1 or not names[0].endswith(".txt"):
         return names
     try:
-        lines = Path(names[0]).read_text(encoding="utf-8").splitlines()
+        lines = read_class_names_file(Path(names[0]))
     except OSError as error:
         raise PeftVLMError(f"Expected a file with class names, got {names[0]!r}: {error.strerror}.") from error
     return [line.strip() for line in lines if line.strip()]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_vlm.cli.command import add_command, print_json
-from peft_vlm.errors import PeftVLMError
-from peft_vlm.serving.images import IMAGE_EXTENSIONS
+from peft_vlm.errors import DataError, PeftVLMError
+from peft_vlm.serving.image_files import find_images, is_image_file
 
 #: Files to their labels with probabilities, best first.
 Labeller = Callable[[Sequence[Path]], list[list[tuple[str, float]]]]
@@ -54,10 +54,10 @@ def image_files(paths: Sequence[str]) -> list[Path]:
         if path.is_file():
             found = [path]
         elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_EXTENSIONS)
+            found = find_images(path)
         else:
             matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
-            found = [p for p in matches if p.is_file() and p.suffix.lower() in IMAGE_EXTENSIONS]
+            found = [match for match in matches if is_image_file(match)]
         if not found:
             pattern = glob.has_magic(text)
             reason = "it holds no image file" if path.is_dir() else "there is no such file or folder"
@@ -69,24 +69,44 @@ def image_files(paths: Sequence[str]) -> list[Path]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the labels of image files."""
+    """Print the labels of image files, in their order; one that cannot be read is named in its place.
+
+    Args:
+        arguments: Parsed words.
+
+    Raises:
+        PeftVLMError: At the end, if files could not be read; or for a wrong word.
+    """
+    if arguments.top_k < 1:
+        raise PeftVLMError(f"Expected `--top_k` of at least 1, got {arguments.top_k}.")
     files = image_files(arguments.images)
     label_files = _labeller(arguments)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for start in range(0, len(files), BATCH_SIZE):
-        batch = files[start : start + BATCH_SIZE]
-        predictions = label_files(batch)
-        for file, row in zip(batch, predictions, strict=True):
-            labels = [{"label": label, "probability": probability} for label, probability in row]
-            rows.append({"file": str(file), "labels": labels})
-        if not arguments.json:
-            for file, row in zip(batch, predictions, strict=True):
-                print(
-                    f"{file}: " + ", ".join(f"{label} {100 * probability:.1f} %" for label, probability in row),
-                    flush=True,
-                )
+        batch = _labelled(label_files, files[start : start + BATCH_SIZE])
+        rows += batch
+        for row in () if arguments.json else batch:
+            text = ", ".join(f"{p['label']} {100 * p['probability']:.1f} %" for p in row["labels"])
+            print(f"{row['file']}: {row.get('error', text)}", flush=True)
     if arguments.json:
         print_json(rows)
+    if unread := [row["file"] for row in rows if "error" in row]:
+        raise PeftVLMError(f"{len(unread)} of {len(files)} images could not be read, the first is {unread[0]!r}.")
+
+
+def _labelled(label_files: Labeller, files: Sequence[Path]) -> list[dict[str, Any]]:
+    """A row per file; `error` says why one has no labels."""
+    try:
+        predictions = label_files(files)
+    except DataError as error:
+        if len(files) == 1:
+            return [{"file": str(files[0]), "labels": [], "error": str(error)}]
+        return [row for file in files for row in _labelled(label_files, [file])]
+    rows = []
+    for file, row in zip(files, predictions, strict=True):
+        labels = [{"label": label, "probability": probability} for label, probability in row]
+        rows.append({"file": str(file), "labels": labels})
+    return rows
 
 
 def _labeller(arguments: argparse.Namespace) -> Labeller:
@@ -100,7 +120,14 @@ def _labeller(arguments: argparse.Namespace) -> Labeller:
                 f"{str(path)!r} is an exported classifier, whose classes are fixed; leave out {given!r}."
             )
         exported = _load_exported(path)
-        return lambda files: exported.predict(files, top_k=top_k)
+
+        def predict_exported(files: Sequence[Path]) -> list[list[tuple[str, float]]]:
+            try:
+                return exported.predict(files, top_k=top_k)
+            except ValueError as error:  # the folder `serving` knows no other errors
+                raise DataError(str(error)) from error
+
+        return predict_exported
     from peft_vlm.classifier import PromptedClassifier
 
     classifier = PromptedClassifier.from_pretrained(

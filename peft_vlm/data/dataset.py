@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, TypeGua
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from peft_vlm.data.transforms import EvalTransform, ImageTransform
+from peft_vlm.data.value_range import SAMPLE, as_value_range, check_value_range
 from peft_vlm.errors import DataError
-from peft_vlm.serving.images import check_size, open_raster, to_rgb
+from peft_vlm.serving.images import PixelError, check_size, decode_rgb, extrema_of, open_raster, white_of
 from peft_vlm.shapes import Batch
+from peft_vlm.text.prompts import check_class_names, readable
 
 if TYPE_CHECKING:
     import datasets
@@ -102,38 +105,56 @@ class UnreadableImages:
         raise DataError("Expected at least one readable image of each class, got none of one class.") from problem
 
 
-def read_image(value: Any, *, where: str = "image") -> Image.Image:
+def read_image(value: Any, *, where: str = "image", value_range: Sequence[int | float] | None = None) -> Image.Image:
     """Open an image and convert it to RGB.
 
-    Grey and palette images get three channels, transparent ones are laid over white, 16-bit grey is scaled to 8 bits,
+    Grey and palette images get three channels, transparent ones are laid over white, more than 8 bits are scaled to 8,
     and the EXIF orientation of photos is applied (as `datasets` does). What was converted is logged once per kind.
 
     Args:
-        value: A path, file content as `bytes`, a mapping with `bytes` or `path` (an undecoded `datasets` image), a PIL
-            image, or an array of shape (rows, cols), (rows, cols, 1), (rows, cols, 3) or (rows, cols, 4) with integers
-            in [0, 255].
+        value: A path, also one that `datasets` opens such as `zip://0.png::images.zip`, file content as `bytes`, a
+            mapping with `bytes` or `path` (an undecoded `datasets` image), a PIL image, or an array of shape
+            (rows, cols), (rows, cols, 1), (rows, cols, 3) or (rows, cols, 4) with integers in [0, 255].
         where: What the value is, for the error message, such as `"image 17"`.
+        value_range: Which numbers are black and white in images of more than 8 bits. None: 0 and the highest number of
+            the type for integers, 0 and 1 for decimal numbers; it is never guessed from one image.
 
     Raises:
-        DataError: If there is no such file, it is no image or a damaged one, or the image has no pixels.
+        DataError: If there is no such file, it is no image or a damaged one, the image has no pixels, or its numbers
+            do not fit their range.
     """
     name = f"{where} ({_source_name(value)})"
     try:
-        image = _open(value)
-        check_size(image)
-        image.load()
-        image = ImageOps.exif_transpose(image)
+        return decode_rgb(_open(value), as_value_range(value_range))
     except DataError:
         raise
+    except PixelError as error:
+        raise DataError(f"{name} {error}") from error
     except FileNotFoundError as error:
         raise DataError(f"{name} does not exist. Check the path and the folder relative paths start from.") from error
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them stumble over
         raise DataError(
             f"{name} cannot be read as an image: {error}. Replace the file or take it out of the dataset."
         ) from error
-    if 0 in image.size:
-        raise DataError(f"{name} has no pixels: its size is {image.size}. Take it out of the dataset.")
-    return to_rgb(image)
+
+
+def top_of(value: Any) -> tuple[float, float] | None:
+    """Number that is white by the type of an image, and its highest number; None for 8 bits.
+
+    Args:
+        value: What `read_image` opens. An image that cannot be read is named when it is needed.
+    """
+    try:
+        image = _open(value)
+        check_size(image)
+        white = white_of(image)
+        if white is None:
+            return None
+        image.load()
+    except Exception:  # as in `read_image`
+        return None
+    top = extrema_of(image)[1]
+    return white, (top if image.mode[0] in "IF" else 257 * top)  # of 16-bit colours the upper half is read
 
 
 def _source_name(value: Any) -> str:
@@ -147,6 +168,11 @@ def _source_name(value: Any) -> str:
 def _open(value: Any) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
+    if isinstance(value, str) and "://" in value:  # as in `zip://0.png::images.zip`
+        from datasets.utils.file_utils import xopen
+
+        with xopen(value, "rb") as file:
+            return open_raster(file.read())
     if isinstance(value, str | Path | bytes):
         return open_raster(value)
     if isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path") is not None):
@@ -274,6 +300,7 @@ class ImageClassificationDataset(Dataset):
         image_column: Column of the image.
         label_column: Column of the label, integers from 0; None for images without labels, whose label is -1.
         seed: Seed of the random transforms.
+        value_range: See `read_image`.
     """
 
     has_positions = True
@@ -287,6 +314,7 @@ class ImageClassificationDataset(Dataset):
         image_column: str = "image",
         label_column: str | None = "label",
         seed: int = 0,
+        value_range: Sequence[int | float] | None = None,
     ) -> None:
         check_columns(source, (image_column,) if label_column is None else (image_column, label_column))
         if is_hf_dataset(source):
@@ -296,11 +324,12 @@ class ImageClassificationDataset(Dataset):
             if isinstance(source.features[image_column], ImageFeature):
                 source = source.cast_column(image_column, ImageFeature(decode=False))
         self.source, self.image_column = source, image_column
-        self.class_names = tuple(class_names)
+        # Free answers to questions have no classes.
+        self.class_names = check_class_names(class_names) if isinstance(class_names, str) or len(class_names) else ()
         self.labels: list[int] = (
             [-1] * len(source) if label_column is None else _checked_labels(source, label_column, self.class_names)
         )
-        self.transform, self.seed = transform, seed
+        self.transform, self.seed, self.value_range = transform, seed, as_value_range(value_range)
         self._num_views: int | None = None
         self._rows: Sequence[int] = range(len(self.labels))
         #: What is done about images that cannot be read; subsets share it.
@@ -369,7 +398,21 @@ class ImageClassificationDataset(Dataset):
         """
         row = self._rows[index]
         where = f"image {index}" if row == index else f"image {index} (row {row} of the source)"
-        return read_image(self.source[row][self.image_column], where=where)
+        return read_image(self.source[row][self.image_column], where=where, value_range=self.value_range)
+
+    def some_images(self, count: int) -> list[Any]:
+        """Images as the source holds them, not opened: evenly spaced, all if there are no more.
+
+        Args:
+            count: How many, at most.
+        """
+        rows = self._rows[:: max(1, math.ceil(len(self._rows) / count))]
+        return [self.source[row][self.image_column] for row in rows]
+
+    def check_pixels(self) -> None:
+        """Look at some images, and refuse numbers of more than 8 bits without a clear range."""
+        tops = [top_of(cell) for cell in self.some_images(SAMPLE)]
+        check_value_range(tops, value_range=self.value_range, are_all=len(tops) == len(self))
 
     def __getitem__(self, index: int) -> Item:
         if self.transform is None:
@@ -438,6 +481,26 @@ class ImageClassificationDataset(Dataset):
         kept = [i for i, label in enumerate(self.labels) if label in new_label]
         names = tuple(self.class_names[c] for c in class_ids)
         return self._subset(kept, [new_label[self.labels[i]] for i in kept], names)
+
+    def with_class_names(self, class_names: Sequence[str]) -> "ImageClassificationDataset":
+        """The same images with labels among another list of classes, matched by name.
+
+        Args:
+            class_names: Names of all classes that have images, `_` and spaces alike, in any order, and others.
+
+        Raises:
+            DataError: If a class is not among them.
+        """
+        places = {readable(name): place for place, name in enumerate(check_class_names(class_names))}
+        missing = [name for name in self.class_names if readable(name) not in places]
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {len(self.class_names)} classes of the images are not among the "
+                f"{len(places)} class names, the first is {missing[0]!r}."
+            )
+        new_label = [places[readable(name)] for name in self.class_names]
+        labels = [new_label[label] if label >= 0 else label for label in self.labels]
+        return self._subset(range(len(self)), labels, tuple(class_names))
 
     def group_by(self, column: str) -> dict[str, "ImageClassificationDataset"]:
         """One dataset per value of a further column of the source, such as a domain; all keep all class names.

@@ -60,6 +60,7 @@ class ImageQuestionDataset(ImageClassificationDataset):
             same in every epoch, and what models make of them may be cached.
         collator: Makes model inputs from items, usually a `QuestionCollator`; the trainer takes it from here.
         seed: Seed of the augmentation.
+        value_range: See `read_image`.
 
     Raises:
         DataError: If the question is given twice or not at all, or labels and answers contradict each other.
@@ -78,8 +79,10 @@ class ImageQuestionDataset(ImageClassificationDataset):
         augmentation: ImageAugmentation | None = None,
         collator: Collator | None = None,
         seed: int = 0,
+        value_range: Sequence[int | float] | None = None,
     ) -> None:
-        super().__init__(source, class_names, image_column=image_column, label_column=label_column, seed=seed)
+        columns = {"image_column": image_column, "label_column": label_column}
+        super().__init__(source, class_names, seed=seed, value_range=value_range, **columns)
         self._set_questions(question, question_column)
         self._answers: list[str] | None = None
         if answer_column is not None:

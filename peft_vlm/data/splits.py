@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.loading import check_files_exist
+from peft_vlm.data.folders import check_files_exist
 from peft_vlm.errors import DataError
 from peft_vlm.objective import EpochBatchSampler
 

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import itertools
 import logging
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,16 @@ from PIL import Image
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 
-from peft_vlm.data.dataset import Item, UnreadableImages, collate, is_hf_dataset, read_image
-from peft_vlm.data.loading import read_class_list
+from peft_vlm.data.class_names import ClassNames, match_labels, read_class_list, warn_of_codes
+from peft_vlm.data.dataset import Item, UnreadableImages, collate, is_hf_dataset, read_image, top_of
+from peft_vlm.data.folders import choose_split
+from peft_vlm.data.loading import check_own_split, load_from_hub
 from peft_vlm.data.transforms import ImageTransform
+from peft_vlm.data.value_range import SAMPLE, as_value_range, check_value_range
 from peft_vlm.distributed import from_main, is_main_process, num_processes
 from peft_vlm.errors import DataError
 from peft_vlm.shapes import Batch
+from peft_vlm.text.prompts import check_class_names
 
 if TYPE_CHECKING:
     import datasets
@@ -43,7 +48,7 @@ class ImageStream(TorchIterableDataset):
         source: Rows with an image and a label column.
         class_names: Name of label 0, 1, ...
         num_images: Images per epoch over all processes.
-        label_ids: Label of each raw label where the column holds names; None: it holds integers.
+        label_ids: Label of each raw label, a name or a number; None: the column holds labels.
         keep: Share of each class's images that an epoch shows, in label order; None: all. See `balanced_shares`.
         transform: Makes the pixels.
         image_column: Column of the image.
@@ -51,6 +56,7 @@ class ImageStream(TorchIterableDataset):
         shuffle_buffer: Rows among which the order is random, beside the order of the shards; 0: the order of the
             source.
         seed: Seed of order and augmentation.
+        value_range: See `read_image`.
 
     Raises:
         DataError: If there are no images.
@@ -65,18 +71,20 @@ class ImageStream(TorchIterableDataset):
         class_names: Sequence[str],
         *,
         num_images: int,
-        label_ids: Mapping[str, int] | None = None,
+        label_ids: Mapping[Any, int] | None = None,
         keep: Sequence[float] | None = None,
         transform: ImageTransform | None = None,
         image_column: str = "image",
         label_column: str = "label",
         shuffle_buffer: int = 1000,
         seed: int = 0,
+        value_range: Sequence[int | float] | None = None,
     ) -> None:
-        self.source, self.class_names, self.num_images = source, tuple(class_names), num_images
+        self.source, self.class_names, self.num_images = source, check_class_names(class_names), num_images
         self.label_ids, self.keep, self.transform = label_ids, keep, transform
         self.image_column, self.label_column = image_column, label_column
         self.shuffle_buffer, self.seed, self.epoch = shuffle_buffer, seed, 0
+        self.value_range = as_value_range(value_range)
         self.batch_size, self.rank, self.world_size = 1, 0, 1
         self._skipped_batches = 0
         self.unreadable = UnreadableImages(max(num_images, 1))  # by place in an epoch
@@ -133,6 +141,11 @@ class ImageStream(TorchIterableDataset):
         """Choose the order and augmentation of the next iteration."""
         self.epoch = epoch
 
+    def check_pixels(self) -> None:
+        """Look at the first images and refuse numbers of more than 8 bits without a clear range."""
+        tops = [top_of(row[self.image_column]) for row in itertools.islice(self.source, SAMPLE)]
+        check_value_range(tops, value_range=self.value_range, are_all=False)
+
     def skip_batches(self, count: int) -> None:
         """Give placeholders for the first batches of the next iteration, which a resumed run throws away.
 
@@ -178,7 +191,8 @@ class ImageStream(TorchIterableDataset):
                 ahead.append(next(rows))
             row, label = ahead[step - 1] if step else wanted
             try:
-                return read_image(row[self.image_column], where=f"image {index} of the stream"), label
+                where = f"image {index} of the stream"
+                return read_image(row[self.image_column], where=where, value_range=self.value_range), label
             except DataError as error:
                 if not self.unreadable.are_skipped:
                     raise
@@ -212,19 +226,19 @@ class ImageStream(TorchIterableDataset):
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
-def _label_of(raw: Any, label_ids: Mapping[str, int] | None, *, num_classes: int, column: str) -> int:
+def _label_of(raw: Any, label_ids: Mapping[Any, int] | None, *, num_classes: int, column: str) -> int:
     """Label from 0 of a cell of the label column.
 
     Args:
         raw: The cell.
-        label_ids: Label of each raw label where the column holds names; None: it holds integers.
+        label_ids: Label of each raw label, a name or a number; None: the column holds labels.
         num_classes: Number of classes.
         column: Name of the column, for the message.
 
     Raises:
         DataError: If the cell names none of the classes.
     """
-    label = raw if label_ids is None else label_ids.get(raw)
+    label = raw if label_ids is None else label_ids.get(raw, label_ids.get(str(raw)))
     if not isinstance(label, int | np.integer) or not 0 <= label < num_classes:
         raise DataError(
             f"Expected labels of {num_classes} classes, got {raw!r} in column {column!r}. Pass `class_names` that "
@@ -237,58 +251,65 @@ SHARDS = {"parquet": "*.parquet", "webdataset": "*.tar"}
 MEMORY_SHARDS = 240
 """Shards of a dataset in memory: most numbers of processes and workers divide them evenly."""
 
+#: Path, id, dataset, stream, or a mapping of splits.
+StreamSource = Any
+
 
 def open_stream(
-    source: "str | Path | datasets.Dataset | datasets.IterableDataset",
-    *,
-    split: str = "train",
-    columns: Sequence[str] | None = None,
+    source: StreamSource, *, split: str | None = None, columns: Sequence[str] | None = None
 ) -> "datasets.IterableDataset":
     """Rows of a dataset that is read as a stream.
 
     Args:
-        source: A stream; a dataset in memory; a folder with parquet files or webdataset tars whose names begin with
-            the split, also in its folder `data`; or the id of a dataset on the Hub, which is the only case that uses
-            the network.
-        split: Part to read.
+        source: A stream; a dataset in memory; a mapping of splits; a folder with parquet files or webdataset tars
+            whose names begin with the split, also in its folder `data`; or the id of a dataset on the Hub, which is
+            the only case that uses the network.
+        split: Part to read; None: the only one, or `train`.
         columns: Only these, of which alone parquet files are read; None: all.
 
     Raises:
-        DataError: If a folder has no such files, or they cannot be read.
+        DataError: If a folder has no such files, or they cannot be read; or the source has no such split.
     """
+    if isinstance(columns, str):
+        raise TypeError(f"Expected a list of columns, got {columns!r}. Pass {[columns]!r}.")
     rows = _opened(source, split, None if columns is None else list(columns))
     return rows if columns is None else rows.select_columns(list(columns))
 
 
-def _opened(
-    source: "str | Path | datasets.Dataset | datasets.IterableDataset", split: str, columns: list[str] | None
-) -> "datasets.IterableDataset":
+def _opened(source: Any, split: str | None, columns: list[str] | None) -> "datasets.IterableDataset":
     """Rows with at least some columns; those alone where the source can leave the others unread."""
     from datasets import IterableDataset, load_dataset
 
+    if isinstance(source, Mapping):
+        return _opened(source[choose_split(map(str, source), split, where="The dataset")], None, columns)
     if isinstance(source, IterableDataset):
+        check_own_split(source, split)
         return source
     if is_hf_dataset(source):
+        check_own_split(source, split)
         if not len(source):
             raise DataError("Expected a dataset with rows, got an empty one.")
         table = source if columns is None else source.select_columns(columns)
         return table.to_iterable_dataset(num_shards=min(MEMORY_SHARDS, len(source)))
     folder = Path(source)
-    if not folder.exists():
-        return load_dataset(str(source), split=split, streaming=True)
+    if not folder.is_dir():
+        return load_from_hub(str(source), split or "train", streaming=True)
     for builder, pattern in SHARDS.items():
-        files = sorted(str(file) for place in (folder, folder / "data") for file in place.glob(f"{split}{pattern}"))
-        if not files:
+        shards: dict[str, list[str]] = {}
+        for file in sorted(file for place in (folder, folder / "data") for file in place.glob(pattern)):
+            shards.setdefault(re.sub(r"[-_.]?\d+.*", "", file.stem), []).append(str(file))
+        if not shards:
             continue
+        name = choose_split(shards, split, where=repr(str(folder)))
         options = {"columns": columns} if builder == "parquet" else {}
         try:
-            return load_dataset(builder, data_files={split: files}, split=split, streaming=True, **options)
+            return load_dataset(builder, data_files={"train": shards[name]}, split="train", streaming=True, **options)
         except ValueError as error:
             raise DataError(
                 f"Expected {builder} files that can be read in {str(folder)!r}, got: {error}. Files 'cls' of "
                 "webdataset shards hold integers; labels that are texts, as WordNet ids, belong into 'cls.txt'."
             ) from error
-    raise DataError(f"Expected '{split}*.parquet' or '{split}*.tar' in {str(folder)!r}, got neither.")
+    raise DataError(f"Expected '<split>*.parquet' or '<split>*.tar' in {str(folder)!r}, got neither.")
 
 
 def _class_labels(source: "datasets.IterableDataset", label_column: str) -> list[str] | None:
@@ -323,17 +344,18 @@ logger = logging.getLogger(__name__)
 
 
 def load_image_stream(
-    source: "str | Path | datasets.Dataset | datasets.IterableDataset",
+    source: StreamSource,
     *,
     num_images: int | None = None,
-    class_names: Sequence[str] | Mapping[str, str] | str | Path | None = None,
+    class_names: ClassNames | None = None,
     images_per_class: int | None = None,
-    split: str = "train",
+    split: str | None = None,
     image_column: str = "image",
     label_column: str = "label",
     transform: ImageTransform | None = None,
     shuffle_buffer: int = 1000,
     seed: int = 0,
+    value_range: Sequence[int | float] | None = None,
 ) -> ImageStream:
     """A stream of labelled images from shards, a dataset in memory, or the Hub.
 
@@ -341,17 +363,19 @@ def load_image_stream(
         source: What `open_stream` opens.
         num_images: Images per epoch; None: counted from `images_per_class`.
         class_names: A list in label order, a mapping from raw labels (such as WordNet ids) to names, or a file with
-            either (`read_class_list`). None: those of the source. All of them are classes, also such that no image
-            shows; only where the images are counted, those of a mapping that have none are left out.
+            either (`read_class_list`). Labels that have names are matched by name. None: those of the source. All of
+            them are classes, also such that no image shows; only where the images are counted, those of a mapping
+            that have none are left out.
         images_per_class: Balanced sampling: no class shows more images per epoch, in expectation. Counts the labels
             in one pass first, which reads the label column of parquet files, and all of other shards and of what lies
             on the Hub. None: natural sampling.
-        split: Part to read.
+        split: Part to read; None: the only one, or `train`.
         image_column: Column of the image.
         label_column: Column of the label.
         transform: Makes the pixels.
         shuffle_buffer: Rows among which the order is random.
         seed: Seed of order and augmentation.
+        value_range: See `read_image`.
 
     Raises:
         DataError: If a column is missing, there are no class names, or neither number is given.
@@ -359,11 +383,17 @@ def load_image_stream(
     rows = undecoded(open_stream(source, split=split), image_column)
     first = _first_row(rows, (image_column, label_column))
     names = read_class_list(class_names) if isinstance(class_names, str | Path) else class_names
-    names = _class_labels(rows, label_column) if names is None else names
-    if names is None:
+    known = _class_labels(rows, label_column)
+    if names is None and known is None:
         raise DataError(f"The labels in column {label_column!r} have no names. Pass `class_names`.")
     is_mapping = isinstance(names, Mapping)
-    names, label_ids = _numbered(names, first[label_column])
+    if known is not None and isinstance(first[label_column], int):
+        ids, names = match_labels(known, names)
+        label_ids: dict[Any, int] | None = {place: ids[name] for place, name in enumerate(known)}
+    else:
+        names, label_ids = _numbered(names or [], first[label_column])
+    if class_names is None:
+        warn_of_codes(names)
     keep = None
     if images_per_class is not None:
         labels = open_stream(source, split=split, columns=[label_column])
@@ -376,13 +406,14 @@ def load_image_stream(
         raise DataError("Expected `num_images`, for a stream does not know its length, or `images_per_class`.")
     columns = {"image_column": image_column, "label_column": label_column}
     order: dict[str, Any] = {"shuffle_buffer": shuffle_buffer, "seed": seed, "num_images": num_images, "keep": keep}
+    order["value_range"] = value_range
     return ImageStream(rows, names, label_ids=label_ids, transform=transform, **columns, **order)
 
 
-def _numbered(names: Sequence[str] | Mapping[str, str], raw_label: Any) -> tuple[list[str], dict[str, int] | None]:
+def _numbered(names: Sequence[str] | Mapping[Any, str], raw_label: Any) -> tuple[list[str], dict[Any, int] | None]:
     """Class names in label order, and the label of each raw label where the column holds texts, as this one."""
     if isinstance(names, Mapping):
-        return list(names.values()), {raw: number for number, raw in enumerate(names)}
+        return list(names.values()), {str(raw): number for number, raw in enumerate(names)}
     if isinstance(raw_label, str):
         return list(names), {name: number for number, name in enumerate(names)}
     return list(names), None
@@ -403,8 +434,8 @@ def _first_row(rows: "datasets.IterableDataset", columns: Sequence[str]) -> dict
 
 
 def _with_images(
-    names: Sequence[str], label_ids: Mapping[str, int], counts: Sequence[int]
-) -> tuple[list[str], dict[str, int], list[int]]:
+    names: Sequence[str], label_ids: Mapping[Any, int], counts: Sequence[int]
+) -> tuple[list[str], dict[Any, int], list[int]]:
     """The classes that have images: a list such as WordNet's names far more than any dataset shows."""
     kept = [(raw, label) for raw, label in label_ids.items() if counts[label]]
     if len(kept) < len(names):
@@ -428,7 +459,7 @@ def balanced_shares(counts: Sequence[int], *, images_per_class: int) -> tuple[li
 
 
 def count_labels(
-    rows: "datasets.IterableDataset", label_column: str, names: Sequence[str], label_ids: Mapping[str, int] | None
+    rows: "datasets.IterableDataset", label_column: str, names: Sequence[str], label_ids: Mapping[Any, int] | None
 ) -> list[int]:
     """Images of each class in a stream, which is read once: of connected processes, the main one reads it.
 

@@ -20,6 +20,7 @@ from transformers import (
 from peft_vlm.adapters.adapter_files import AdapterSource
 from peft_vlm.adapters.config import VLMConfig, check_weights, config_of
 from peft_vlm.data.transforms import image_size_of, mean_and_std_of
+from peft_vlm.data.value_range import as_value_range
 from peft_vlm.errors import AdapterError, HubError, PeftVLMError, explain, explained, shown
 from peft_vlm.files import CONFIG_NAME
 from peft_vlm.models.repository import hub_options, is_local, why_cache_only
@@ -37,6 +38,7 @@ class LoadedModel:
         base_model: Folder or id of the base model.
         class_names: Classes the adapter was trained on; None when it names none.
         template: Text around a class name, or several, recorded by the adapter; None when it has none.
+        value_range: Black and white of training images of more than 8 bits, recorded by the adapter.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class LoadedModel:
     base_model: str
     class_names: tuple[str, ...] | None
     template: str | tuple[str, ...] | None
+    value_range: tuple[float, float] | None = None
 
 
 def load_model(
@@ -89,7 +92,8 @@ def load_model(
     recorded = config if isinstance(config, VLMConfig) else None
     names = None if recorded is None or recorded.class_names is None else tuple(recorded.class_names)
     template = None if recorded is None else _as_template(recorded.template)
-    return LoadedModel(model.eval().to(target), tokenizer, processor, base, names, template)
+    value_range = None if recorded is None else as_value_range(recorded.value_range)
+    return LoadedModel(model.eval().to(target), tokenizer, processor, base, names, template, value_range)
 
 
 def _source(adapter: str, **where: str | None) -> AdapterSource:

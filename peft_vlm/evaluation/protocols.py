@@ -53,19 +53,27 @@ def few_shot(classifier: ImageClassifier, test: ImageClassificationDataset, **op
 
 
 def base_to_new(
-    classifier: ImageClassifier, test: ImageClassificationDataset, **options: int | bool
+    classifier: ImageClassifier,
+    test: ImageClassificationDataset,
+    *,
+    num_base: int | None = None,
+    **options: int | bool,
 ) -> ProtocolResult:
     """Base accuracy, new accuracy and their harmonic mean; each half is tested with its own class names only.
 
     Args:
         classifier: Trained on images of the base classes, which are the first half of the classes, rounded up.
         test: Test images of all classes.
+        num_base: Number of base classes, where they are not half of the classes.
         **options: Passed to `classify.iterate_logits`.
 
     References:
         Conditional Prompt Learning for Vision-Language Models, 2022, arXiv 2203.05557, Sec. 4.1.
     """
-    halves = dict(zip(("base", "new"), base_and_new_classes(len(test.class_names)), strict=True))
+    base, new = base_and_new_classes(len(test.class_names))
+    if num_base is not None:
+        base, new = (base + new)[:num_base], (base + new)[num_base:]
+    halves = {"base": base, "new": new}
     parts = {}
     for name, class_ids in halves.items():
         half = test.restrict(class_ids)

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PrinterCa
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import all_image_features
 from peft_vlm.data.loading import load_image_dataset
+from peft_vlm.data.overlap import check_not_trained_on, image_sample
 from peft_vlm.data.splits import base_and_new_classes, few_shot
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 from peft_vlm.distributed import is_main_process, local_index
@@ -332,6 +333,7 @@ def load_task(source: str | Path, protocol: Literal["base_to_new", "few_shot"], 
         shots: Images per class.
     """
     train, test = (load_image_dataset(str(source), split=split) for split in ("train", "test"))
+    check_not_trained_on(test, image_sample(train), num_train=len(train))
     return Task(last_part(source), protocol, train, test, template=template, shots=shots)
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PrinterCallback, set_seed
 from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.loading import load_image_dataset
+from peft_vlm.data.overlap import check_not_trained_on, image_sample
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
 from peft_vlm.data.splits import base_and_new_classes, few_shot
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform, mean_and_std_of
@@ -96,6 +97,10 @@ def build(
     return target(*given, **settings)
 
 
+#: Settings that are handed on to `load_image_dataset`.
+DATA_SETTINGS = ("image_column", "label_column", "class_names", "value_range")
+
+
 @dataclass
 class _Parts:
     """Parts of a run, and the function that measures its result."""
@@ -145,10 +150,12 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
     config = preset.config | named_values(settings.config, "config")
     options = preset.objective | named_values(settings.objective, "objective")
     build = _classifier if _is_clip_like(settings.model) else _answerer
-    if settings.evaluate:
-        _images(settings, settings.test_split)  # a missing split is better found before the training
+    # A missing split is better found before the training.
+    test = _images(settings, settings.test_split) if settings.evaluate else None
     set_seed(args.seed)  # a new adapter may start from random values
     parts = build(settings, args, config, options)
+    if test is not None:
+        check_not_trained_on(test, image_sample(parts.train), num_train=len(parts.train))
     trainer = VLMTrainer(parts.model, parts.objective, args, train_dataset=parts.train, eval_dataset=parts.eval)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -224,7 +231,7 @@ def _answerer(
 
 def _images(settings: RunSettings, split: str, transform: ImageTransform | None = None) -> ImageClassificationDataset:
     """One part of the dataset, all classes."""
-    columns = {name: getattr(settings, name) for name in ("image_column", "label_column", "class_names")}
+    columns = {name: getattr(settings, name) for name in DATA_SETTINGS}
     return load_image_dataset(settings.dataset, split=split, transform=transform, **columns)
 
 
@@ -280,6 +287,7 @@ def _report(settings: RunSettings, args: VLMTrainingArguments) -> dict[str, floa
         image_column=settings.image_column,
         label_column=settings.label_column,
         class_names=settings.class_names,
+        value_range=settings.value_range,
         shots=settings.shots or None,
         seed=args.seed,
         device=str(args.device),

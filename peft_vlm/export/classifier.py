@@ -62,7 +62,8 @@ def export_classifier(
     if isinstance(loaded.model, PeftModel):
         source["method"] = loaded.model.active_peft_config.peft_type.value.lower()
     vectors = encode_classes(loaded.model, prompts)
-    return plain_classifier(loaded.model, vectors, names, image_processor=loaded.image_processor, source=source)
+    options = {"image_processor": loaded.image_processor, "source": source, "value_range": loaded.value_range}
+    return plain_classifier(loaded.model, vectors, names, **options)
 
 
 def plain_classifier(
@@ -72,6 +73,7 @@ def plain_classifier(
     *,
     image_processor: BaseImageProcessor,
     source: dict[str, Any] | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> PlainClassifier:
     """Make an image classifier from a model in memory with its active adapter, and compare their logits.
 
@@ -81,6 +83,7 @@ def plain_classifier(
         class_names: One per row.
         image_processor: Image processor of the model.
         source: Origin of the model, for the card.
+        value_range: Black and white of images with more than 8 bits; None: those of their type.
 
     Returns:
         The classifier in evaluation mode, on the CPU.
@@ -90,7 +93,10 @@ def plain_classifier(
     """
     shape, tower = copy_tower(model)
     card = ClassifierCard(
-        tuple(class_names), preprocessing_of(image_processor), {**shape, "dim": class_features.shape[-1]}, source or {}
+        tuple(class_names),
+        preprocessing_of(image_processor, value_range),
+        {**shape, "dim": class_features.shape[-1]},
+        source or {},
     )
     with torch.device("meta"):  # every tensor is replaced
         classifier = PlainClassifier(card)
@@ -113,11 +119,12 @@ def plain_classifier(
     return classifier
 
 
-def preprocessing_of(processor: BaseImageProcessor) -> Preprocessing:
+def preprocessing_of(processor: BaseImageProcessor, value_range: tuple[float, float] | None = None) -> Preprocessing:
     """The steps of an image processor as data.
 
     Args:
         processor: Image processor of a CLIP-like model.
+        value_range: Black and white of images with more than 8 bits.
 
     Raises:
         DataError: If it does something that the data cannot say.
@@ -132,4 +139,4 @@ def preprocessing_of(processor: BaseImageProcessor) -> Preprocessing:
         )
     mean, std = mean_and_std_of(processor)
     factor = float(settings["rescale_factor"]) if settings["do_rescale"] else 1.0
-    return Preprocessing(size, tuple(resize), int(settings["resample"]), factor, mean, std)
+    return Preprocessing(size, tuple(resize), int(settings["resample"]), factor, mean, std, value_range)

@@ -34,7 +34,10 @@ class ClassifierCard:
 
     def to_json(self) -> str:
         """The card as JSON text."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        values = asdict(self)
+        if self.preprocessing.value_range is None:  # older releases do not know it
+            del values["preprocessing"]["value_range"]
+        return json.dumps(values, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str | None, *, where: str) -> "ClassifierCard":

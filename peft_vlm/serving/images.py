@@ -4,6 +4,7 @@ import io
 import logging
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,6 @@ _said: set[str] = set()
 #: Pillow's names of the image formats that are opened anywhere in this package. A file's content decides which of them
 #: it is, never its name. Pillow knows more: vector formats that start other programs (EPS), video, scientific data.
 RASTER_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-
-#: What counts as an image in a folder. Pillow registers more, PDF and video among them, which it cannot read.
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 #: First bytes of these formats; JPEG 2000 is either a bare code stream or a box.
 _SIGNATURE = re.compile(
@@ -38,6 +36,7 @@ def is_raster_image(head: bytes) -> bool:
     return _SIGNATURE.match(head) is not None
 
 
+@cache
 def raster_suffixes() -> frozenset[str]:
     """File endings of `RASTER_FORMATS`, in lower case."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in RASTER_FORMATS)
@@ -98,19 +97,100 @@ def check_size(image: Image.Image) -> None:
         )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to three channels of 8 bits; each kind of conversion is logged once.
+class PixelError(ImageError):
+    """The numbers of an image are none that can be shown: no pixels, or a range that nobody has said."""
 
-    Grey and palette images get three channels, transparent ones are laid over white, 16-bit grey is scaled to 8 bits.
+
+#: Colours of 16 bits a channel, which Pillow reads as 8: it drops the lower half.
+_DEEP_COLOUR = re.compile(r"\b(RGB[AXa]?|LA|CMYK);16[BLN]")
+DEEP_WHITE = 65535.0
+
+
+def white_of(image: Image.Image) -> float | None:
+    """The number that is white by the type of an image alone; None for 8 bits and less.
 
     Args:
-        image: PIL image of any mode.
+        image: As Pillow opened it, before it is decoded.
+    """
+    if image.mode.startswith("I;16") or any(_DEEP_COLOUR.search(str(tile)) for tile in getattr(image, "tile", ())):
+        return DEEP_WHITE
+    if image.mode == "I":  # files of these formats hold 16 bits at most, and Pillow scales them to that
+        return DEEP_WHITE if image.format in ("PNG", "PPM", "JPEG2000") else 2.0**31 - 1
+    return 1.0 if image.mode == "F" else None
+
+
+def extrema_of(image: Image.Image) -> tuple[float, float]:
+    """Smallest and largest number of a decoded image over all channels; of 16-bit colours, the upper half.
+
+    Args:
+        image: Decoded image.
+    """
+    values = np.asarray(image)
+    return float(values.min()), float(values.max())
+
+
+def decode_rgb(image: Image.Image, value_range: tuple[float, float] | None = None) -> Image.Image:
+    """Decode an image, turn it upright, and convert it to three channels of 8 bits.
+
+    Args:
+        image: As Pillow opened it.
+        value_range: Which numbers are black and white in images of more than 8 bits; None: 0 and the highest number
+            of the type for integers, 0 and 1 for decimal numbers.
+
+    Raises:
+        PixelError: If the image has no pixels, or numbers that the range does not fit.
+    """
+    check_size(image)
+    white = white_of(image)
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    if 0 in upright.size:
+        raise PixelError(f"has no pixels: its size is {upright.size}. Take it out of the dataset.")
+    return to_rgb(upright if white is None else _as_8_bits(upright, white, value_range))
+
+
+def _as_8_bits(image: Image.Image, white: float, value_range: tuple[float, float] | None) -> Image.Image:
+    low, high = extrema_of(image)
+    held = f"holds numbers from {low:g} to {high:g}"
+    if white == DEEP_WHITE and not image.mode.startswith("I"):
+        if value_range not in (None, (0, DEEP_WHITE)) or (value_range is None and high == 0):
+            raise PixelError(
+                f"has 16-bit colours, of which only the upper half is read, so that `value_range`={value_range!r} "
+                f"does not fit. Convert the files to 8 bits, or pass `value_range=(0, {DEEP_WHITE:.0f})`."
+            )
+        return image
+    if not np.isfinite([low, high]).all():
+        raise PixelError(f"{held}, which are not all finite.")
+    values = np.asarray(image)
+    if value_range is not None:
+        black, white = value_range
+        scaled = (values.astype(np.float64) - black) / (white - black)
+    elif white == 1:
+        if low < 0 or high > 1:
+            raise PixelError(f"{held}, beyond 0 to 1. Pass `value_range=(black, white)`.")
+        scaled = values
+    else:
+        lowest = (int(white) + 1) // 256
+        if low < 0 or 0 < high < lowest:
+            raise PixelError(
+                f"{held}, all black where {white:g} is white. Pass `value_range=(black, white)`, for example (0, 255)."
+            )
+        _say_once(f"grey images of up to {white:g} are scaled to 8 bits")
+        return Image.fromarray((values.astype(np.int64) // lowest).clip(0, 255).astype(np.uint8))
+    _say_once(f"images of mode {image.mode} are scaled to 8 bits")
+    return Image.fromarray((scaled.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image with three channels; what was converted is logged once per kind.
+
+    Grey and palette images get three channels, transparent ones are laid over white.
+
+    Args:
+        image: PIL image of 8 bits a channel.
     """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode.startswith("I;16") or image.mode == "I":
-        _say_once("16-bit grey images are scaled to 8 bits")
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         _say_once("transparent images are laid over white")
         image = image.convert("RGBA")
@@ -138,6 +218,7 @@ class Preprocessing:
         rescale_factor: Brings pixels of 0 to 255 to the unit of `image_mean`.
         image_mean: Channel means.
         image_std: Channel standard deviations.
+        value_range: Which numbers are black and white in images of more than 8 bits; None: see `decode_rgb`.
     """
 
     image_size: tuple[int, int]
@@ -146,6 +227,7 @@ class Preprocessing:
     rescale_factor: float
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
+    value_range: tuple[float, float] | None = None
 
     def __call__(self, image: str | Path | bytes | Image.Image) -> np.ndarray:
         """Pixels of shape (3, rows, cols) in float32, normalised.
@@ -154,7 +236,7 @@ class Preprocessing:
             image: A path, the content of a file, or a PIL image; the orientation that a photo records is applied.
                 What is none is an `ImageError`.
         """
-        image = to_rgb(ImageOps.exif_transpose(_open(image)))
+        image = _decoded(image, self.value_range)
         (rows, cols), (height, width) = self._resized(image.height, image.width), self.image_size
         top, left, resample = (rows - height) // 2, (cols - width) // 2, Image.Resampling(self.resample)
         if rows >= image.height:
@@ -174,13 +256,11 @@ class Preprocessing:
         return (short, int(short * cols / rows)) if rows <= cols else (int(short * rows / cols), short)
 
 
-def _open(image: str | Path | bytes | Image.Image) -> Image.Image:
+def _decoded(image: str | Path | bytes | Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
     name = "the image" if isinstance(image, bytes | Image.Image) else repr(str(image))
     try:
-        if not isinstance(image, Image.Image):
-            image = open_raster(image)
-        check_size(image)
-        image.load()
+        return decode_rgb(image if isinstance(image, Image.Image) else open_raster(image), value_range)
+    except PixelError as error:
+        raise ImageError(f"{name} {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them stumble over
         raise ImageError(f"{name} cannot be read as an image: {error}") from error
-    return image

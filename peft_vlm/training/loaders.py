@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
+from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.streaming import ImageStream
 from peft_vlm.distributed import num_processes, part_of, process_index
 from peft_vlm.errors import DataError, PeftVLMError, PeftVLMWarning
 from peft_vlm.objective import EpochBatchSampler, Objective
@@ -193,6 +195,8 @@ def check_training(model: nn.Module, objective: Objective, train_dataset: Any) -
         )
     if not train_dataset.has_positions:
         objective.check_stream()
+    if isinstance(train_dataset, ImageClassificationDataset | ImageStream):
+        train_dataset.check_pixels()
     if objective.labels_are_positions:
         _check_places(objective, train_dataset)
 

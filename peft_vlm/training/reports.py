@@ -14,7 +14,9 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from peft_vlm.adapters.config import installed_version
-from peft_vlm.data.dataset import RunImages
+from peft_vlm.data.dataset import ImageClassificationDataset, RunImages
+from peft_vlm.data.overlap import image_sample
+from peft_vlm.data.streaming import ImageStream
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.distributed import wait_for_everyone
 from peft_vlm.evaluation.plots import has_matplotlib, new_figure
@@ -130,12 +132,14 @@ class ArtifactsCallback(TrainerCallback):
             state: State at its end.
         """
         objective, dataset = self.trainer.objective, self.trainer.train_dataset
+        sample = image_sample(dataset) if isinstance(dataset, ImageClassificationDataset) else []
         return {
             "method": type(objective).__name__.removesuffix("Objective"),
             "paper": objective.paper and {"title": objective.paper.title, "url": objective.paper.url},
             "objective": objective.config_dict(),
             "training": {name: _plain(getattr(args, name)) for name in REPORTED_ARGUMENTS},
             "data": {"num_images": len(dataset), "num_classes": len(dataset.class_names)},
+            "training_images": {"count": len(dataset), "sample": sample},
             "steps": state.global_step,
             "best_checkpoint": state.best_model_checkpoint and Path(state.best_model_checkpoint).name,
             "metrics": final_metrics(state),
@@ -195,6 +199,8 @@ def describe_adapter(model: nn.Module, objective: Objective, dataset: RunImages)
     if isinstance(transform, ImageTransform):
         config.image_mean, config.image_std = list(transform.image_mean), list(transform.image_std)
         config.image_size = list(transform.image_size)
+    if isinstance(dataset, ImageClassificationDataset | ImageStream) and dataset.value_range is not None:
+        config.value_range = list(dataset.value_range)
 
 
 def write_card(folder: Path, *, license: str | None) -> None:

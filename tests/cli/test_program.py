@@ -54,6 +54,33 @@ def test_predict_a_folder(adapter, pictures, capsys):
     assert "tomato" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("exported", [False, True])
+def test_predict_goes_on_after_an_unreadable_file(exported, adapter, pictures, tmp_path, capsys):
+    """One bad file of thousands threw the labels of all others away."""
+    (pictures / "photo 1b.png").write_text("no image")
+    (pictures / "photo 1c").write_bytes((pictures / "photo 1 \u00e9.png").read_bytes())
+    classifier = str(adapter)
+    if exported:
+        assert main(["export", str(adapter), str(tmp_path / "out"), "--formats", "safetensors"]) == 0
+        classifier = str(tmp_path / "out" / "classifier.safetensors")
+        capsys.readouterr()
+    assert main(["predict", classifier, str(pictures), "--json"]) == 2
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    names = ["photo 0 \u00e9.png", "photo 1 \u00e9.png", "photo 1b.png", "photo 1c", "photo 2 \u00e9.png"]
+    assert [row["file"].rpartition("/")[2] for row in rows] == names
+    assert [len(row["labels"]) for row in rows] == [3, 3, 0, 3, 3]
+    assert rows[1]["labels"] == rows[3]["labels"], "content decides, not the name"
+    assert [name for name, row in zip(names, rows, strict=True) if "error" in row] == ["photo 1b.png"]
+    assert "cannot be read as an image" in rows[2]["error"]
+    assert captured.err.endswith(f"1 of 5 images could not be read, the first is '{pictures / 'photo 1b.png'}'.\n")
+    assert main(["predict", classifier, str(pictures)]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert "photo 1b.png: " in lines[2]
+    assert "cannot be read" in lines[2]
+
+
 def test_evaluate_writes_a_report(adapter, tmp_path, capsys):
     rows = colour_rows(2, classes=4)
     for number, row in enumerate(rows):

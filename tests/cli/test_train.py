@@ -1,11 +1,14 @@
 """`peft-vlm train`: any method, from flags or a file."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from peft import PeftConfig
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPProcessor
 
@@ -49,8 +52,8 @@ def save_clip(folder, **settings) -> str:
 def words(tmp_path_factory):
     """Flags of a run of one step on four classes, without method and folder."""
     root = tmp_path_factory.mktemp("r\u00e9sum\u00e9 of colours")
-    for split in ("train", "test"):
-        for number, row in enumerate(colour_rows(2, classes=4)):
+    for seed, split in enumerate(("train", "test")):
+        for number, row in enumerate(colour_rows(2, classes=4, seed=seed)):
             path = root / "data" / split / colour_names(4)[row["label"]] / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             row["image"].save(path)
@@ -147,6 +150,57 @@ def test_flags_replace_what_a_file_says_and_the_adapter_is_measured(words, tmp_p
     assert {"base", "new", "h"} <= set(json.loads((run / "report.json").read_text())["scores"])
     assert main(["info", str(run)]) == 0
     assert "results of the base model" in capsys.readouterr().out
+
+
+def test_a_test_split_of_training_images_is_refused(words, tmp_path, capsys) -> None:
+    """75 % "(test)" was the accuracy on the run's own twelve training images."""
+    root, flags = words
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        shutil.copytree(root / "data" / "train", tmp_path / "data" / split)
+    run = tmp_path / "run"
+    flags = ["train", "--method", "coop", *own_words("coop", root), *flags, "--output_dir", str(run)]
+    assert main([*flags, "--dataset", str(tmp_path / "data")]) == 2
+    assert "of the test images are training images" in capsys.readouterr().err
+    assert not (run / "adapter_model.safetensors").exists()
+    assert main([*flags, "--no_evaluate"]) == 0
+    evaluate = ["evaluate", "--protocol", "few-shot", "--adapter", str(run), "--no_plots"]
+    evaluate += ["--output_dir", str(tmp_path / "report"), "--dataset"]
+    assert main([*evaluate, str(tmp_path / "data")]) == 2
+    assert "of the test images are training images" in capsys.readouterr().err
+    assert main([*evaluate, str(root / "data")]) == 0
+    assert main([*evaluate, str(tmp_path / "data"), "--split", "train"]) == 0, (
+        "an accuracy on training images by its name"
+    )
+
+
+def test_the_range_of_deep_images_goes_with_the_adapter(words, tmp_path, capsys) -> None:
+    """Prediction and export would show the model nearly black images."""
+    root, flags = words
+    for seed, split in enumerate(("train", "test")):
+        for number, row in enumerate(colour_rows(2, classes=2, seed=seed)):
+            path = tmp_path / "data" / split / colour_names(2)[row["label"]] / f"{number}.tif"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.asarray(row["image"].convert("L")).astype(np.uint16) * 16).save(path)
+    run = tmp_path / "run"
+    command = ["train", "--method", "coop", *own_words("coop", root), *flags, "--dataset", str(tmp_path / "data")]
+    command += ["--output_dir", str(run)]
+    assert main([*command, "--value_range", "0", "400", "--no_evaluate", "--max_steps", "1"]) == 2
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "Pass `value_range=(0, 4095)`" in capsys.readouterr().err
+    assert main([*command, "--value_range", "0", "4095"]) == 0
+    assert json.loads((run / "adapter_config.json").read_text())["value_range"] == [0, 4095]
+    capsys.readouterr()
+    deep, plain = (tmp_path / "data/test" / colour_names(2)[0] / name for name in ("0.tif", "0.png"))
+    Image.fromarray((np.asarray(Image.open(deep)) // 16).astype(np.uint8)).save(plain)
+    assert main(["export", str(run), str(tmp_path / "out"), "--formats", "safetensors"]) == 0
+    capsys.readouterr()
+    for classifier in (run, tmp_path / "out" / "classifier.safetensors"):
+        assert main(["predict", str(classifier), str(deep), str(plain), "--json"]) == 0
+        first, second = (row["labels"] for row in json.loads(capsys.readouterr().out))
+        assert first[0]["label"] == second[0]["label"]
+        assert first[0]["probability"] == pytest.approx(second[0]["probability"], abs=1e-3)
 
 
 def test_models_that_write_text_are_asked_a_question(words, tmp_path, capsys) -> None:

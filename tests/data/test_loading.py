@@ -2,15 +2,27 @@
 
 import csv
 import json
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from datasets import ClassLabel, DatasetDict, Features, Value, disable_progress_bars, enable_progress_bars
+from datasets import (
+    ClassLabel,
+    DatasetDict,
+    Features,
+    IterableDatasetDict,
+    NamedSplit,
+    Value,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from datasets import Dataset as HFDataset
 from datasets import Image as ImageFeature
+from PIL import Image
 
-from peft_vlm.data import load_image_dataset, read_class_names
+from peft_vlm.data import load_image_dataset, load_image_stream, read_class_names
 from peft_vlm.errors import DataError
 from tests.tiny import colour_names, colour_rows, noise_image
 
@@ -88,6 +100,69 @@ def test_a_dataset_dict_needs_the_split() -> None:
         load_image_dataset(source, split="val")
 
 
+@pytest.mark.parametrize("load", [load_image_dataset, load_image_stream])
+def test_a_single_dataset_answers_only_to_its_own_split(load: Callable) -> None:
+    """Twelve training images were called a test set; a dataset from the Hub knows which split it is."""
+    options = {"num_images": 6} if load is load_image_stream else {}
+    unnamed, named = table(label="classes"), table(label="classes")
+    named._split = NamedSplit("test[:50%]")
+    for source, own in ((unnamed, "train"), (named, "test")):
+        assert len(load(source, **options)) == len(load(source, split=own, **options)) == 6
+        for other in {"train", "test", "nonsense"} - {own}:
+            with pytest.raises(DataError, match=rf"splits \['{own}'\], got `split`='{other}'. Leave out `split`"):
+                load(source, split=other, **options)
+
+
+def test_the_only_split_of_a_source_needs_no_name() -> None:
+    """`train` is asked for where there are several."""
+    only = DatasetDict({"test": table(label="classes")})
+    assert len(load_image_dataset(only)) == 6
+    with pytest.raises(DataError, match=r"splits \['test'\], got `split`='train'"):
+        load_image_dataset(only, split="train")
+    assert len(load_image_stream(only, num_images=6)) == 6
+    with pytest.raises(DataError, match=r"splits \['test'\], got `split`='train'"):
+        load_image_stream(only, split="train", num_images=6)
+
+
+def test_streams_and_other_rows_name_the_function_that_takes_them() -> None:
+    """They failed later, with an AttributeError."""
+    stream = table(label="classes").to_iterable_dataset()
+    for source in (stream, IterableDatasetDict({"train": stream})):
+        with pytest.raises(DataError, match=r"got a stream \(`IterableDataset`\).*Use `load_image_stream`"):
+            load_image_dataset(source)
+    with pytest.raises(DataError, match=r"got \['list'\]. Make one with `datasets.Dataset.from_list`"):
+        load_image_dataset([{"image": noise_image(4, 4), "label": 0}])
+
+
+def test_images_in_archives_are_opened_as_datasets_does(tmp_path: Path) -> None:
+    """`datasets` lets such paths in; they failed in the first batch."""
+    write_images(tmp_path, "0.png", "1.png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for number in range(2):
+            archive.write(tmp_path / f"{number}.png", f"inside/{number}.png")
+    paths = [f"zip://inside/{number}.png::{tmp_path / 'images.zip'}" for number in range(2)]
+    columns = {"image": paths, "label": [0, 1]}
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])})
+    dataset = load_image_dataset(HFDataset.from_dict(columns, features=features))
+    rows = (("image", "label"), ("zip://inside/0.png::images.zip", "cat"), ("zip://inside/1.png::images.zip", "dog"))
+    listed = load_image_dataset(write_csv(tmp_path / "list.csv", *rows))
+    for number in range(2):
+        expected = np.asarray(Image.open(tmp_path / f"{number}.png"))
+        np.testing.assert_array_equal(np.asarray(dataset.image(number)), expected)
+        np.testing.assert_array_equal(np.asarray(listed.image(number)), expected)
+    rows = (("image", "label"), ("zip://0.png::gone.zip", "cat"))
+    with pytest.raises(DataError, match="1 of 1 image files are missing"):
+        load_image_dataset(write_csv(tmp_path / "list.csv", *rows))
+
+
+def test_a_parquet_file_is_the_split_that_it_is_named_after(tmp_path: Path) -> None:
+    """It was taken for the id of a dataset on the Hub."""
+    table(label="classes").to_parquet(tmp_path / "test.parquet")
+    assert len(load_image_dataset(tmp_path / "test.parquet", split="test")) == 6
+    with pytest.raises(DataError, match=r"splits \['test'\], got `split`='train'"):
+        load_image_dataset(tmp_path / "test.parquet", split="train")
+
+
 def test_where_keeps_rows_by_value() -> None:
     """Domains live in a column; an unknown one must not give an empty evaluation."""
     dataset = load_image_dataset(table(label="classes"), where={"domain": "pixel"})
@@ -140,7 +215,9 @@ def test_image_folders_without_splits_are_the_training_split(tmp_path: Path) -> 
     write_images(tmp_path, "n02/1.png", "n01/1.png")
     assert load_image_dataset(tmp_path, class_names={"n01": "tench", "n02": "shark"}).class_names == ("tench", "shark")
     assert load_image_dataset(tmp_path, class_names=["tench", "shark"]).labels == [0, 1]
-    with pytest.raises(DataError, match="all of it is the split 'train'; got `split`='test'. Make the folders"):
+    with pytest.raises(
+        DataError, match="got `split`='test'. It has no split folders, so all of it is the split 'train'. Make"
+    ):
         load_image_dataset(tmp_path, split="test")
     with pytest.raises(DataError, match="2 of 2 labels are not among the 3 class names, the first is 'n01'"):
         load_image_dataset(tmp_path, class_names=["a", "b", "c"])

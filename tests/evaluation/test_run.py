@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import ClassLabel, Features, Value
+from datasets import ClassLabel, DatasetDict, Features, Value
 from datasets import Dataset as HFDataset
 from datasets import Image as ImageFeature
+from peft import get_peft_model
 from transformers import HfArgumentParser
 
-from peft_vlm.errors import DataError
+from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.evaluation import EvalReport
 from peft_vlm.evaluation.run import EvaluationArguments, run_evaluation
+from tests.cases import skip_tuning_config
 from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 
 
@@ -35,7 +37,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     label = ClassLabel(names=list(colour_names(4)))
     features = Features({"image": ImageFeature(), "label": label, "domain": Value("string")})
     folder = tmp_path_factory.mktemp("data") / "colours"
-    HFDataset.from_dict(columns, features=features).save_to_disk(folder)
+    DatasetDict({"test": HFDataset.from_dict(columns, features=features)}).save_to_disk(folder)
     return folder
 
 
@@ -122,3 +124,55 @@ def test_arguments_that_do_not_fit_are_explained(
     settings = {"dataset": ["x"], "model": str(model), "output_dir": str(tmp_path), **options}
     with pytest.raises(DataError, match=message):
         run_evaluation(EvaluationArguments(protocol=protocol, **settings))
+
+
+def colours(folder: Path, names: list[str], images: dict[str, int]) -> Path:
+    """A test split with some of the classes, as names."""
+    rows = colour_rows(1, classes=4)
+    chosen = [name for name in names for _ in range(images.get(name, 0))]
+    columns = {"image": [rows[names.index(name)]["image"] for name in chosen], "label": chosen}
+    features = Features({"image": ImageFeature(), "label": Value("string")})
+    folder.mkdir()
+    HFDataset.from_dict(columns, features=features).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def saved_adapter(folder: Path, model: Path, names: list[str]) -> Path:
+    """An adapter that records some classes."""
+    adapter = get_peft_model(tiny_clip().from_pretrained(model), skip_tuning_config())
+    adapter.active_peft_config.class_names = names
+    adapter.save_pretrained(folder)
+    return folder
+
+
+def test_classes_are_those_that_the_adapter_was_trained_on(model: Path, tmp_path: Path) -> None:
+    """A test split without one class was scored over the other seven, and their first half was called base."""
+    adapter = saved_adapter(tmp_path / "adapter", model, ["red", "ant", "owl", "bee"])
+    names = ["ant", "bee", "owl", "red"]
+    data = colours(tmp_path / "three", names, {"bee": 2, "owl": 1, "red": 1})
+    options: dict[str, Any] = {"adapter": str(adapter), "plots": False, "save_predictions": True}
+    report = run("few-shot", data, model, tmp_path / "few", **options)
+    assert list(report.parts["all"]["per_class_accuracy"]) == ["red", "ant", "owl", "bee"]
+    with (tmp_path / "few" / "predictions.csv").open(newline="") as file:
+        assert [row["label"] for row in csv.DictReader(file)] == ["bee", "bee", "owl", "red"]
+    half = saved_adapter(tmp_path / "half", model, ["ant", "bee"])
+    report = run("base-to-new", data, model, tmp_path / "new", **options | {"adapter": str(half)})
+    assert {part: list(values["per_class_accuracy"]) for part, values in report.parts.items()} == {
+        "base": ["ant", "bee"],
+        "new": ["owl", "red"],
+    }
+    assert {part: values["num_images"] for part, values in report.parts.items()} == {"base": 2, "new": 2}
+
+
+def test_images_of_other_classes_than_the_adapter_are_refused(model: Path, tmp_path: Path) -> None:
+    """They would be scored as if it had been trained on them."""
+    adapter = saved_adapter(tmp_path / "adapter", model, ["ant", "bee"])
+    data = colours(tmp_path / "data", ["ant", "bee", "owl", "red"], {"bee": 1, "owl": 1})
+    with pytest.raises(
+        ClassNameError, match="the 2 classes that the adapter was trained on, got 1 other classes.*'owl'"
+    ):
+        run("few-shot", data, model, tmp_path / "out", adapter=str(adapter), plots=False)
+    others = colours(tmp_path / "others", ["ant", "bee", "owl", "red"], {"red": 1, "owl": 1})
+    with pytest.raises(ClassNameError, match="got 2 other classes"):
+        run("base-to-new", others, model, tmp_path / "out", adapter=str(adapter), plots=False)
+    assert run("zero-shot", data, model, tmp_path / "out", adapter=str(adapter), plots=False).scores

@@ -12,9 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from peft_vlm.data.dataset import read_image
+from peft_vlm.data.images import as_value_range, read_image
 from peft_vlm.data.transforms import EvalTransform
-from peft_vlm.data.value_range import as_value_range
 from peft_vlm.errors import ClassNameError
 from peft_vlm.evaluation.classify import LogitsFn, cosine_logits
 from peft_vlm.evaluation.loading import load_model

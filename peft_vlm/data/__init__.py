@@ -1,7 +1,8 @@
 """Datasets, few-shot and base/new splits, transforms."""
 
 from peft_vlm.data.class_names import read_class_list, read_class_names
-from peft_vlm.data.dataset import ImageClassificationDataset, LabelDataset, collate, read_image
+from peft_vlm.data.dataset import ImageClassificationDataset, LabelDataset, collate
+from peft_vlm.data.images import read_image
 from peft_vlm.data.loading import load_image_dataset, load_unlabelled_images
 from peft_vlm.data.question_collator import QuestionCollator, check_image_tokens, model_inputs, question_inputs
 from peft_vlm.data.questions import ImageAugmentation, ImageQuestionDataset, RandomCrop

@@ -6,7 +6,6 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, TypeGuard, runtime_checkable
 
 import numpy as np
@@ -16,10 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from peft_vlm.data.images import SAMPLE, as_value_range, check_value_range, read_image, top_of
 from peft_vlm.data.transforms import EvalTransform, ImageTransform
-from peft_vlm.data.value_range import SAMPLE, as_value_range, check_value_range
 from peft_vlm.errors import DataError
-from peft_vlm.serving.images import PixelError, check_size, decode_rgb, extrema_of, open_raster, white_of
 from peft_vlm.shapes import Batch
 from peft_vlm.text.prompts import check_class_names, readable
 
@@ -103,96 +101,6 @@ class UnreadableImages:
                 self.note(rows[position], error)
                 problem = error
         raise DataError("Expected at least one readable image of each class, got none of one class.") from problem
-
-
-def read_image(value: Any, *, where: str = "image", value_range: Sequence[int | float] | None = None) -> Image.Image:
-    """Open an image and convert it to RGB.
-
-    Grey and palette images get three channels, transparent ones are laid over white, more than 8 bits are scaled to 8,
-    and the EXIF orientation of photos is applied (as `datasets` does). What was converted is logged once per kind.
-
-    Args:
-        value: A path, also one that `datasets` opens such as `zip://0.png::images.zip`, file content as `bytes`, a
-            mapping with `bytes` or `path` (an undecoded `datasets` image), a PIL image, or an array of shape
-            (rows, cols), (rows, cols, 1), (rows, cols, 3) or (rows, cols, 4) with integers in [0, 255].
-        where: What the value is, for the error message, such as `"image 17"`.
-        value_range: Which numbers are black and white in images of more than 8 bits. None: 0 and the highest number of
-            the type for integers, 0 and 1 for decimal numbers; it is never guessed from one image.
-
-    Raises:
-        DataError: If there is no such file, it is no image or a damaged one, the image has no pixels, or its numbers
-            do not fit their range.
-    """
-    name = f"{where} ({_source_name(value)})"
-    try:
-        return decode_rgb(_open(value), as_value_range(value_range))
-    except DataError:
-        raise
-    except PixelError as error:
-        raise DataError(f"{name} {error}") from error
-    except FileNotFoundError as error:
-        raise DataError(f"{name} does not exist. Check the path and the folder relative paths start from.") from error
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them stumble over
-        raise DataError(
-            f"{name} cannot be read as an image: {error}. Replace the file or take it out of the dataset."
-        ) from error
-
-
-def top_of(value: Any) -> tuple[float, float] | None:
-    """Number that is white by the type of an image, and its highest number; None for 8 bits.
-
-    Args:
-        value: What `read_image` opens. An image that cannot be read is named when it is needed.
-    """
-    try:
-        image = _open(value)
-        check_size(image)
-        white = white_of(image)
-        if white is None:
-            return None
-        image.load()
-    except Exception:  # as in `read_image`
-        return None
-    top = extrema_of(image)[1]
-    return white, (top if image.mode[0] in "IF" else 257 * top)  # of 16-bit colours the upper half is read
-
-
-def _source_name(value: Any) -> str:
-    if isinstance(value, str | Path):
-        return f"file {str(value)!r}"
-    if isinstance(value, Mapping) and value.get("path"):
-        return f"file {value['path']!r}"
-    return type(value).__name__
-
-
-def _open(value: Any) -> Image.Image:
-    if isinstance(value, Image.Image):
-        return value
-    if isinstance(value, str) and "://" in value:  # as in `zip://0.png::images.zip`
-        from datasets.utils.file_utils import xopen
-
-        with xopen(value, "rb") as file:
-            return open_raster(file.read())
-    if isinstance(value, str | Path | bytes):
-        return open_raster(value)
-    if isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path") is not None):
-        return _open(value["bytes"] if value.get("bytes") is not None else value["path"])
-    if isinstance(value, np.ndarray):
-        return _from_array(value)
-    raise DataError(
-        f"Expected an image as a path, bytes, PIL image or numpy array, got {type(value).__name__}. "
-        "Tensors: pass `tensor.permute(1, 2, 0).numpy()` with values from 0 to 255 as uint8."
-    )
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    is_picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
-    if array.dtype != np.uint8 or not is_picture:
-        raise DataError(
-            "Expected a uint8 array of shape (rows, cols) or (rows, cols, 1, 3 or 4), "
-            f"got {array.dtype} of shape {array.shape}. Scale to 0..255 and put the channels last."
-        )
-    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
 class Item(TypedDict):

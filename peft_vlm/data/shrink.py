@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from transformers import BaseImageProcessor, ProcessorMixin
 
-from peft_vlm.data.dataset import read_image
+from peft_vlm.data.images import read_image
 from peft_vlm.errors import DataError
 
 PIXEL_STEP = 1 / 255

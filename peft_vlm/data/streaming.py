@@ -17,11 +17,11 @@ from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 
 from peft_vlm.data.class_names import ClassNames, match_labels, read_class_list, warn_of_codes
-from peft_vlm.data.dataset import Item, UnreadableImages, collate, is_hf_dataset, read_image, top_of
+from peft_vlm.data.dataset import Item, UnreadableImages, collate, is_hf_dataset
 from peft_vlm.data.folders import choose_split
+from peft_vlm.data.images import SAMPLE, as_value_range, check_value_range, read_image, top_of
 from peft_vlm.data.loading import check_own_split, load_from_hub
 from peft_vlm.data.transforms import ImageTransform
-from peft_vlm.data.value_range import SAMPLE, as_value_range, check_value_range
 from peft_vlm.distributed import from_main, is_main_process, num_processes
 from peft_vlm.errors import DataError
 from peft_vlm.shapes import Batch

@@ -19,8 +19,8 @@ from transformers import (
 
 from peft_vlm.adapters.adapter_files import AdapterSource
 from peft_vlm.adapters.config import VLMConfig, check_weights, config_of
+from peft_vlm.data.images import as_value_range
 from peft_vlm.data.transforms import image_size_of, mean_and_std_of
-from peft_vlm.data.value_range import as_value_range
 from peft_vlm.errors import AdapterError, HubError, PeftVLMError, explain, explained, shown
 from peft_vlm.files import CONFIG_NAME
 from peft_vlm.models.repository import hub_options, is_local, why_cache_only

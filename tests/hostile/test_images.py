@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from peft_vlm.data.dataset import read_image
+from peft_vlm.data.images import read_image
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import DataError, ImageError
 from peft_vlm.serving.images import MAX_ASPECT, Preprocessing
@@ -125,7 +125,7 @@ def test_no_program_is_started(tmp_path):
     (tmp_path / NAME).write_bytes(EPS)
     program = f"""
 from peft_vlm.serving.images import open_raster
-from peft_vlm.data.dataset import read_image
+from peft_vlm.data.images import read_image
 for call in (lambda: open_raster({str(tmp_path / NAME)!r}).load(), lambda: read_image({str(tmp_path / NAME)!r})):
     try:
         call()

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from peft_vlm.classifier import PromptedClassifier
-from peft_vlm.data.dataset import read_image
+from peft_vlm.data.images import read_image
 from peft_vlm.export import plain_classifier, save_onnx
 from peft_vlm.serving.card import METADATA_KEY, best_labels
 from peft_vlm.serving.onnx import OnnxClassifier

@@ -23,7 +23,7 @@ from peft_vlm.text.prompts import check_class_names, tokenize_for_model
 #: One image: a path, file content, a PIL image, or a uint8 array (rows, cols, channels).
 ImageInput = str | Path | bytes | Image.Image | np.ndarray
 
-#: Class lists whose features are kept at once; each takes classes x dim x 4 bytes.
+#: Class lists whose features are stored at once; each takes classes x dim x 4 bytes.
 MAX_CLASS_LISTS = 16
 
 
@@ -43,10 +43,10 @@ class Prediction:
 class PromptedClassifier:
     """Classifies images with a CLIP-like model, with or without an adapter.
 
-    The class features of a class list are computed once and kept until the state of the model changes: another
-    adapter, one that is switched off, merged, loaded or deleted, another device or type. Weights changed in place by a
-    fused optimizer or through `.data` are not noticed; call `refresh()` after that. Several threads may predict at
-    once, each with its own class list.
+    The class features of a class list are computed once per state of the model: they follow an adapter that is
+    activated, switched off, merged, loaded or deleted, and another device or type. Weights changed in place by a fused
+    optimizer or through `.data` are not noticed; call `refresh()` after that. Several threads may predict at once,
+    each with its own class list.
 
     Args:
         model: CLIP-like model in evaluation mode.
@@ -127,16 +127,16 @@ class PromptedClassifier:
 
     def _class_features(self, class_names: tuple[str, ...]) -> Float[Tensor, "classes dim"]:
         """Features of a class list by the model as it is, out of the last few lists where that is possible."""
-        state, kept = TextTensors(self.model), self._features  # one read: another thread may replace it
-        if kept is None or not kept[0].is_same(state):
-            kept = self._features = (state, {})
-        features = kept[1].get(class_names)
+        state, stored = TextTensors(self.model), self._features  # one read: another thread may replace it
+        if stored is None or not stored[0].is_same(state):
+            stored = self._features = (state, {})
+        features = stored[1].get(class_names)
         if features is None:
             prompts = tokenize_for_model(self.model, self.tokenizer, class_names, template=self.template)
             features = encode_classes(self.model, prompts)
-            if len(kept[1]) >= MAX_CLASS_LISTS:
-                kept[1].clear()
-            kept[1][class_names] = features
+            if len(stored[1]) >= MAX_CLASS_LISTS:
+                stored[1].clear()
+            stored[1][class_names] = features
         return features
 
     @overload

@@ -2,11 +2,12 @@
 
 | functions | paper |
 |---|---|
-| sampled softmax: `sample_negatives` to `sampled_logits` | POMP, 2023, arXiv 2304.04704, Sec. 3.2, and its official
-code | | class selection: `num_top_classes` to `selected_classes` | Skip Tuning, CVPR 2025, arXiv 2412.11509 | |
-`distillation_loss`, `average_teachers` | PromptKD, CVPR 2024, arXiv 2403.02781 | | `feature_consistency`,
-`semantic_enhancement` | TVP, CVPR 2024, arXiv 2404.11207 | | `feature_distance` | PromptSRC, ICCV 2023, arXiv
-2307.06948 | | `soft_label_loss` | RPP, 2024, arXiv 2409.06166 |
+| sampled softmax: `sample_negatives` to `sampled_logits` | POMP, 2023, arXiv 2304.04704, Sec. 3.2, and its code |
+| class selection: `num_top_classes` to `selected_classes` | Skip Tuning, CVPR 2025, arXiv 2412.11509 |
+| `distillation_loss`, `average_teachers` | PromptKD, CVPR 2024, arXiv 2403.02781 |
+| `feature_consistency`, `semantic_enhancement` | TVP, CVPR 2024, arXiv 2404.11207 |
+| `feature_distance` | PromptSRC, ICCV 2023, arXiv 2307.06948 |
+| `soft_label_loss` | RPP, 2024, arXiv 2409.06166 |
 """
 
 import math
@@ -84,6 +85,7 @@ def sampled_logits(
         rejected: What `false_negatives` gave.
         correction: What `local_correction` gave.
     """
+    # The own class is not corrected: it is always there, with probability 1.
     negative = (negative.float() + correction[:, None]).masked_fill(rejected, REJECTED_LOGIT)
     return torch.cat([positive.float()[:, None], negative], dim=1)
 
@@ -114,7 +116,7 @@ def num_top_classes(num_classes: int, *, top_ratio: float | int, max_top: int) -
 def rank_keep_probability(num_classes: int, num_top: int, *, tail_scale: float) -> Float[Tensor, " classes"]:
     """Probability in [0, 1] that the class at each similarity rank is selected, rank 0 being the most similar.
 
-    1 for the first `num_top` ranks; behind them an exponential density, min-max normalised, so that the first tail
+    1 for the first `num_top` ranks; after them an exponential density, min-max normalised, so that the first tail
     rank has probability 1 and the last 0.
 
     Args:
@@ -167,11 +169,10 @@ def selected_classes(
         labels: Right class of each image; always selected.
 
     Deviation: The official code drops a label that lies beyond the selected ranks (more distinct labels in a batch
-        than
-    top ranks) and then trains that image towards class 0.
+        than top ranks) and then trains that image towards class 0.
     """
     keep = torch.zeros_like(keep_rank)
-    keep[ranked] = keep_rank
+    keep[ranked] = keep_rank  # from ranks to class ids
     keep[labels] = True
     return keep.nonzero().squeeze(1)
 
@@ -204,6 +205,7 @@ def distillation_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     student = nn.functional.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = nn.functional.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
+    # The target as logarithms too, so that no probability is rounded before its logarithm is taken.
     total = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
     return temperature**2 * total / (student.numel() if reduction == "official" else len(student))
 
@@ -229,7 +231,7 @@ def average_teachers(
     check_choice("weighting", weighting, TEACHER_WEIGHTINGS)
     if weighting == "equal":
         return logits.float().mean(dim=0)
-    confidence = logits.float().softmax(dim=-1).amax(dim=-1, keepdim=True)
+    confidence = logits.float().softmax(dim=-1).amax(dim=-1, keepdim=True)  # (teachers, batch, 1)
     return (logits.float() * confidence / confidence.sum(dim=0)).sum(dim=0)
 
 
@@ -247,7 +249,7 @@ def feature_consistency(
         clean: The same tokens from the same (shrunken) images without it; they receive no gradient.
     """
     difference = prompted.float() - clean.detach().float()
-    return torch.linalg.vector_norm(difference, dim=-1).mean()
+    return torch.linalg.vector_norm(difference, dim=-1).mean()  # its gradient at 0 is 0, where a square root's is NaN
 
 
 def feature_distance(
@@ -306,5 +308,6 @@ def soft_label_loss(
     if form == "kl":
         return divergence
     log_teacher = (teacher_logits.detach().float() / temperature).log_softmax(dim=-1)
+    # A constant for the student; it makes the value the cross-entropy that other codes report.
     entropy = -(log_teacher.exp() * log_teacher).sum(dim=-1).mean()
     return divergence + temperature**2 * entropy

@@ -1,1 +1,1 @@
-"""Where trainable tensors enter a network. Knows layers, not methods."""
+"""Layers, tuner and configuration by which trainable tensors enter a model. Knows layers, not methods."""

@@ -18,7 +18,7 @@ from peft_vlm.text.slots import Slots
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too
 @dataclass
 class TextContextConfig(VLMConfig):
-    """Learned context in front of, around or behind the class name.
+    """Learned context before, around or after the class name.
 
     Args:
         num_text_tokens: Context vectors per prompt; 0 for none. Official `N_CTX`.
@@ -50,7 +50,7 @@ class TextContextConfig(VLMConfig):
 
     @property
     def text_position(self) -> str:
-        """Where the class name stands, one of `POSITIONS`; methods with a setting for it override this."""
+        """Position of the class name, one of `POSITIONS`; methods with a setting for it override this."""
         return "end"
 
     @property

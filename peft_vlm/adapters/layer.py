@@ -37,7 +37,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         """Create the tensors of a new adapter.
 
         Args:
-            adapter_name: Key under which they are kept.
+            adapter_name: Key of the tensors.
             config: The method's configuration.
 
         Raises:
@@ -54,6 +54,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 
         A layer without tensors of the active adapter (another adapter reaches fewer layers) acts as the base layer.
         """
+        # Merged weights act already, so the base layer is right then too.
         if self._disable_adapters or self.merged_adapters or not self.active_adapters:
             return None
         name = self.active_adapters[0]

@@ -49,14 +49,14 @@ class TextSlots(DelegatingLayer, SlotLayer):
         if slots is None:
             return embedded
         if slots.initial_ids is None:
-            words = embedded.new_zeros(slots.num_tokens, embedded.shape[-1])
+            words = embedded.new_zeros(slots.num_tokens, embedded.shape[-1])  # (slots, width)
         else:
             words = self.base_layer(torch.tensor(slots.initial_ids, device=input_ids.device))
         return _fill_slots(embedded, input_ids, words, slots)
 
 
 class VisionSlots(DelegatingLayer):
-    """CLIP's vision embeddings with zero tokens behind the patches, which the first norm turns into its bias.
+    """CLIP's vision embeddings with zero tokens after the patches, which the first norm turns into its bias.
 
     Args:
         base_layer: `CLIPVisionEmbeddings`.
@@ -79,6 +79,7 @@ class VisionSlots(DelegatingLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, "batch tokens width"]:
         """Patch and class embeddings, then the slots."""
         embedded, name = self.base_layer(*args, **kwargs), self.current_adapter
+        # (batch, tokens, width) -> (batch, tokens + slots, width)
         return embedded if name is None else nn.functional.pad(embedded, (0, 0, 0, self.num_slots[name]))
 
 
@@ -96,6 +97,7 @@ class LearnedTokens(LearnedPrompt):
 
     def _random(self, tokens: int, like: Tensor) -> nn.Parameter:
         """N(0, 0.02) on the device of a weight, in its dtype."""
+        # Drawn on the CPU in float32, so that a seed gives the same prompt on every device and in every type.
         return nn.Parameter((INIT_STD * torch.randn(tokens, like.shape[-1])).to(like))
 
 
@@ -114,7 +116,7 @@ class TextContext(LearnedTokens, SlotLayer):
 
     @property
     def slots(self) -> Slots | None:
-        """What the active adapter needs reserved in a prompt; None when there is none."""
+        """Slots that prompts reserve for the active adapter; None when there is none."""
         name = self.current_adapter
         return None if name is None else self.context_slots[name]
 
@@ -129,7 +131,7 @@ class TextContext(LearnedTokens, SlotLayer):
         if slots.initial_ids is None:
             context = self._random(slots.num_tokens, weight)
         else:
-            context = nn.Parameter(weight.detach()[list(slots.initial_ids)].clone())
+            context = nn.Parameter(weight.detach()[list(slots.initial_ids)].clone())  # (slots, width)
             if not config.init_weights:
                 context.data += INIT_STD * torch.randn(context.shape).to(context)
         self.prompts[adapter_name], self.context_slots[adapter_name] = context, slots
@@ -171,13 +173,14 @@ def _fill_slots(
             f"Expected {slots.num_tokens} reserved context slots in every prompt, got "
             f"{sorted(set(counts.tolist()))!r}. Tokenise with `reserve_slots(model, tokenize_for_model(...))` of "
             "`peft_vlm.text`; in texts of your own write the tokenizer's start token "
-            f"{slots.num_tokens} times in front, as in '{'<|startoftext|>' * min(slots.num_tokens, 2)} ... a cat.'"
+            f"{slots.num_tokens} times first, as in '{'<|startoftext|>' * min(slots.num_tokens, 2)} ... a cat.'"
         )
+    # `masked_scatter` reads its source row by row: one copy of the vectors, (slots, width), per prompt.
     return embedded.masked_scatter(mask[..., None], vectors.repeat(len(input_ids), 1))
 
 
 class VisionTokens(LearnedTokens):
-    """CLIP's vision embeddings with learned tokens behind the patches: no positions, before the first norm.
+    """CLIP's vision embeddings with learned tokens after the patches: no positions, before the first norm.
 
     Args:
         base_layer: `CLIPVisionEmbeddings`.
@@ -207,7 +210,7 @@ class DeepTokens(LearnedTokens):
     Args:
         base_layer: `CLIPEncoderLayer`.
         prefix: The method's parameter prefix.
-        tower: `"text"`: positions 1 to n, behind the start token; `"vision"`: the last n.
+        tower: `"text"`: positions 1 to n, after the start token; `"vision"`: the last n.
     """
 
     def __init__(self, base_layer: nn.Module, *, prefix: str, tower: Side) -> None:

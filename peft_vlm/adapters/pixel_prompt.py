@@ -1,4 +1,4 @@
-"""A learned picture that is added to every image, at the place where a model takes its pixels in.
+"""A learned pixel prompt that is added to every image, before the patch embedding of a model.
 
 The prompt lives on a square canvas in [0, 1] pixel units, before normalisation, and is resized to whatever the model
 looks at; so the same tensor acts on models with other sizes, means and standard deviations.
@@ -24,7 +24,7 @@ from peft_vlm.adapters.layer import LearnedPrompt
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 
 SHAPES = ("border", "full", "patch")
-"""Where on the canvas the prompt is: a frame, everywhere, or a square in the lower right corner."""
+"""Shapes of the prompt on the canvas: a frame, all of it, or a square in the lower right corner."""
 
 SHRINKS = ("model", "processor", "none")
 """Who shrinks the image into the window inside the border: this layer, a processor before the model, or nobody."""
@@ -35,7 +35,7 @@ INIT_STD = 0.1
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """How one adapter's prompt is drawn and added.
+    """Settings by which one adapter's prompt is drawn and added.
 
     Args:
         canvas_size: Rows and columns of the canvas.
@@ -126,7 +126,7 @@ def prompted_images(
         prompt: In [0, 1] pixel units; None only shrinks.
         settings: How it is added.
     """
-    mean, std = (
+    mean, std = (  # (channels, 1, 1)
         torch.tensor(values, dtype=images.dtype, device=images.device).view(-1, 1, 1)
         for values in (settings.image_mean, settings.image_std)
     )
@@ -134,7 +134,7 @@ def prompted_images(
     raw = shrink_into_window(images * std + mean, settings) if shrinks else None
     if prompt is None:
         return images if raw is None else (raw - mean) / std
-    prompt = resized_prompt(prompt.to(images), tuple(images.shape[-2:]))
+    prompt = resized_prompt(prompt.to(images), tuple(images.shape[-2:]))  # (channels, rows, cols), one for all images
     if settings.clamp:  # straight-through: the value is cut, the gradient is not
         pixels = images * std + mean if raw is None else raw
         seen = pixels + prompt
@@ -181,7 +181,7 @@ class PixelPrompt(LearnedPrompt):
         """
         prompt = self.prompts[adapter_name].float()
         masked = prompt * self.settings[adapter_name].mask(prompt.device)
-        return prompt + (masked - prompt).detach()
+        return prompt + (masked - prompt).detach()  # the value is masked, the gradient is not
 
     def prompted(self, images: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch channels rows cols"]:
         """Images as the base layer gets them, computed in float32 and returned in their own dtype."""
@@ -190,6 +190,7 @@ class PixelPrompt(LearnedPrompt):
             return images
         with torch.autocast(images.device.type, enabled=False):
             prompt = None if self.prompt_is_off else self.effective_prompt(name)
+            # In half precision a step of the prompt can be smaller than what a pixel can hold.
             wide = images.to(torch.promote_types(images.dtype, torch.float32))
             return prompted_images(wide, prompt, self.settings[name]).to(images.dtype)
 
@@ -207,9 +208,9 @@ class PixelPrompt(LearnedPrompt):
 
 
 class PackedPixelPrompt(PixelPrompt):
-    """A vision model over packed patches (Qwen2-VL and its successors) that sees every picture with the prompt.
+    """A vision model over packed patches (Qwen2-VL and its successors) that sees every image with the prompt.
 
-    The frames of a video are pictures too.
+    The frames of a video are images too.
 
     Args:
         base_layer: Vision model that gets flattened patches and `grid_thw`.
@@ -228,7 +229,7 @@ class PackedPixelPrompt(PixelPrompt):
             **kwargs: Passed on.
         """
         if self.current_adapter is not None:
-            counts = grid_thw.prod(dim=-1).tolist()
+            counts = grid_thw.prod(dim=-1).tolist()  # patches per image
             parts = zip(patches.split(counts), grid_thw.tolist(), strict=True)
             patches = torch.cat([self._prompted_patches(part, tuple(grid)) for part, grid in parts])
         return self.base_layer(patches, grid_thw, *args, **kwargs)
@@ -243,9 +244,11 @@ class PackedPixelPrompt(PixelPrompt):
         groups, rows, cols = grid
         merge, (frames, height, width) = self._patch_shape()
         split = (groups, rows // merge, cols // merge, merge, merge, -1, frames, height, width)
-        pictures = patches.view(split).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
-        flat = pictures.reshape(groups * frames, -1, rows * height, cols * width)
-        prompted = self.prompted(flat).view(pictures.shape)
+        # (groups, frames, channels, rows/m, m, height, cols/m, m, width): frames first, then the pixels of an image
+        images = patches.view(split).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+        flat = images.reshape(groups * frames, -1, rows * height, cols * width)
+        prompted = self.prompted(flat).view(images.shape)
+        # The inverse of the permutation above.
         return prompted.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(patches.shape)
 
     def _patch_shape(self) -> tuple[int, tuple[int, ...]]:
@@ -334,7 +337,7 @@ def prompt_of(model: nn.Module) -> Float[Tensor, "channels canvas canvas"]:
 
 
 def render_prompt(model: nn.Module, *, limit: float | None = None) -> Image.Image:
-    """The active prompt as a picture: grey is zero, brighter adds, darker takes away.
+    """The active prompt as an image: grey is zero, brighter adds, darker takes away.
 
     Args:
         model: `PeftModel` with a pixel prompt.
@@ -351,14 +354,14 @@ def draw_prompt(
     limit: float | None = None,
     side: int = 1,
 ) -> Image.Image:
-    """A prompt as a picture: grey is zero, brighter adds, darker takes away.
+    """A prompt as an image: grey is zero, brighter adds, darker takes away.
 
     Args:
         prompt: In [0, 1] pixel units.
         mask: 1 where the prompt is.
         limit: Value shown as full brightness, in [0, 1] pixel units; by default the one that 99.9 % of the prompt's
             own values stay below.
-        side: Least rows and columns of the picture, which is enlarged to a whole multiple of the canvas.
+        side: Least rows and columns of the image, which is enlarged to a whole multiple of the canvas.
 
     Raises:
         ValueError: If the limit is not above 0.
@@ -369,17 +372,17 @@ def draw_prompt(
     if limit <= 0:
         raise ValueError(f"Expected `limit` above 0, got {limit!r}.")
     shown = (0.5 + 0.5 * prompt * mask / limit).clamp(0, 1)
-    picture = Image.fromarray((255 * shown).round().to(torch.uint8).permute(1, 2, 0).numpy())
-    factor = -(-side // picture.width)
-    return picture.resize((factor * picture.width, factor * picture.height), Image.Resampling.NEAREST)
+    image = Image.fromarray((255 * shown).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    factor = -(-side // image.width)  # rounded up
+    return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
 
 
 def show_prompted(model: nn.Module, images: Sequence[Image.Image], *, side: int = 112) -> Image.Image:
-    """Pictures as they are in the upper row, and below as a model of that input size would look at them.
+    """Images as they are in the upper row, and below as a model of that input size would look at them.
 
     Args:
         model: `PeftModel` with a pixel prompt.
-        images: At least one picture; each is resized to a square.
+        images: At least one image; each is resized to a square.
         side: Rows and columns of a square.
     """
     layer = prompt_layer_of(model)

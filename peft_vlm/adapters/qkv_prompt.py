@@ -76,7 +76,7 @@ class SlotProjection(nn.Module):
         """Projections of all tokens; those of the slots are the same in every row.
 
         Args:
-            normed: The layer's input behind its norm.
+            normed: The layer's input after its norm.
         """
         (owner,) = self._owner
         prompt = owner.projected(self.part, normed)
@@ -84,8 +84,9 @@ class SlotProjection(nn.Module):
             return self.projection(normed)
         before, after = split_at_prompts(normed, len(prompt), side=owner.tower)
         rows = prompt.expand(len(normed), -1, -1)
-        if not after.shape[1]:
+        if not after.shape[1]:  # the slots are last: the rest is one slice, which needs no copy
             return torch.cat([self.projection(before), rows], dim=1)
+        # Rows of slots are left out of the product, and its result is cut where they belong.
         rest = self.projection(torch.cat([before, after], dim=1))
         return torch.cat([rest[:, : before.shape[1]], rows, rest[:, before.shape[1] :]], dim=1)
 
@@ -104,7 +105,7 @@ class ProjectionPrompts(DelegatingLayer):
     Args:
         base_layer: `CLIPEncoderLayer`.
         prefix: The method's parameter prefix.
-        tower: `"text"`: slots at positions 1 to n, behind the start token; `"vision"`: the last n.
+        tower: `"text"`: slots at positions 1 to n, after the start token; `"vision"`: the last n.
         number: Position of the layer in its tower, from 0.
     """
 
@@ -138,7 +139,7 @@ class ProjectionPrompts(DelegatingLayer):
         weight = token_like(self.base_layer)
         self.residuals[adapter_name] = config.slot_residual
         for part in self.parts_of(config):
-            prompt = INIT_STD * torch.randn(tokens, weight.shape[-1])
+            prompt = INIT_STD * torch.randn(tokens, weight.shape[-1])  # (slots, width)
             self.container(part)[adapter_name] = nn.Parameter(prompt.to(weight))
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -151,7 +152,7 @@ class ProjectionPrompts(DelegatingLayer):
         super().delete_adapter(adapter_name)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Loaded prompts have to be folded anew."""
+        """Forget folded constants: they are of the prompts before."""
         self.unfold()
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -175,7 +176,7 @@ class ProjectionPrompts(DelegatingLayer):
         return own_module(self, self.adapter_layer_names[(*PROJECTIONS, "shared").index(part)])
 
     def carries(self, part: str, adapter_name: str) -> bool:
-        """Whether the slots carry a prompt past the attention, so that its size counts; else only the norm reads it.
+        """Return whether the slots carry a prompt past the attention, so that its size counts.
 
         Args:
             part: Key of `PROJECTIONS`, or `"shared"`.
@@ -192,16 +193,16 @@ class ProjectionPrompts(DelegatingLayer):
         name = self.current_adapter
         if name is None:
             return None
-        shared = self.container("shared")
+        shared = self.container("shared")  # one prompt for all three parts, under the key of no part
         own = shared if name in shared else self.container(part)
         return own[name] if name in own else None
 
     def projected(self, part: str, normed: Float[Tensor, "rows tokens width"]) -> Float[Tensor, "slots width"] | None:
-        """What a prompt puts in place of the slots' projections; None where the layer's own are right.
+        """Projections of a prompt that replace those of the slots; None where the layer's own are right.
 
         Args:
             part: Key of `PROJECTIONS`.
-            normed: The layer's input behind its norm, for device and dtype.
+            normed: The layer's input after its norm, for device and dtype.
         """
         name, prompt = self.current_adapter, self.prompt(part)
         if name is None or prompt is None:
@@ -215,20 +216,20 @@ class ProjectionPrompts(DelegatingLayer):
 
     @staticmethod
     def _fits(constant: Tensor, normed: Tensor) -> bool:
-        """Whether a folded constant is what would be computed; under autocast projections have another type."""
+        """Return whether a folded constant is what would be computed; under autocast projections have another type."""
         same = (constant.device, constant.dtype) == (normed.device, normed.dtype)
         return same and not torch.is_autocast_enabled(normed.device.type)
 
     @property
     def input_prompt(self) -> Float[Tensor, "slots width"] | None:
-        """What the active adapter writes into the slots of the layer's input, by the rule "replaced"; else None."""
+        """Prompt that the slots of the layer's input carry, by the rule "replaced"; None otherwise."""
         name = self.current_adapter
         return self.prompt("query") if name is not None and self.residuals[name] == "replaced" else None
 
     @torch.no_grad()
     def fixed_rows(self) -> dict[str, Float[Tensor, "slots width"]]:
-        """What the active adapter puts in place of the slots' projections, by the name of the projection."""
-        like = token_like(self.base_layer)
+        """Projected prompts of the active adapter, by the name of the projection."""
+        like = token_like(self.base_layer)  # (width,), read as (1, 1, width): only device and dtype count
         rows = {leaf: self.projected(part, like[None, None]) for part, leaf in PROJECTIONS.items()}
         return {leaf: tensor for leaf, tensor in rows.items() if tensor is not None}
 

@@ -49,9 +49,8 @@ class VLMTuner(BaseTuner):
         components = {part for name, _ in model.named_modules() for part in name.split(".")}
         if adapter_name in components:
             raise AdapterError(
-                f"Expected an adapter name that is no part of a module name, got {adapter_name!r}. PEFT "
-                f"strips adapter "
-                "names from keys and would lose tensors; choose another name."
+                f"Expected an adapter name that is no part of a module name, got {adapter_name!r}. PEFT strips "
+                "adapter names from keys and would lose tensors; choose another name."
             )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -66,8 +65,7 @@ class VLMTuner(BaseTuner):
         if peft_config.target_modules not in (None, pattern):
             raise ValueError(
                 f"Expected `target_modules` to be left out, got {peft_config.target_modules!r}. The method "
-                f"chooses its "
-                "modules from its own settings."
+                "chooses its modules from its own settings."
             )
         peft_config.target_modules = pattern
         peft_config.base_architecture = architecture_of(model_config)
@@ -85,12 +83,12 @@ class VLMTuner(BaseTuner):
     ) -> None:
         """Wrap a module, or add the adapter's tensors to the wrapper that another adapter has put there."""
         layer = target if isinstance(target, PromptLayer) else self.wrap(target)
-        if layer is not target:
+        if layer is not target:  # so that the first adapter of a new layer is the one it applies
             layer._active_adapter = [adapter_name]
         layer.add_adapter(adapter_name, peft_config)
         layer.set_adapter(layer.active_adapters)
         if layer is not target:
-            if adapter_name not in self.active_adapters:
+            if adapter_name not in self.active_adapters:  # another adapter trains; this one only lies beside it
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
@@ -113,8 +111,7 @@ class VLMTuner(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise AdapterError(
                 "Expected no `adapter_names`: one forward pass uses one adapter, because these methods "
-                "replace tensors "
-                "that the whole batch shares. Call `set_adapter(name)` and run a batch per adapter."
+                "replace tensors that the whole batch shares. Call `set_adapter(name)` and run a batch per adapter."
             )
         yield
 
@@ -124,7 +121,7 @@ class VLMTuner(BaseTuner):
     ) -> dict[str, Tensor]:
         """Map file keys to model keys, and refuse a file with missing, unknown or misshapen tensors.
 
-        PEFT itself only warns about missing keys and goes on with initial values.
+        PEFT itself only warns about missing keys and continues with initial values.
         """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = cls._own_tensors(model, adapter_name) | cls._saved_modules(model, adapter_name, config)

@@ -33,7 +33,7 @@ class LanguageLayers:
     Args:
         name: Full name of the layer list in the Hugging Face model.
         layers: The layers, first to last.
-        norm_name: Full name of the norm behind the last layer; None where there is none.
+        norm_name: Full name of the norm after the last layer; None where there is none.
         reader: The part of the model that turns token columns alone into logits: the model itself, or the language
             model inside it where the model's own forward insists on an image.
     """
@@ -45,7 +45,7 @@ class LanguageLayers:
 
     @torch.no_grad()
     def states_entering(self, start: int, run: Callable[[], Any]) -> Float[Tensor, "batch tokens width"]:
-        """What enters a layer in a forward pass, which ends there; no autograd.
+        """Hidden states that enter a layer in a forward pass, which ends there; no autograd.
 
         Args:
             start: Number of the layer.
@@ -57,6 +57,7 @@ class LanguageLayers:
             found.append(args[0] if args else kwargs["hidden_states"])
             raise _ReachedError
 
+        # The pass ends by an exception, so that neither the layers above nor the output head are computed.
         handle = self.layers[start].register_forward_pre_hook(reached, with_kwargs=True)
         try:
             run()
@@ -104,7 +105,7 @@ class LanguageLayers:
 
 
 def _leaves(module: nn.Module, prefix: str = "") -> Iterator[str]:
-    """Names of the modules that hold parameters themselves; an adapter's layer stands for the one it wraps."""
+    """Names of the modules that hold parameters themselves; an adapter's layer counts as the one it wraps."""
     wraps = "base_layer" in dict(module.named_children())
     if wraps or (next(module.parameters(recurse=False), None) is not None):
         yield prefix
@@ -132,7 +133,7 @@ def language_layers_of(model: nn.Module) -> LanguageLayers:
             f"Expected a language model that is a decoder alone, got `{type(base).__name__}` with an encoder: which "
             "of its layers come first is not defined. Use a checkpoint with a decoder-only language model."
         )
-    decoder = base.get_decoder()
+    decoder = base.get_decoder()  # of the multimodal model; its own decoder may lie one or two levels deeper
     while decoder.get_decoder() is not decoder:
         decoder = decoder.get_decoder()
     names = {id(module): name for name, module in base.named_modules()}
@@ -147,6 +148,6 @@ def language_layers_of(model: nn.Module) -> LanguageLayers:
 
 
 def is_multimodal(model: nn.Module) -> bool:
-    """Whether a Hugging Face model reads images and generates text."""
+    """Return whether a Hugging Face model reads images and generates text."""
     base: Any = unwrap(model)
     return "pixel_values" in inspect.signature(base.forward).parameters and base.can_generate()

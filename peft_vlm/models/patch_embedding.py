@@ -1,8 +1,8 @@
-"""Where a vision-language model takes its pixels in: the one convolution that cuts an image into patches.
+"""The patch embedding: the one convolution by which a vision-language model cuts an image into patches.
 
 Models differ in what their own forward gets: one image per row, tiles beside it, padding images, packed patches. At
-the patch embedding the same thing arrives everywhere: pictures of 3 channels, or (Qwen2-VL and its successors) patches
-that a grid puts back into pictures.
+the patch embedding the same thing arrives everywhere: images of 3 channels, or (Qwen2-VL and its successors) patches
+that a grid puts back into images.
 """
 
 import inspect
@@ -24,7 +24,7 @@ class PatchEmbedding:
     Args:
         name: Its full name in the Hugging Face model, the same before and after an adapter wraps it.
         module: The module, or the adapter layer around it.
-        kind: `"image"`: a convolution that gets (pictures, 3, rows, cols). `"packed"`: a vision model that gets
+        kind: `"image"`: a convolution that gets (images, 3, rows, cols). `"packed"`: a vision model that gets
             flattened patches and `grid_thw`.
     """
 
@@ -58,13 +58,13 @@ def patch_embedding_of(model: nn.Module) -> PatchEmbedding:
         )
     (name,) = names
     kind = "image"
-    if isinstance(modules[name], nn.Conv3d):
+    if isinstance(modules[name], nn.Conv3d):  # frames, rows and columns of packed patches
         kind, name = "packed", _owner_of_grid(modules, name)
     return PatchEmbedding(_plain(name), base.get_submodule(_plain(name)), kind)
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int] | None:
-    """Rows and columns of the pictures that reach the patch embedding; None where they depend on the image.
+    """Rows and columns of the images that reach the patch embedding; None where they depend on the image.
 
     Args:
         model: Any Hugging Face model, with or without a `PeftModel` around it.

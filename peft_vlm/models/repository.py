@@ -1,4 +1,4 @@
-"""Where a model or an adapter comes from: a folder, or a repository of a Hub that answers in time."""
+"""The source of a model or an adapter: a folder, or a repository of a Hub that answers in time."""
 
 import logging
 import re
@@ -20,7 +20,7 @@ PATIENCE = 5.0
 
 
 def is_local(name: str | Path) -> bool:
-    """Whether a name is read from disk and must never become a request: it exists here, or is no Hub id.
+    """Return whether a name is read from disk and must never become a request: it exists here, or is no Hub id.
 
     Args:
         name: Folder or Hub id.

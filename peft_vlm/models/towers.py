@@ -167,7 +167,7 @@ class Towers:
 
     @property
     def logit_bias(self) -> float:
-        """What is added to the scaled cosines."""
+        """Number that is added to the scaled cosines."""
         return 0.0
 
     def trained_sides(self) -> set[Side]:
@@ -176,13 +176,13 @@ class Towers:
         return {side for side in sides if side is not None}
 
     def embed_text(self, input_ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts tokens width"]:
-        """What enters text layer 0: token plus position embeddings."""
+        """Hidden states that enter text layer 0: token plus position embeddings."""
         return self.model.text_model.embeddings(input_ids=input_ids)
 
     def embed_image(
         self, pixel_values: Float[Tensor, "batch channels rows cols"]
     ) -> Float[Tensor, "batch tokens width"]:
-        """What enters vision layer 0: patch and class embeddings with positions, after CLIP's first norm."""
+        """Hidden states that enter vision layer 0: patches and class token with positions, after CLIP's first norm."""
         vision = self.model.vision_model
         return vision.pre_layrnorm(vision.embeddings(pixel_values))
 

@@ -48,7 +48,7 @@ def record_visual_tokens(model: nn.Module) -> Iterator[RecordedTokens]:
         model: Image-text-to-text model, with or without adapters.
     """
     owner, recorded = _owner(model), RecordedTokens()
-    before = owner.__dict__.get(_METHOD)
+    before = owner.__dict__.get(_METHOD)  # another recording may be going on around this one
     original = getattr(owner, _METHOD)
 
     def recording(*args: Any, **kwargs: Any) -> Any:
@@ -96,5 +96,6 @@ def _owner(model: nn.Module) -> nn.Module:
 
 def _one_below_the_other(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Float[Tensor, "tokens width"]:
     """Visual tokens in the order in which they take their places in the text, whatever the model groups them by."""
+    # A tensor (images, tokens, width), or a list with another number of tokens per image.
     parts = [features] if isinstance(features, Tensor) else features
     return torch.cat([part.flatten(0, -2) for part in parts])

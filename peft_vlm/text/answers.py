@@ -106,7 +106,7 @@ def last_positions(attention_mask: Int[Tensor, "batch tokens"]) -> Int[Tensor, "
 
 #: Models whose own forward pass always wants an image; what follows the question goes to their language model.
 _QFORMER_MODELS = (Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration)
-#: Models whose text positions behind an image are shifted by what they remember of it.
+#: Models whose text positions after an image are shifted by what they remember of it.
 _SHIFTED_MODELS = (Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration)
 
 
@@ -166,12 +166,12 @@ class _DecoderQuestions:
 
     @property
     def bytes_per_answer(self) -> int:
-        """Memory of what is kept of one question, which every continuation copies."""
-        kept = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept) // len(self.mask)
+        """Memory of what stays of one question, which every continuation copies."""
+        stored = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in stored) // len(self.mask)
 
     def continue_with(self, tokens: Int[Tensor, "classes tokens"]) -> Float[Tensor, "batch classes tokens vocabulary"]:
-        """Logits behind each token of each text, each text behind each question.
+        """Logits after each token of each text, each text after each question.
 
         Args:
             tokens: Token ids of the texts.
@@ -186,11 +186,12 @@ class _DecoderQuestions:
                 f"Expected questions of one length, or fewer than {self.longest_padded} tokens with the answer, got "
                 f"up to {width + length}: layers of this model see a window of that size, which padding would shift."
             )
+        # Answers of a question share its keys and values: the cache is repeated, never computed again.
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         cache.batch_repeat_interleave(number)  # new tensors in the copied layers
         positions = self.offset.repeat_interleave(number)[:, None] + torch.arange(length, device=tokens.device)
-        if self.axes > 1:
+        if self.axes > 1:  # (3, rows, tokens): text has the same position on all axes
             positions = positions.expand(self.axes, -1, -1)
         mask = self.mask.repeat_interleave(number, dim=0)
         output = self.reader(
@@ -227,7 +228,7 @@ class _EncoderQuestions:
         return self.encoded[0].numel() * self.encoded.element_size()
 
     def continue_with(self, tokens: Int[Tensor, "classes tokens"]) -> Float[Tensor, "batch classes tokens vocabulary"]:
-        """Logits behind each token of each text, each text behind each question.
+        """Logits after each token of each text, each text after each question.
 
         Args:
             tokens: Token ids of the texts.
@@ -244,7 +245,7 @@ class _EncoderQuestions:
 
 
 def _position_offset(base: Any, lengths: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """Position of the first token behind each question, as the model counts positions."""
+    """Position of the first token after each question, as the model counts positions."""
     if isinstance(base, _SHIFTED_MODELS):
         return lengths + base.model.rope_deltas.view(-1)
     return lengths + 1 if isinstance(base, PaliGemmaForConditionalGeneration) else lengths
@@ -285,7 +286,7 @@ def tokenize_candidates(
         tokenizer: Tokenizer of the language model.
         names: Answers, such as class names.
         answer_format: Text around an answer with one `{}`.
-        include_end: Count the end token too, so that an answer that goes on is told from one that ends.
+        include_end: Count the end token too, so that an answer that continues is told from one that ends.
         end_token: What ends an answer; None: the tokenizer's end token. Used when `include_end`.
 
     Raises:
@@ -334,7 +335,7 @@ def candidate_scores(
     end_token: str | None = None,
     chunk_size: int | None = None,
 ) -> Float[Tensor, "batch classes"]:
-    """Mean log-probability of the tokens of each candidate behind each question; natural logarithm, at most 0.
+    """Mean log-probability of the tokens of each candidate after each question; natural logarithm, at most 0.
 
     Image and question run through the model once; what its attention layers keep of them is shared by all candidates,
     of which only the own tokens are computed. The result is that of one plain forward pass per candidate, up to
@@ -388,6 +389,7 @@ def _scores(
         scores = first[:, tokens[:, 0]]
         if tokens.shape[1] > 1:
             logits = question.continue_with(tokens[:, :-1])
+            # A score of the first token comes from the question alone, those of the others from the answer.
             scores = scores + _log_probabilities(logits, tokens[:, 1:], lengths - 1)
         columns |= dict(zip(chunk, (scores / lengths).unbind(dim=1), strict=True))
     return torch.stack([columns[position] for position in range(len(order))], dim=1)
@@ -395,7 +397,7 @@ def _scores(
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     lengths = [len(row) for row in rows]
-    # The filling is never read: positions behind a row's length do not count, and earlier ones do not see them.
+    # The filling is never read: positions after a row's length do not count, and earlier ones do not see them.
     padded = [[*row, *[row[-1]] * (max(lengths) - len(row))] for row in rows]
     return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
 
@@ -406,7 +408,7 @@ def _log_probabilities(
     lengths: Int[Tensor, " classes"],
 ) -> Float[Tensor, "batch classes"]:
     """Summed log-probabilities of the first `lengths` tokens of each candidate."""
-    targets = tokens.expand(len(logits), -1, -1).unsqueeze(-1)
+    targets = tokens.expand(len(logits), -1, -1).unsqueeze(-1)  # (batch, classes, tokens, 1)
     values = logits.gather(-1, targets).squeeze(-1).float() - logits.float().logsumexp(dim=-1)
     counted = torch.arange(tokens.shape[1], device=tokens.device) < lengths.unsqueeze(1)
     return values.masked_fill(~counted, 0.0).sum(dim=-1)

@@ -81,6 +81,7 @@ def encode_classes(
             features = _unit_features(model, input_ids)
             if sums is None:
                 sums = features.new_zeros(num_classes, features.shape[-1])
+            # Row t * classes + c of the prompts is class c, so that a chunk may end inside a template.
             rows = torch.arange(start, start + len(features), device=device) % num_classes
             sums.index_add_(0, rows, features)
     assert sums is not None, "ClassPrompts has at least one class"
@@ -138,7 +139,7 @@ def _check_vocabulary(model: nn.Module, input_ids: Int[Tensor, "prompts tokens"]
 
 @dataclass(frozen=True)
 class _TextState:
-    """What the class features depend on: the content of each text-side tensor and the state of each adapter layer."""
+    """Inputs of the class features: the content of each text-side tensor and the state of each adapter layer."""
 
     tensors: tuple[tuple[object, ...], ...]
     adapters: tuple[tuple[object, ...], ...]
@@ -181,7 +182,7 @@ class ClassFeatureCache:
     parameters on one core), the active, disabled and merged adapters, and the prompts. Vision-side changes do not
     count. Version counters of tensors would be cheaper, but fused optimizers and `.data` edits do not raise them.
 
-    Several threads may ask for different class lists at once; each gets its own, and the last one is kept.
+    Several threads may ask for different class lists at once; each gets its own features, and the last ones stay.
 
     Args:
         chunk_size: Prompts per forward pass.
@@ -200,7 +201,7 @@ class ClassFeatureCache:
         Args:
             model: CLIP-like model, with or without adapters.
             prompts: Tokenised class list.
-            refresh: False: raise where the features would have to be computed anew, except the first time.
+            refresh: False: raise where the features would have to be computed again, except the first time.
             divide: As for `encode_classes`.
 
         Raises:
@@ -291,13 +292,13 @@ class CompactPrompts:
         self._ids = ids[torch.arange(ids.shape[1]) < self.lengths[:, None]].to(torch.int32)
 
     def rows(self, classes: Int[Tensor, " selected"]) -> Int[Tensor, "selected tokens"]:
-        """Token ids of some classes, cut to the longest of them; behind its end a row repeats its last token.
+        """Token ids of some classes, cut to the longest of them; after its end a row repeats its last token.
 
         Args:
             classes: Positions of the classes, on the CPU.
         """
         lengths = self.lengths[classes]
-        within = torch.arange(int(lengths.max()))[None].minimum(lengths[:, None] - 1)
+        within = torch.arange(int(lengths.max()))[None].minimum(lengths[:, None] - 1)  # (selected, tokens)
         return self._ids[self._starts[classes][:, None] + within].long()
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a model, if there is one."""
+"""Templates, class names and class prompts as token ids."""
 
 import dataclasses
 import unicodedata
@@ -17,7 +17,7 @@ from peft_vlm.text.slots import SlotLayer, Slots
 
 
 def has_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer knows more than its special tokens.
+    """Return whether a tokenizer knows more than its special tokens.
 
     Where a folder has no vocabulary files, transformers 5 builds a tokenizer all the same, and it gives ids.
 
@@ -101,7 +101,7 @@ class ClassPrompts:
         templates: Texts with `{}`.
         input_ids: Row `t * len(class_names) + c` is template `t` filled with class `c`.
         name_lengths: Tokens of each bare class name; None when the prompts were not made from texts.
-        slots: Places reserved for learned context ; None for plain prompts.
+        slots: Places reserved for learned context; None for plain prompts.
     """
 
     class_names: tuple[str, ...]
@@ -111,7 +111,7 @@ class ClassPrompts:
     slots: Slots | None = None
 
     def is_same(self, other: "ClassPrompts") -> bool:
-        """Whether both stand for the same token ids of the same classes in the same order."""
+        """Return whether both are the same token ids of the same classes in the same order."""
         return (
             self.class_names == other.class_names
             and len(self.templates) == len(other.templates)
@@ -322,8 +322,10 @@ def reserve_slots(model: nn.Module, prompts: ClassPrompts) -> ClassPrompts:
 def _with_slots(prompts: ClassPrompts, slots: Slots) -> Int[Tensor, "prompts tokens"]:
     """Token ids with the slots reserved."""
     ids, count = prompts.input_ids, slots.num_tokens
+    # One row of placeholders per prompt, (prompts, slots).
     places = torch.full((len(ids), count), slots.placeholder_id, dtype=ids.dtype, device=ids.device)
     if slots.position == "end":
+        # A template that spells the initial words gives them up; else the slots are inserted before it.
         words = torch.tensor(slots.initial_ids or (), dtype=ids.dtype, device=ids.device)
         spelled = 0 < len(words) == count and bool((ids[:, 1 : 1 + count] == words).all())
         return torch.cat([ids[:, :1], places, ids[:, 1 + (count if spelled else 0) :]], dim=1)
@@ -332,8 +334,8 @@ def _with_slots(prompts: ClassPrompts, slots: Slots) -> Int[Tensor, "prompts tok
             f"Expected a template that begins with the class name, such as '{{}}.', for context in the "
             f"{slots.position!r} position, got {list(prompts.templates)!r}. Change the template."
         )
-    before = count // 2 if slots.position == "middle" else 0
-    lengths = prompts.name_lengths * len(prompts.templates)
+    before = count // 2 if slots.position == "middle" else 0  # slots before the class name
+    lengths = prompts.name_lengths * len(prompts.templates)  # rows are templates x classes
     rows = [
         torch.cat([row[:1], place[:before], row[1 : 1 + length], place[before:], row[1 + length :]])
         for row, place, length in zip(ids, places, lengths, strict=True)

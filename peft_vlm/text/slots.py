@@ -7,12 +7,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 POSITIONS = ("end", "middle", "front")
-"""Where the class name stands relative to the context, as CoOp's `CLASS_TOKEN_POSITION`."""
+"""Positions of the class name relative to the context, as CoOp's `CLASS_TOKEN_POSITION`."""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """How many places a prompt reserves, and where.
+    """Number and position of the places that a prompt reserves.
 
     A reserved place holds the start-of-text token, which no tokenizer puts anywhere but at position 0: a tokenised
     prompt says by itself where its slots are, and nothing a user writes is overwritten by accident.
@@ -23,7 +23,7 @@ class Slots:
         position: `"end"`: context, then class name. `"middle"`: half of the context, class name, the other half.
             `"front"`: class name, then context. The rest of the template follows.
         initial_ids: Token ids of the words that the context was initialised from. A template that begins with these
-            words gives them up as slots; in front of any other template the slots are inserted.
+            words gives them up as slots; before any other template the slots are inserted.
     """
 
     num_tokens: int
@@ -42,7 +42,7 @@ class SlotLayer(ABC):
 
 
 def slot_mask(input_ids: Int[Tensor, "prompts tokens"], placeholder_id: int) -> Bool[Tensor, "prompts tokens"]:
-    """Where the slots of tokenised prompts are: start-of-text tokens after the first position."""
+    """Mask of the slots of tokenised prompts: start-of-text tokens after the first position."""
     mask = input_ids == placeholder_id
-    mask[:, 0] = False
+    mask[:, 0] = False  # the start token itself
     return mask

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.official_file is not None:
         facts = _to_official(arguments.source, arguments.official_file, given)
     else:
-        from peft_vlm.conversion.clip_names import is_clip
+        from peft_vlm.conversion.clip import is_clip
         from peft_vlm.conversion.official_file import OfficialFile
 
         file = OfficialFile.open(arguments.source)
@@ -113,7 +113,7 @@ def _to_official(adapter: str, path: str, given: Mapping[str, Any]) -> dict[str,
 
 def _to_clip(file: "OfficialFile", folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Make a base model from weights of OpenAI or open_clip."""
-    from peft_vlm.conversion.clip_folder import convert_clip
+    from peft_vlm.conversion.clip import convert_clip
 
     _check_flags(given, OF_A_CLIP, "a complete CLIP")
     model = convert_clip(file, folder, **given)

@@ -1,6 +1,10 @@
-"""The base CLIP of an official checkpoint under its official names, and the adapter for it."""
+"""The CLIP that an official checkpoint was made on, its weights and learned tokens under official names, and the
+adapter that goes onto it.
+"""
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModel, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from peft_vlm.conversion.clip_names import to_openai_names
+from peft_vlm.conversion.clip import to_openai_names
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 from peft_vlm.files import CONVERSION_NAME, new_folder, write_json
@@ -118,3 +122,78 @@ def write_adapter(
         model.save_pretrained(part)
         write_json(part / CONVERSION_NAME, report.to_dict())
     return report
+
+
+@dataclass(frozen=True)
+class TowerNames:
+    """Places of the learned tokens in one tower.
+
+    Args:
+        tower: Name in configurations.
+        shallow: Official name of the tokens at the entrance.
+        encoder: Official name of the tower.
+        entrance: Module of `CLIPModel` that carries the tokens at the entrance.
+        layers: Its transformer layers.
+    """
+
+    tower: str
+    shallow: str
+    encoder: str
+    entrance: str
+    layers: str
+
+    def deep(self, layer: int) -> str:
+        """Official name of the tokens at the input of a layer above the first.
+
+        Args:
+            layer: Number of the layer.
+        """
+        return f"{self.encoder}.transformer.resblocks.{layer}.VPT_shallow"
+
+    def module(self, layer: int) -> str:
+        """Module that carries the tokens of a layer.
+
+        Args:
+            layer: Number of the layer; 0 is the entrance.
+        """
+        return f"{self.layers}.{layer}" if layer else self.entrance
+
+
+TEXT = TowerNames(
+    "text", "prompt_learner.ctx", "text_encoder", "text_model.embeddings.token_embedding", "text_model.encoder.layers"
+)
+VISION = TowerNames(
+    "vision", "image_encoder.VPT", "image_encoder", "vision_model.embeddings", "vision_model.encoder.layers"
+)
+
+
+def take_learned_tokens(file: OfficialFile, names: TowerNames, *, prefix: str) -> tuple[dict[str, Tensor], int, int]:
+    """The learned tokens of one tower.
+
+    Args:
+        file: The official file.
+        names: The tower.
+        prefix: Parameter prefix of the method, such as `"promptsrc_"`.
+
+    Returns:
+        Tensors by their names in the adapted CLIP, number of tokens, and depth; nothing, 0 and 0 without tokens.
+
+    Raises:
+        AdapterError: If layers are left out, or numbers of tokens differ between layers.
+    """
+    numbers = re.compile(rf"{names.encoder}\.transformer\.resblocks\.(\d+)\.VPT_shallow")
+    layers = sorted(int(found[1]) for found in map(numbers.fullmatch, file.tensors) if found)
+    if names.shallow not in file.tensors and not layers:
+        return {}, 0, 0
+    if layers != list(range(1, len(layers) + 1)):
+        raise AdapterError(
+            f"Expected learned tokens in {names.tower} layers 1, 2, ... without a gap, got layers {layers} in "
+            f"{str(file.path)!r}."
+        )
+    official = [names.shallow, *(names.deep(layer) for layer in layers)]
+    taken = [file.take(name) for name in official]
+    shapes = {tuple(tensor.shape) for tensor in taken}
+    if len(shapes) > 1 or taken[0].ndim != 2:
+        raise AdapterError(f"Expected one shape (tokens, width) of {official!r}, got {sorted(shapes)}.")
+    tensors = {f"{names.module(layer)}.{prefix}prompt": tensor for layer, tensor in enumerate(taken)}
+    return tensors, len(taken[0]), len(taken)

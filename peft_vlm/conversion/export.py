@@ -10,10 +10,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
-from peft_vlm.conversion.base_model import ADAPTER_PREFIX
-from peft_vlm.conversion.checkpoint import WRAPPING_KEY
+from peft_vlm.conversion.base_model import ADAPTER_PREFIX, TowerNames
 from peft_vlm.conversion.class_texts import word_ids
-from peft_vlm.conversion.learned_tokens import TowerNames
+from peft_vlm.conversion.official_file import WRAPPING_KEY
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from peft_vlm.conversion.clip_names import is_clip, refuse_other_models
+from peft_vlm.conversion.clip import is_clip, refuse_other_models
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.registry import ADAPTERS, OfficialFormat

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peft_vlm.conversion.checkpoint import read_checkpoint
+from peft_vlm.conversion.official_file import read_checkpoint
 from peft_vlm.errors import AdapterError
 
 

@@ -7,10 +7,9 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModel, AutoProcessor, CLIPModel
 
-from peft_vlm.conversion.checkpoint import read_checkpoint
-from peft_vlm.conversion.clip_folder import convert_clip
-from peft_vlm.conversion.clip_names import to_hf_names, to_openai_names
+from peft_vlm.conversion.clip import convert_clip, to_hf_names, to_openai_names
 from peft_vlm.conversion.formats import convert
+from peft_vlm.conversion.official_file import read_checkpoint
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 from tests.conversion.official_files import official
 from tests.parity.recorded import facts, recorded_clip, tensors

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from peft_vlm.cli import main
-from peft_vlm.conversion.checkpoint import read_checkpoint
-from peft_vlm.conversion.clip_names import to_openai_names
+from peft_vlm.conversion.clip import to_openai_names
+from peft_vlm.conversion.official_file import read_checkpoint
 from tests.conversion.official_files import adapter, logits, official
 from tests.parity.recorded import facts, recorded_clip, tensors
 

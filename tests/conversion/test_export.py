@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from peft_vlm import CoOpConfig, PromptKDConfig
-from peft_vlm.conversion.checkpoint import read_checkpoint
 from peft_vlm.conversion.formats import convert, export
+from peft_vlm.conversion.official_file import read_checkpoint
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.tvp import TVPConfig, prompt_layer_of
 from tests.cases import base_model, perturb

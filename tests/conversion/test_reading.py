@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_vlm.conversion.checkpoint import read_checkpoint
 from peft_vlm.conversion.formats import convert
+from peft_vlm.conversion.official_file import read_checkpoint
 from peft_vlm.errors import AdapterError
 from tests.conversion.official_files import official
 

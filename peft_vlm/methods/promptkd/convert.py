@@ -11,14 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_vlm.conversion.base_model import (
     ADAPTER_PREFIX,
+    VISION,
     load_base,
     official_names,
     official_pixels,
     official_weights,
+    take_learned_tokens,
     write_adapter,
 )
 from peft_vlm.conversion.export import adapter_tensors, base_tensors, official_tokens, save_official
-from peft_vlm.conversion.learned_tokens import VISION, take_learned_tokens
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.promptkd.config import PromptKDConfig

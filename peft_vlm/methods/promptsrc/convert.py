@@ -9,10 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from peft_vlm.conversion.base_model import (
+    TEXT,
+    VISION,
     load_base,
     official_names,
     official_pixels,
     official_weights,
+    take_learned_tokens,
     write_adapter,
 )
 from peft_vlm.conversion.class_texts import training_class_names, word_ids
@@ -23,7 +26,6 @@ from peft_vlm.conversion.export import (
     prompt_buffers,
     save_official,
 )
-from peft_vlm.conversion.learned_tokens import TEXT, VISION, take_learned_tokens
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.promptsrc.config import PromptSRCConfig

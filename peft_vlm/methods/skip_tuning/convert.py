@@ -18,7 +18,7 @@ from peft_vlm.conversion.base_model import (
     openai_name,
     write_adapter,
 )
-from peft_vlm.conversion.clip_names import to_hf_names
+from peft_vlm.conversion.clip import to_hf_names
 from peft_vlm.conversion.export import adapter_tensors, base_tensors, save_official
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError

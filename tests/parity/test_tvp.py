@@ -154,5 +154,5 @@ def test_the_preset_is_the_recorded_recipe():
     assert preset.training["learning_rate"] == recorded["lr"]
     assert preset.training["warmup_epochs"] == 0
     assert preset_for("script").objective == {"fca_weight": 0, "tse_weight": 0}
-    with pytest.raises(ValueError, match=r"\['cifar10', 'script'\], got 'imagenet'"):
+    with pytest.raises(ValueError, match=r"\('cifar10', 'script'\), got 'imagenet'"):
         preset_for("imagenet")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft_vlm.errors import check_choice
 from peft_vlm.registry import Preset
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -20,10 +21,9 @@ def preset_for(context: str = "random", *, shots: int, imagenet: bool = False) -
         imagenet: Train 50 epochs whatever the number of shots (Sec. 4.1).
 
     Raises:
-        ValueError: If the context is unknown, or there is no shot.
+        ValueError: If there is no shot.
     """
-    if context not in CONFIGS:
-        raise ValueError(f"Expected a context out of {sorted(CONFIGS)}, got {context!r}.")
+    check_choice("context", context, sorted(CONFIGS))
     if shots < 1:
         raise ValueError(f"Expected `shots` of 1 or more, got {shots!r}.")
     epochs = 50 if shots == 1 or imagenet else 100 if shots <= 4 else 200

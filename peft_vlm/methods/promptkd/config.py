@@ -8,7 +8,7 @@ from peft import PeftType
 from peft_vlm.adapters.adapter_files import Shape
 from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.adapters.context import check_count
-from peft_vlm.errors import AdapterError
+from peft_vlm.errors import AdapterError, check_choice
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("PROMPTKD")
@@ -79,10 +79,7 @@ class PromptKDConfig(VLMConfig):
             raise ValueError(
                 f"Expected `projector_depth` from 1 to {MAX_PROJECTOR_DEPTH}, got {self.projector_depth!r}."
             )
-        if self.projector_norm not in PROJECTOR_NORMS:
-            raise ValueError(
-                f"Expected `projector_norm` to be one of {PROJECTOR_NORMS!r}, got {self.projector_norm!r}."
-            )
+        check_choice("projector_norm", self.projector_norm, PROJECTOR_NORMS)
         if self.tune_vision and self.vision_depth:
             raise ValueError(
                 f"Expected `vision_depth`=0 with `tune_vision`=True, got {self.vision_depth!r}: the whole vision "

@@ -1,5 +1,6 @@
 """Hyper-parameters of the official runs, by protocol; `class_dim` comes from the teacher."""
 
+from peft_vlm.errors import check_choice
 from peft_vlm.registry import Preset
 
 _TRAINING = {
@@ -29,12 +30,8 @@ def preset_for(protocol: str, *, low_weight: bool = False) -> Preset:
     Args:
         protocol: `"base_to_new"` or `"cross_dataset"`.
         low_weight: Loss weight 200 instead of 1000, as advised for the `LOW_WEIGHT_DATASETS`.
-
-    Raises:
-        ValueError: If the protocol is unknown.
     """
-    if protocol not in VISION_DEPTHS:
-        raise ValueError(f"Expected a protocol out of {sorted(VISION_DEPTHS)}, got {protocol!r}.")
+    check_choice("protocol", protocol, sorted(VISION_DEPTHS))
     return Preset(
         config={"num_vision_tokens": 4, "vision_depth": VISION_DEPTHS[protocol]},
         objective={"weight": LOW_WEIGHT if low_weight else WEIGHT, "reduction": "official", "temperature": 1.0},

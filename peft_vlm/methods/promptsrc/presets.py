@@ -1,6 +1,72 @@
-"""Hyper-parameters of the official runs, by protocol, for ViT-B/16 (`"teacher"`: ViT-L/14)."""
+"""Hyper-parameters of the official runs, by protocol, for ViT-B/16 (`"teacher"`: ViT-L/14), and their templates."""
 
+from peft_vlm.errors import check_choice
 from peft_vlm.registry import Preset
+
+# 60 of OpenAI's 80 ImageNet templates (openai/CLIP, `Prompt_Engineering_for_ImageNet.ipynb`, MIT licence), as chosen
+# in muzairkhattak/PromptSRC, `trainers/imagenet_templates.py`, commit 8be7dcf. They describe photographs.
+OFFICIAL_TEMPLATES = (
+    "a photo of a {}.",
+    "a bad photo of a {}.",
+    "a photo of many {}.",
+    "a sculpture of a {}.",
+    "a photo of the hard to see {}.",
+    "a low resolution photo of the {}.",
+    "a rendering of a {}.",
+    "graffiti of a {}.",
+    "a bad photo of the {}.",
+    "a cropped photo of the {}.",
+    "a tattoo of a {}.",
+    "the embroidered {}.",
+    "a photo of a hard to see {}.",
+    "a bright photo of a {}.",
+    "a photo of a clean {}.",
+    "a photo of a dirty {}.",
+    "a dark photo of the {}.",
+    "a drawing of a {}.",
+    "a photo of my {}.",
+    "the plastic {}.",
+    "a photo of the cool {}.",
+    "a close-up photo of a {}.",
+    "a black and white photo of the {}.",
+    "a painting of the {}.",
+    "a painting of a {}.",
+    "a pixelated photo of the {}.",
+    "a sculpture of the {}.",
+    "a bright photo of the {}.",
+    "a cropped photo of a {}.",
+    "a plastic {}.",
+    "a photo of the dirty {}.",
+    "a jpeg corrupted photo of a {}.",
+    "a blurry photo of the {}.",
+    "a photo of the {}.",
+    "a good photo of the {}.",
+    "a rendering of the {}.",
+    "a {} in a video game.",
+    "a photo of one {}.",
+    "a doodle of a {}.",
+    "a close-up photo of the {}.",
+    "the origami {}.",
+    "the {} in a video game.",
+    "a sketch of a {}.",
+    "a doodle of the {}.",
+    "a origami {}.",
+    "a low resolution photo of a {}.",
+    "the toy {}.",
+    "a rendition of the {}.",
+    "a photo of the clean {}.",
+    "a photo of a large {}.",
+    "a rendition of a {}.",
+    "a photo of a nice {}.",
+    "a photo of a weird {}.",
+    "a blurry photo of a {}.",
+    "a cartoon {}.",
+    "art of a {}.",
+    "a sketch of the {}.",
+    "a embroidered {}.",
+    "a pixelated photo of a {}.",
+    "itap of the {}.",
+)
 
 
 def _preset(*, depth: int, epochs: int, rate: float, batch: int, mean: float, std: float) -> Preset:
@@ -40,11 +106,7 @@ def preset_for(protocol: str) -> Preset:
 
     Args:
         protocol: Key of `PRESETS`.
-
-    Raises:
-        ValueError: If the protocol is unknown.
     """
-    if protocol not in PRESETS:
-        raise ValueError(f"Expected a protocol out of {sorted(PRESETS)}, got {protocol!r}.")
+    check_choice("protocol", protocol, sorted(PRESETS))
     preset = PRESETS[protocol]
     return Preset(config=dict(preset.config), objective=dict(preset.objective), training=dict(preset.training))

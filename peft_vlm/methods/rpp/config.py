@@ -8,7 +8,7 @@ from peft import PeftType
 
 from peft_vlm.adapters.context import TextContextConfig, check_count
 from peft_vlm.adapters.qkv_prompt import RESIDUALS, SHARING, dead_queries
-from peft_vlm.errors import PeftVLMWarning
+from peft_vlm.errors import PeftVLMWarning, check_choice
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("RPP")
@@ -56,8 +56,7 @@ class RPPConfig(TextContextConfig):
         for name in ("num_text_tokens", "text_depth", "num_vision_tokens", "vision_depth"):
             check_count(self, name)
         for name, known in (("share_qkv", SHARING), ("slot_residual", RESIDUALS), ("dead_prompts", DEAD_PROMPTS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"Expected `{name}` to be one of {known!r}, got {getattr(self, name)!r}.")
+            check_choice(name, getattr(self, name), known)
 
     @property
     def depths(self) -> dict[str, int]:

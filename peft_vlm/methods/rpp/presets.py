@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft_vlm.errors import check_choice
 from peft_vlm.registry import Preset
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -54,10 +55,6 @@ def preset_for(name: str) -> Preset:
 
     Args:
         name: Key of `PRESETS`.
-
-    Raises:
-        ValueError: If the name is unknown.
     """
-    if name not in PRESETS:
-        raise ValueError(f"Expected a preset out of {sorted(PRESETS)}, got {name!r}.")
+    check_choice("name", name, sorted(PRESETS))
     return Preset(**{part: dict(PRESETS[name][part]) for part in ("config", "objective", "training")})

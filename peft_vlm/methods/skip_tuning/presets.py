@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft_vlm.errors import check_choice
 from peft_vlm.registry import Preset
 
 _TRAINING = {"optim": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "per_device_train_batch_size": 4}
@@ -46,12 +47,8 @@ def preset_for(protocol: str, *, shots: int, quarter_epochs: bool = False) -> Pr
         protocol: Key of `PRESETS`.
         shots: Images per class; below 4 the official batches are random instead of one-class.
         quarter_epochs: Train `int(epochs / 4)` epochs, as the official scripts do on the `QUARTER_EPOCHS` datasets.
-
-    Raises:
-        ValueError: If the protocol is unknown.
     """
-    if protocol not in PRESETS:
-        raise ValueError(f"Expected a protocol out of {sorted(PRESETS)}, got {protocol!r}.")
+    check_choice("protocol", protocol, sorted(PRESETS))
     preset = PRESETS[protocol]
     composition = "one_class" if shots >= 4 else "random"
     epochs = preset.training["num_train_epochs"] // (4 if quarter_epochs else 1)

@@ -12,6 +12,7 @@ from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.adapters.context import check_count
 from peft_vlm.adapters.pixel_prompt import SHAPES, SHRINKS, PixelSettings, draw_prompt
 from peft_vlm.data.shrink import normalization_of
+from peft_vlm.errors import check_choice
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("TVP")
@@ -131,18 +132,3 @@ class TVPConfig(VLMConfig):
         """
         (prompt,) = (tensor for name, tensor in tensors.items() if name.endswith("tvp_prompt"))
         return draw_prompt(prompt.float(), self.pixel_settings.mask(), side=448)
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the choices.
-
-    Args:
-        name: Field, for the message.
-        value: Its value.
-        choices: What it may be.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    if value not in choices:
-        raise ValueError(f"Expected `{name}` to be one of {choices!r}, got {value!r}.")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from peft_vlm.errors import check_choice
 from peft_vlm.registry import Preset
 
 
@@ -13,13 +14,9 @@ def preset_for(recipe: str = "cifar10") -> Preset:
 
     Args:
         recipe: `"cifar10"` or `"script"`.
-
-    Raises:
-        ValueError: If the recipe is unknown.
     """
     recipes: dict[str, tuple[int, float, float]] = {"cifar10": (1, 0.005, 0.001), "script": (10, 0.0, 0.0)}
-    if recipe not in recipes:
-        raise ValueError(f"Expected a recipe out of {sorted(recipes)}, got {recipe!r}.")
+    check_choice("recipe", recipe, sorted(recipes))
     epochs, fca, tse = recipes[recipe]
     training: dict[str, Any] = {"learning_rate": 10.0, "per_device_train_batch_size": 16, "num_train_epochs": epochs}
     training |= {"warmup_epochs": 0, "weight_decay": 0.0}

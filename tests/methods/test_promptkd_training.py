@@ -12,7 +12,7 @@ from peft_vlm.data import TrainTransform, load_unlabelled_images
 from peft_vlm.data.dataset import collate
 from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.evaluation import TextClassifier, base_to_new
-from peft_vlm.methods.promptkd.agreement import Agreement
+from peft_vlm.methods.promptkd.objective import Agreement
 from tests.cases import class_prompts, images
 from tests.methods.promptkd_models import NAMES, augmented, fresh, teacher
 from tests.tiny import clip_processor, tiny_tokenizer

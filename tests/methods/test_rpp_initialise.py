@@ -11,7 +11,7 @@ from transformers import CLIPModel
 
 from peft_vlm.adapters.qkv_prompt import ProjectionPrompts
 from peft_vlm.errors import PeftVLMWarning
-from peft_vlm.methods.rpp.initialise import WORD_STD, word_states
+from peft_vlm.methods.rpp.model import WORD_STD, word_states
 from peft_vlm.models.towers import PROJECTIONS, towers_of
 from peft_vlm.text import reserve_slots
 from tests.cases import WORD_A, class_prompts, pixels, rpp_config

@@ -13,8 +13,8 @@ from transformers import (
 from peft_vlm import SkipTuningAnswerObjective, SkipTuningConfig, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data.question_collator import model_inputs
 from peft_vlm.errors import AdapterError, UnsupportedModelError
-from peft_vlm.methods.skip_tuning import answer_states
-from peft_vlm.methods.skip_tuning.answer_states import AnswerStates
+from peft_vlm.methods.skip_tuning import answers
+from peft_vlm.methods.skip_tuning.answers import AnswerStates
 from peft_vlm.models.language_layers import language_layers_of
 from peft_vlm.text.answers import tokenize_candidates
 from tests.tiny import noise_image
@@ -211,7 +211,7 @@ def test_start_layers_out_of_range_and_language_models_with_an_encoder_are_refus
 def test_the_room_for_all_states_is_checked_after_the_first_batch(monkeypatch):
     """They grow with the questions, and a process that runs out of memory is killed without a word."""
     asked = []
-    monkeypatch.setattr(answer_states, "check_room", lambda size, *args, **kwargs: asked.append(size))
+    monkeypatch.setattr(answers, "check_room", lambda size, *args, **kwargs: asked.append(size))
     model, dataset = adapted(tiny_llava()), colour_questions(per_class=1)
     objective = SkipTuningAnswerObjective(cache_batch_size=2)
     objective.prepare(model, dataset)

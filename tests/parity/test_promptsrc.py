@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from peft_vlm import PromptSRCConfig, PromptSRCObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.methods.promptsrc import preset_for
 from peft_vlm.methods.promptsrc.aggregation import gaussian_log_weights
-from peft_vlm.methods.promptsrc.frozen import frozen_class_features
+from peft_vlm.methods.promptsrc.objective import frozen_class_features
 from peft_vlm.models.towers import image_features
 from peft_vlm.objective import EpochBatchSampler
 from peft_vlm.text import encode_classes, reserve_slots, tokenize_for_model

@@ -74,7 +74,7 @@ def convert_checkpoint(
     return write_adapter(get_peft_model(base, config), {CONTEXT: context}, folder, file=file, kind=kind)
 
 
-def convert_kgcoop(
+def _convert_kgcoop(
     source: str | Path | OfficialFile,
     folder: str | Path,
     *,
@@ -162,7 +162,7 @@ def _is_cocoop(tensors: Mapping[str, Tensor]) -> bool:
 
 OFFICIAL_FORMATS = (
     OfficialFormat("CoOp", _is_coop, convert_checkpoint),
-    OfficialFormat("KgCoOp", _is_kgcoop, convert_kgcoop),
+    OfficialFormat("KgCoOp", _is_kgcoop, _convert_kgcoop),
     OfficialFormat("POMP", _is_pomp, convert_checkpoint),
     OfficialFormat("CoCoOp", _is_cocoop, None),
 )

@@ -4,8 +4,7 @@ from peft_vlm.methods.promptkd.classes import texts_are_stored_classes
 from peft_vlm.methods.promptkd.config import PromptKDConfig
 from peft_vlm.methods.promptkd.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.promptkd.model import PromptKDModel
-from peft_vlm.methods.promptkd.objective import PromptKDObjective
-from peft_vlm.methods.promptkd.paper import PAPER
+from peft_vlm.methods.promptkd.objective import PAPER, PromptKDObjective
 from peft_vlm.methods.promptkd.presets import preset_for
 from peft_vlm.methods.promptkd.teacher import Teacher
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method

@@ -1,29 +1,133 @@
 """PromptKD's objective: the student imitates the teacher's class probabilities on images without labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import RowStore
 from peft_vlm.data.transforms import EvalTransform
-from peft_vlm.errors import PeftVLMError
-from peft_vlm.losses import distillation_loss
-from peft_vlm.methods.promptkd.agreement import Agreement
+from peft_vlm.distributed import sum_over_processes
+from peft_vlm.errors import ClassNameError, PeftVLMError, check_choice
+from peft_vlm.losses import REDUCTIONS, TEACHER_WEIGHTINGS, distillation_loss
 from peft_vlm.methods.promptkd.classes import stored_classes
 from peft_vlm.methods.promptkd.model import check_stored, store_classes
-from peft_vlm.methods.promptkd.paper import PAPER
-from peft_vlm.methods.promptkd.settings import check_settings
 from peft_vlm.methods.promptkd.teacher import Teacher, Teachers
 from peft_vlm.methods.promptkd.views import ViewCache, align_projector, projector_of, student_features
 from peft_vlm.models.towers import Towers, image_features, towers_of, unwrap
-from peft_vlm.objective import Objective, ObjectiveOutput, check_other_model
+from peft_vlm.objective import Objective, ObjectiveOutput, Paper, check_other_model
 from peft_vlm.shapes import Batch
 from peft_vlm.text.prompts import ClassPrompts, readable
+
+PAPER = Paper(
+    title="PromptKD: Unsupervised Prompt Distillation for Vision-Language Models",
+    year=2024,
+    arxiv_id="2403.02781",
+    venue="CVPR 2024",
+    bibtex="""@inproceedings{li2024promptkd,
+  title     = {PromptKD: Unsupervised Prompt Distillation for Vision-Language Models},
+  author    = {Li, Zheng and Li, Xiang and Fu, Xinyi and Zhang, Xin and Wang, Weiqiang and Chen, Shuo and Yang, Jian},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2024}
+}""",
+)
+
+
+_CHOICES = {
+    "reduction": REDUCTIONS,
+    "teacher_weighting": TEACHER_WEIGHTINGS,
+    "teacher_cache": ("none", "views"),
+    "student_cache": ("none", "views"),
+}
+
+
+def _check_settings(
+    names: Mapping[str, str], caches: Mapping[str, str | int], numbers: Mapping[str, float | int]
+) -> None:
+    """Refuse settings that are not among their choices, out of range, or do not go together.
+
+    Args:
+        names: `reduction` and `teacher_weighting`.
+        caches: `teacher_cache`, `student_cache` and `align_steps`.
+        numbers: Settings that must be positive.
+
+    Raises:
+        ValueError: Naming the setting, its value and what is possible.
+    """
+    for name, value in {**names, **caches}.items():
+        if name in _CHOICES:
+            check_choice(name, value, _CHOICES[name])
+    for name, value in numbers.items():
+        if value <= 0:
+            raise ValueError(f"Expected `{name}` above 0, got {value!r}.")
+    steps = caches["align_steps"]
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"Expected `align_steps` of 0 or more, got {steps!r}.")
+    if caches["teacher_cache"] == "none" and (caches["student_cache"] != "none" or steps):
+        raise ValueError(
+            f"Expected `teacher_cache`='views' with `student_cache`={caches['student_cache']!r}, `align_steps`="
+            f"{steps!r}, got 'none'. Both read stored features of the teacher."
+        )
+
+
+class Agreement:
+    """Counts of one epoch, over the batches of all processes. The teacher's class decides whether an image counts as
+    seen.
+
+    Args:
+        class_names: Classes in label order.
+        seen_classes: Names of the classes with training labels at some stage; None: all.
+
+    Raises:
+        ClassNameError: If a seen class is none of the classes.
+    """
+
+    def __init__(self, class_names: Sequence[str], seen_classes: Sequence[str] | None) -> None:
+        names = [readable(name) for name in class_names]
+        seen = set(names) if seen_classes is None else {readable(name) for name in seen_classes}
+        if seen - set(names):
+            raise ClassNameError(
+                f"Expected `seen_classes` out of the {len(names)} classes of the prompts, got "
+                f"{sorted(seen - set(names))[:3]!r} too."
+            )
+        self.seen: Bool[Tensor, " classes"] = torch.tensor([name in seen for name in names])
+        self.epoch = -1
+        self.counts = torch.zeros(2, 2, dtype=torch.long)
+
+    def start(self, epoch: int) -> None:
+        """Begin an epoch anew, unless it is the one whose counts were restored."""
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.counts = torch.zeros(2, 2, dtype=torch.long)
+
+    def add(self, student: Float[Tensor, "batch classes"], teacher: Float[Tensor, "batch classes"]) -> None:
+        """Count a batch; with several processes the batch of each, so all of them must call it.
+
+        The sum is formed here and not at the end of the epoch, so that a checkpoint of the first process, which is
+        the only one that is written, holds the counts of all.
+
+        Args:
+            student: Logits of the student.
+            teacher: Logits of the teacher.
+        """
+        chosen = teacher.argmax(dim=-1)
+        same = student.detach().argmax(dim=-1) == chosen
+        group = (~self.seen.to(chosen.device)[chosen]).long()  # 0 seen, 1 unseen
+        rows = [torch.stack([(same & (group == g)).sum(), (group == g).sum()]) for g in (0, 1)]
+        self.counts = self.counts.to(chosen.device) + sum_over_processes(torch.stack(rows))
+
+    def metrics(self) -> dict[str, float]:
+        """Agreement in percent of the groups that had images."""
+        counts = self.counts.tolist()
+        return {
+            f"agreement_{name}": 100.0 * same / total
+            for name, (same, total) in zip(("seen", "unseen"), counts, strict=True)
+            if total
+        }
 
 
 class PromptKDObjective(Objective):
@@ -98,7 +202,7 @@ class PromptKDObjective(Objective):
         seen_classes: Sequence[str] | None = None,
         transductive: bool = True,
     ) -> None:
-        check_settings(
+        _check_settings(
             {"reduction": reduction, "teacher_weighting": teacher_weighting},
             {"teacher_cache": teacher_cache, "student_cache": student_cache, "align_steps": align_steps},
             {"temperature": temperature, "weight": weight, "num_views": num_views},

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import RowStore, divided_pass
 from peft_vlm.distributed import apart
-from peft_vlm.methods.promptkd.projector import Projector
+from peft_vlm.methods.promptkd.model import Projector
 from peft_vlm.models.towers import towers_of
 from peft_vlm.text.class_features import evaluation_mode
 

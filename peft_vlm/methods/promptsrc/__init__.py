@@ -4,8 +4,7 @@ from peft_vlm.methods.promptsrc.config import PromptSRCConfig
 from peft_vlm.methods.promptsrc.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.promptsrc.model import PromptSRCModel
 from peft_vlm.methods.promptsrc.objective import PAPER, PromptSRCObjective
-from peft_vlm.methods.promptsrc.presets import preset_for
-from peft_vlm.methods.promptsrc.templates import OFFICIAL_TEMPLATES
+from peft_vlm.methods.promptsrc.presets import OFFICIAL_TEMPLATES, preset_for
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
 register_adapter(

@@ -6,19 +6,48 @@ Self-regulating Prompts: Foundational Model Adaptation without Forgetting, 2023,
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import all_image_features
 from peft_vlm.data.streaming import ImageStream
+from peft_vlm.distributed import divided
+from peft_vlm.errors import check_choice
 from peft_vlm.losses import distillation_loss, feature_distance
-from peft_vlm.methods.promptsrc.frozen import frozen_class_features
 from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import ObjectiveOutput, Paper
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import PromptObjective, encode_classes, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
+
+
+@torch.no_grad()
+def frozen_class_features(
+    model: nn.Module, prompts: ClassPrompts, *, chunk_size: int = 256
+) -> Float[Tensor, "classes dim"]:
+    """Text features of the model without its adapter: mean over the templates, then normalised once, in float32.
+
+    Zero-shot ensembles (`peft_vlm.text.encode_classes`) also normalise before the mean; the official code of PromptSRC
+    does not, which moves the features by 2e-3.
+
+    Args:
+        model: `PeftModel`; its adapter is switched off for this pass.
+        prompts: Plain class prompts, divided among the processes of the training, with any number of templates.
+        chunk_size: Prompts per forward pass.
+    """
+    towers, num_classes = towers_of(model), len(prompts.class_names)
+    input_ids = prompts.input_ids.to(next(towers.model.parameters()).device)
+
+    def features_of(rows: Int[Tensor, " rows"]) -> Tensor:
+        ids = input_ids[rows]
+        return towers.finish_text(towers.embed_text(ids), ids, 0).float()
+
+    with evaluation_mode(model), model.disable_adapter():
+        features = divided(len(input_ids), features_of, chunk_size=chunk_size)
+    features = features.unflatten(0, (-1, num_classes)).mean(dim=0)
+    return nn.functional.normalize(features, dim=-1)
+
 
 if TYPE_CHECKING:
     import transformers
@@ -240,5 +269,4 @@ def _check(
         raise ValueError(
             f"Expected both `gpa_mean` and `gpa_std` > 0, or neither, got {mean!r} and {std!r}. Both count epochs."
         )
-    if image_cache not in ("auto", "none"):
-        raise ValueError(f"Expected `image_cache` to be 'auto' or 'none', got {image_cache!r}.")
+    check_choice("image_cache", image_cache, ("auto", "none"))

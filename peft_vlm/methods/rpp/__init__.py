@@ -1,10 +1,8 @@
 """RPP (2024): prompts for queries, keys and values, pretrained once on thousands of classes with soft labels."""
 
 from peft_vlm.methods.rpp.config import RPPConfig
-from peft_vlm.methods.rpp.initialise import start_shared_prompts
-from peft_vlm.methods.rpp.model import RPPModel
-from peft_vlm.methods.rpp.objective import RPPObjective
-from peft_vlm.methods.rpp.paper import PAPER
+from peft_vlm.methods.rpp.model import RPPModel, start_shared_prompts
+from peft_vlm.methods.rpp.objective import PAPER, RPPObjective
 from peft_vlm.methods.rpp.presets import PRESETS, preset_for
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 

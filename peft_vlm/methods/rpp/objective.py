@@ -17,7 +17,7 @@ from transformers import CLIPModel
 from peft_vlm.data.feature_store import RowStore
 from peft_vlm.data.splits import BalancedBatches
 from peft_vlm.distributed import gather_rows
-from peft_vlm.errors import DataError, UnsupportedModelError
+from peft_vlm.errors import DataError, UnsupportedModelError, check_choice
 from peft_vlm.losses import (
     CORRECTIONS,
     FORMS,
@@ -27,13 +27,26 @@ from peft_vlm.losses import (
     sampled_logits,
     soft_label_loss,
 )
-from peft_vlm.methods.rpp.paper import PAPER
 from peft_vlm.methods.rpp.teacher import ZeroShotTeacher, check_same_classes, stream_class_features
 from peft_vlm.models.towers import Towers, side_of, towers_of
-from peft_vlm.objective import EpochBatchSampler, ObjectiveOutput
+from peft_vlm.objective import EpochBatchSampler, ObjectiveOutput, Paper
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import CompactPrompts, PromptObjective
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
+
+PAPER = Paper(
+    title="Revisiting Prompt Pretraining of Vision-Language Models",
+    year=2024,
+    arxiv_id="2409.06166",
+    venue="arXiv 2024",
+    bibtex="""@article{chen2024revisiting,
+  title   = {Revisiting Prompt Pretraining of Vision-Language Models},
+  author  = {Chen, Zhenyuan and Yang, Lingfeng and Chen, Shuo and Chen, Zhaowei and Liang, Jiajun and Li, Xiang},
+  journal = {arXiv preprint arXiv:2409.06166},
+  year    = {2024}
+}""",
+)
+
 
 SAMPLINGS = ("natural", "balanced")
 
@@ -258,8 +271,7 @@ def _check(settings: dict[str, Any], prompts: ClassPrompts, teacher: nn.Module |
     """Refuse settings that cannot work."""
     known = {"soft_form": FORMS, "correction": CORRECTIONS, "image_sampling": SAMPLINGS}
     for name, values in known.items():
-        if settings[name] not in values:
-            raise ValueError(f"Expected `{name}` to be one of {values!r}, got {settings[name]!r}.")
+        check_choice(name, settings[name], values)
     if not 0 <= settings["soft_weight"] <= 1:
         raise ValueError(f"Expected `soft_weight` from 0 to 1, got {settings['soft_weight']!r}.")
     if settings["soft_weight"] and teacher is None:

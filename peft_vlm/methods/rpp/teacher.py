@@ -32,14 +32,14 @@ def stream_class_features(model: nn.Module, prompts: ClassPrompts, *, storage: s
     index, parts = local_place()
     part = part_of(count, index=index, parts=parts) or range(1)  # every process takes part in `allocate`
     for rows in torch.tensor(part).split(chunk_size):
-        features = encode_classes(model, some_classes(prompts, rows))
+        features = encode_classes(model, _some_classes(prompts, rows))
         store.allocate((count, features.shape[-1]), torch.float32)
         store.write(rows, features)
     store.complete()
     return store
 
 
-def some_classes(prompts: ClassPrompts, rows: Tensor) -> ClassPrompts:
+def _some_classes(prompts: ClassPrompts, rows: Tensor) -> ClassPrompts:
     """The prompts of some classes, in all templates.
 
     Args:

@@ -4,25 +4,184 @@ Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adap
 2412.11509.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.feature_store import RowStore
-from peft_vlm.distributed import gather_rows
+from peft_vlm.data.feature_store import RowStore, divided_pass
+from peft_vlm.distributed import divided, gather_rows
+from peft_vlm.errors import DataError, check_choice
 from peft_vlm.losses import num_top_classes, rank_classes, rank_keep_probability, selected_classes
-from peft_vlm.methods.skip_tuning.feature_cache import fill, initial_prototypes, text_hidden_states
-from peft_vlm.methods.skip_tuning.sampler import SkipTuningBatchSampler
-from peft_vlm.models.towers import side_of, towers_of
-from peft_vlm.objective import ObjectiveOutput, Paper
+from peft_vlm.models.towers import Towers, side_of, towers_of
+from peft_vlm.objective import EpochBatchSampler, ObjectiveOutput, Paper
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import PromptObjective, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts
+
+logger = logging.getLogger(__name__)
+
+
+class SkipTuningBatchSampler(EpochBatchSampler):
+    """Batches for one epoch.
+
+    `"one_class"`: repeatedly choose one of the remaining classes uniformly and draw a batch of its remaining images.
+    `"random"`: draw batches from all remaining images. What is left when fewer than a full batch remain is kept as a
+    smaller batch (`remainder="keep"`) or left out of this epoch (`remainder="drop"`, the official rule).
+
+    Args:
+        labels: Class of each image.
+        batch_size: Images per batch.
+        seed: Seed of the run; the epoch is added to it.
+        composition: `"one_class"` (official for 4 or more shots) or `"random"` (official below that).
+        remainder: What happens to images that do not fill a batch.
+
+    Raises:
+        DataError: With `remainder="drop"`, if a class (or the whole set) has fewer images than a batch, which would
+            never be seen. The official code crashes there.
+
+    Deviation: The default keeps remainders, so that every shot is used in every epoch.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int],
+        *,
+        batch_size: int,
+        seed: int,
+        composition: str,
+        remainder: str = "keep",
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed)
+        self.composition, self.remainder = composition, remainder
+        self.pools: dict[int, list[int]] = {}
+        for index, label in enumerate(labels):
+            self.pools.setdefault(label if composition == "one_class" else 0, []).append(index)
+        small = {label: len(pool) for label, pool in self.pools.items() if len(pool) < batch_size}
+        if remainder == "drop" and small:
+            raise DataError(
+                f"Expected at least `batch_size`={batch_size} images in each "
+                f"{'class' if composition == 'one_class' else 'training set'} with remainder='drop', got {small!r} "
+                "(class: images). Use remainder='keep' or a smaller batch."
+            )
+        dropped = sum(len(pool) % batch_size for pool in self.pools.values()) if remainder == "drop" else 0
+        if dropped:
+            logger.info("Batches of %d leave out %d of %d images in each epoch.", batch_size, dropped, len(labels))
+
+    def __len__(self) -> int:
+        """Batches in an epoch; the same in every epoch."""
+        extra = self.batch_size - 1 if self.remainder == "keep" else 0
+        return sum((len(pool) + extra) // self.batch_size for pool in self.pools.values())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Batches of the epoch set by `set_epoch`."""
+        return self.draw(random.Random(self.seed + self.epoch))
+
+    def draw(self, rng: random.Random) -> Iterator[list[int]]:
+        """Batches drawn with a given generator.
+
+        Args:
+            rng: Python generator; seeded like the official run's, it gives the official batches.
+
+        Yields:
+            Lists of dataset positions.
+        """
+        pools = {label: list(pool) for label, pool in self.pools.items()}
+        while pools:
+            label = rng.choice(list(pools)) if self.composition == "one_class" else 0
+            pool = pools[label]
+            batch = rng.sample(pool, min(self.batch_size, len(pool)))
+            taken = set(batch)
+            pools[label] = pool = [index for index in pool if index not in taken]
+            if not pool or (self.remainder == "drop" and len(pool) < self.batch_size):
+                del pools[label]
+            yield batch
+
+
+def _fill(
+    cache: RowStore,
+    towers: Towers,
+    dataset: ImageClassificationDataset,
+    *,
+    start: int,
+    batch_size: int,
+    num_workers: int = 0,
+) -> None:
+    """Run the layers below the cut over a dataset, once, and store what enters layer `start`.
+
+    Args:
+        cache: Receives the states.
+        towers: Towers of the model.
+        dataset: Training images with their augmentation of this epoch.
+        start: First tuned vision layer.
+        batch_size: Images per forward pass; bounds the working memory.
+        num_workers: Processes that decode images.
+    """
+    device = next(towers.model.parameters()).device
+    loader = divided_pass(dataset, batch_size=batch_size, num_workers=num_workers)
+    for batch in tqdm(loader, desc=f"Caching layers below {start}", leave=False, disable=len(loader) < 2):
+        with torch.no_grad():
+            hidden = towers.embed_image(batch["pixel_values"].to(device))
+            hidden = towers.run_vision(hidden, 0, start)
+        cache.allocate((len(dataset), *hidden.shape[1:]), hidden.dtype)
+        cache.write(batch["index"], hidden)
+        del batch, hidden  # or they would live on beside the next batch
+    cache.complete()
+
+
+def _text_hidden_states(
+    towers: Towers, input_ids: Int[Tensor, "prompts tokens"], *, start: int, chunk_size: int = 256
+) -> Float[Tensor, "prompts tokens width"]:
+    """What enters text layer `start` for every class prompt; valid for the whole run, as nothing below it is trained.
+
+    Args:
+        towers: Towers of the model.
+        input_ids: Tokenised class prompts.
+        start: First tuned text layer.
+        chunk_size: Prompts per forward pass.
+    """
+
+    def states_of(rows: Int[Tensor, " rows"]) -> Tensor:
+        return towers.run_text(towers.embed_text(input_ids[rows]), 0, start)
+
+    with torch.no_grad():
+        return divided(len(input_ids), states_of, chunk_size=chunk_size)
+
+
+def _initial_prototypes(
+    model: nn.Module,
+    towers: Towers,
+    hidden: Float[Tensor, "prompts tokens width"],
+    input_ids: Int[Tensor, "prompts tokens"],
+    *,
+    start: int,
+    chunk_size: int = 256,
+) -> Float[Tensor, "prompts dim"]:
+    """Unit-norm text features of the untouched base model, from the cached states of its lower layers, in float32.
+
+    Args:
+        model: `PeftModel` whose adapter is switched off for this pass.
+        towers: Its towers.
+        hidden: Output of `_text_hidden_states`.
+        input_ids: Tokenised class prompts.
+        start: First tuned text layer.
+        chunk_size: Prompts per forward pass.
+    """
+
+    def features_of(rows: Int[Tensor, " rows"]) -> Tensor:
+        return towers.finish_text(hidden[rows], input_ids[rows], start)
+
+    with torch.no_grad(), model.disable_adapter():
+        features = divided(len(hidden), features_of, chunk_size=chunk_size)
+    return nn.functional.normalize(features.float(), dim=-1)
+
 
 PAPER = Paper(
     title="Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves",
@@ -99,10 +258,10 @@ class SkipTuningObjective(PromptObjective):
                 f"Expected class prompts with one template, got {len(prompts.templates)}: {prompts.templates!r}. "
                 "An ensemble of templates has no single prompt to train; evaluate with it instead."
             )
-        _check_choice("redraw_tail", redraw_tail, ("never", "epoch", "step"))
-        _check_choice("image_cache", image_cache, ("ram", "disk", "none"))
-        _check_choice("batch_composition", batch_composition, ("one_class", "random"))
-        _check_choice("remainder", remainder, ("keep", "drop"))
+        check_choice("redraw_tail", redraw_tail, ("never", "epoch", "step"))
+        check_choice("image_cache", image_cache, ("ram", "disk", "none"))
+        check_choice("batch_composition", batch_composition, ("one_class", "random"))
+        check_choice("remainder", remainder, ("keep", "drop"))
         super().__init__(prompts)
         num_classes = len(prompts.class_names)
         self.settings: dict[str, Any] = {
@@ -145,8 +304,8 @@ class SkipTuningObjective(PromptObjective):
         towers, start = towers_of(model), self._starts[1]
         ids = self.prompts.input_ids.to(next(towers.model.parameters()).device)
         with evaluation_mode(model):
-            hidden = text_hidden_states(towers, ids, start=start)
-            self._text = (ids, hidden, initial_prototypes(model, towers, hidden, ids, start=start))
+            hidden = _text_hidden_states(towers, ids, start=start)
+            self._text = (ids, hidden, _initial_prototypes(model, towers, hidden, ids, start=start))
 
     def epoch_start(self, model: nn.Module, dataset: ImageClassificationDataset, epoch: int) -> None:
         """Fill the image cache with this epoch's augmented images and redraw the tail if asked to.
@@ -162,7 +321,7 @@ class SkipTuningObjective(PromptObjective):
             return
         options = {"batch_size": self.cache_batch_size, "num_workers": self.num_workers}
         with evaluation_mode(model):
-            fill(self.cache, towers_of(model), dataset, start=self._starts[0], **options)
+            _fill(self.cache, towers_of(model), dataset, start=self._starts[0], **options)
 
     def batch_sampler(self, labels: Sequence[int], *, batch_size: int, seed: int) -> SkipTuningBatchSampler:
         """Batches by the official rule.
@@ -275,9 +434,3 @@ class SkipTuningObjective(PromptObjective):
         ranked = rank_classes(nn.functional.normalize(image.float(), dim=-1), prototypes, labels)
         keep_rank = (self.tail_uniform < self.keep_probability).to(ranked.device)
         return selected_classes(ranked, keep_rank, labels)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the choices."""
-    if value not in choices:
-        raise ValueError(f"Expected `{name}` to be one of {choices!r}, got {value!r}.")

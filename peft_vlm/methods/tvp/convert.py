@@ -53,8 +53,8 @@ def convert_checkpoint(
         AdapterError: If the prompt is not zero outside a shape that was given.
     """
     file = OfficialFile.open(source)
-    prompt = official_prompt(file)
-    size, found = prompt.shape[-1], border_of(prompt)
+    prompt = _official_prompt(file)
+    size, found = prompt.shape[-1], _border_of(prompt)
     settings: dict[str, Any] = {"canvas_size": size} | ({"border": found} if found else {"shape": "full", "border": 0})
     settings |= {"image_mean": list(OPENAI_CLIP_MEAN), "image_std": list(OPENAI_CLIP_STD)}
     given = {"border": border, "shape": shape, "patch_size": patch_size, "shrink": shrink}
@@ -100,7 +100,7 @@ def export_checkpoint(
     return {"canvas": settings.canvas_size, "border": settings.border}
 
 
-def official_prompt(file: OfficialFile) -> Float[Tensor, "channels canvas canvas"]:
+def _official_prompt(file: OfficialFile) -> Float[Tensor, "channels canvas canvas"]:
     """The prompt in an official checkpoint, in [0, 1] pixel units.
 
     Args:
@@ -127,7 +127,7 @@ def _is_tvp(tensors: Mapping[str, Tensor]) -> bool:
     return OFFICIAL_KEY in tensors
 
 
-def border_of(prompt: Float[Tensor, "channels canvas canvas"]) -> int:
+def _border_of(prompt: Float[Tensor, "channels canvas canvas"]) -> int:
     """Width of the frame outside of which a prompt is zero; 0 when its middle is not."""
     used = prompt.abs().sum(dim=0) > 0
     size = len(used) if used.any() else 0

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of, without_prompt
 from peft_vlm.data.question_collator import check_shrinking
 from peft_vlm.distributed import shared_mean
+from peft_vlm.errors import check_choice
 from peft_vlm.losses import feature_consistency, semantic_enhancement
-from peft_vlm.methods.tvp.frozen import batch_at, hold_still
-from peft_vlm.methods.tvp.guide import ClipGuide
 from peft_vlm.methods.tvp.optimizer import NormalizedGradient
-from peft_vlm.methods.tvp.sources import Source, check_same_images, share_once
+from peft_vlm.methods.tvp.sources import ClipGuide, Source, batch_at, check_same_images, set_eval_mode, share_once
 from peft_vlm.methods.tvp.tasks import AnswerTask, ClassTask, Task, TaskOutput
 from peft_vlm.objective import ClassNames, Objective, ObjectiveOutput, Paper
 from peft_vlm.shapes import Batch
@@ -199,7 +198,7 @@ class TVPObjective(Objective):
         if number:
             model = self._shared[number - 1]
             batch = batch_at(self._source_images[number - 1], batch["index"].tolist(), batch["index"].device)
-        hold_still(model)
+        set_eval_mode(model)
         output = task.run(model, batch)
         if not self.fca_weight:
             return output, output.loss.new_zeros(())
@@ -272,5 +271,4 @@ def _check_settings(
             f"Expected a CLIP for TSE with `tse_weight`={tse_weight!r}, got none. Pass "
             "`tse_clip=ClipGuide(clip, class_prompts)`, or `tse_weight=0`."
         )
-    if source_mode not in SOURCE_MODES:
-        raise ValueError(f"Expected `source_mode` to be one of {SOURCE_MODES!r}, got {source_mode!r}.")
+    check_choice("source_mode", source_mode, SOURCE_MODES)

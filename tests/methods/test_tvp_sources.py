@@ -96,7 +96,8 @@ def test_sources_draw_the_crops_of_the_epoch():
     dataset, model = questions(), prompted_llava()
     target = prepared(model, dataset, sources=[other])
     target.epoch_start(model, dataset, 4)
-    assert other.dataset.epoch == 4
+    assert [run_images.epoch for run_images in target._source_images] == [4]
+    assert other.dataset.epoch == 0, "the user's own dataset is not changed"
 
 
 def test_sources_must_show_the_same_images():

@@ -20,6 +20,7 @@ from peft_vlm.data.dataset import collate
 from peft_vlm.data.splits import BalancedBatches
 from peft_vlm.errors import AdapterError, ClassNameError, DataError, UnsupportedModelError
 from peft_vlm.losses import distillation_loss
+from peft_vlm.methods.rpp import objective as objective_module
 from peft_vlm.models.towers import image_features, similarity_logits, towers_of
 from peft_vlm.text import ClassPrompts, encode_classes, reserve_slots
 from peft_vlm.text.class_features import CompactPrompts
@@ -132,7 +133,7 @@ def test_the_draw_depends_on_seed_epoch_and_images_alone():
     assert all(len(set(draw)) == 4 for draw in draws)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 256])
+@pytest.mark.parametrize("chunk_size", [1, 2, None])
 def test_chunks_of_the_text_tower_change_neither_loss_nor_gradients(chunk_size: int):
     """Each chunk is recomputed in the backward pass, cut to its own longest prompt."""
     results = []
@@ -142,6 +143,27 @@ def test_chunks_of_the_text_tower_change_neither_loss_nor_gradients(chunk_size: 
         got.loss.backward()
         results.append((got.loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
     assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
+def test_classes_run_in_one_pass_where_they_fit(monkeypatch):
+    """A few prompts more than a chunk holds would double the cost of the text; too many must not fill the memory."""
+    model, passes = student(), []
+    towers, texts = objective_module.towers_of(model), class_prompts()
+    encode = type(towers).finish_text
+    monkeypatch.setattr(
+        type(towers),
+        "finish_text",
+        lambda self, hidden, *rest: passes.append(len(hidden)) or encode(self, hidden, *rest),
+    )
+    output(model, num_sampled_classes=ALL)
+    assert passes == [len(texts.class_names)]
+    needed = towers.text_activation_bytes(10 * len(texts.class_names))
+    monkeypatch.setattr(objective_module, "MAX_TEXT_BYTES", needed // 4)
+    passes.clear()
+    output(model, num_sampled_classes=ALL)
+    assert len(passes) > 1
+    assert max(passes) - min(passes) <= max(passes) // 2
+    assert sum(passes) == len(texts.class_names)
 
 
 def test_a_chunk_keeps_no_activations():

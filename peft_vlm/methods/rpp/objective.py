@@ -5,6 +5,7 @@ Revisiting Prompt Pretraining of Vision-Language Models, 2024, arXiv 2409.06166;
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -49,6 +50,9 @@ PAPER = Paper(
 
 
 SAMPLINGS = ("natural", "balanced")
+MAX_TEXT_BYTES = 4 * 2**30
+"""Activations of the text tower that a step keeps before it recomputes them in chunks."""
+_FROZEN_CHUNK = 256  # without autograd a larger pass is no faster
 
 
 class RPPObjective(PromptObjective):
@@ -71,6 +75,8 @@ class RPPObjective(PromptObjective):
         correction: `"ln"`; `"log10"` as in POMP's later code; `"none"`.
         image_sampling: `"natural"`: every image once per epoch; `"balanced"`: every class equally often.
         text_chunk_size: Prompts per pass of the text tower; more than one chunk is recomputed in the backward pass.
+            None: all in one pass where that keeps at most 4 GiB (K = 1000 on ViT-B/16: about 2.5), else in equal
+            chunks of that size.
         storage: Where class features that do not change are kept: `"disk"` (memory-mapped) or `"ram"`.
         seed: Seed of the drawn classes, which depend on it, the epoch and the images of the whole batch alone.
 
@@ -99,7 +105,7 @@ class RPPObjective(PromptObjective):
         num_sampled_classes: int = 1000,
         correction: str = "ln",
         image_sampling: str = "natural",
-        text_chunk_size: int = 256,
+        text_chunk_size: int | None = None,
         storage: str = "disk",
         seed: int = 0,
     ) -> None:
@@ -118,7 +124,7 @@ class RPPObjective(PromptObjective):
         self.teacher: ZeroShotTeacher | None = None
         if teacher is not None and soft_weight:
             check_same_classes(prompts, teacher_prompts or prompts)
-            options: dict[str, Any] = {"storage": storage, "chunk_size": text_chunk_size}
+            options: dict[str, Any] = {"storage": storage, "chunk_size": text_chunk_size or _FROZEN_CHUNK}
             self.teacher = ZeroShotTeacher(teacher, teacher_prompts or prompts, **options)
         self._tokens: CompactPrompts | None = None
         self._fixed_text: RowStore | None = None
@@ -180,7 +186,7 @@ class RPPObjective(PromptObjective):
         self._tokens = CompactPrompts(prompts, towers.pooled_positions(prompts.input_ids) + 1)
         self._fixed_text = None
         if "text" not in towers_of(model).trained_sides():
-            options = {"storage": self.storage, "chunk_size": self.text_chunk_size}
+            options = {"storage": self.storage, "chunk_size": self.text_chunk_size or _FROZEN_CHUNK}
             self._fixed_text = stream_class_features(model, prompts, **options)
         if self.teacher is not None:
             self.teacher.prepare(model)
@@ -254,8 +260,12 @@ class RPPObjective(PromptObjective):
         if self._fixed_text is not None:
             return self._fixed_text.read(classes, classes.device)
         assert self._tokens is not None
-        order = self._tokens.lengths[classes.cpu()].argsort(stable=True)
-        chunks = classes.cpu()[order].split(self.text_chunk_size)
+        lengths = self._tokens.lengths[classes.cpu()]
+        order, size = lengths.argsort(stable=True), self.text_chunk_size
+        if size is None:
+            passes = math.ceil(towers.text_activation_bytes(int(lengths.sum())) / MAX_TEXT_BYTES)
+            size = math.ceil(len(classes) / passes)
+        chunks = classes.cpu()[order].split(size)
 
         def encode(ids: Tensor) -> Tensor:
             return towers.finish_text(towers.embed_text(ids), ids, 0)
@@ -267,7 +277,7 @@ class RPPObjective(PromptObjective):
         return torch.cat(parts)[order.argsort().to(classes.device)]
 
 
-def _check(settings: dict[str, Any], prompts: ClassPrompts, teacher: nn.Module | None, chunk_size: int) -> None:
+def _check(settings: dict[str, Any], prompts: ClassPrompts, teacher: nn.Module | None, chunk_size: int | None) -> None:
     """Refuse settings that cannot work."""
     known = {"soft_form": FORMS, "correction": CORRECTIONS, "image_sampling": SAMPLINGS}
     for name, values in known.items():
@@ -281,11 +291,12 @@ def _check(settings: dict[str, Any], prompts: ClassPrompts, teacher: nn.Module |
         )
     if settings["temperature"] <= 0:
         raise ValueError(f"Expected `temperature` above 0, got {settings['temperature']!r}.")
-    for name, value in (("num_sampled_classes", settings["num_sampled_classes"]), ("text_chunk_size", chunk_size)):
-        if value < (2 if name == "num_sampled_classes" else 1):
-            raise ValueError(
-                f"Expected `{name}` of at least {2 if name == 'num_sampled_classes' else 1}, got {value}."
-            )
+    for name, value, least in (
+        ("num_sampled_classes", settings["num_sampled_classes"], 2),
+        ("text_chunk_size", chunk_size, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"Expected `{name}` of at least {least}, got {value}.")
     if len(prompts.templates) != 1:
         raise ValueError(
             f"Expected class prompts with one template, got {len(prompts.templates)}: {prompts.templates!r}. An "

@@ -9,7 +9,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # ours, for the bundled 48 px CLIPs: 4 text layers, 6 or 8 vision layers, so that J < L in both towers
     "demo": {
         "config": {"num_text_tokens": 4, "text_depth": 3, "num_vision_tokens": 4, "vision_depth": 5},
-        "objective": {"num_sampled_classes": 128, "soft_weight": 0.5, "text_chunk_size": 512},
+        "objective": {"num_sampled_classes": 128, "soft_weight": 0.5},
         "training": {
             "learning_rate": 0.02,  # ours, by validation accuracy of one run each at 0.005, 0.02, 0.05 and 0.2
             "max_steps": 150,
@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # rate, schedule, batch (32 on each of 8 GPUs), epochs and K of POMP; RPP's own are not published
     "imagenet21k": {
         "config": {"num_text_tokens": 4, "text_depth": 9, "num_vision_tokens": 4, "vision_depth": 9},
-        "objective": {"num_sampled_classes": 1000, "soft_weight": 0.5, "text_chunk_size": 256},
+        "objective": {"num_sampled_classes": 1000, "soft_weight": 0.5},
         "training": {
             "learning_rate": 0.002,
             "num_train_epochs": 5,

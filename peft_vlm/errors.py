@@ -65,6 +65,20 @@ def check_choice(name: str, value: object, choices: Collection[str | None]) -> N
         raise ValueError(f"Expected `{name}` to be one of {allowed!r}, got {value!r}.")
 
 
+def check_list(name: str, value: object) -> None:
+    """Refuse a text where a list of texts belongs, which would be read letter by letter.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Its value, of any type.
+
+    Raises:
+        PeftVLMError: If it is a text.
+    """
+    if isinstance(value, str | bytes):
+        raise PeftVLMError(f"Expected `{name}` to be a list, got the text {shown(value)}. Put it into brackets.")
+
+
 def shown(value: object, limit: int = 120) -> str:
     """A value for a message: its `repr`, cut where it is long, without characters that change a terminal.
 

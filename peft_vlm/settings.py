@@ -5,7 +5,7 @@ Nothing here imports torch, PEFT or transformers: help and wrong flags answer at
 
 from dataclasses import dataclass, field
 
-from peft_vlm.errors import DataError, check_choice
+from peft_vlm.errors import DataError, check_choice, check_list
 
 #: Settings of earlier versions; files that still hold them are read without.
 RETIRED_SETTINGS = ("memory_check", "fca_cache")
@@ -73,6 +73,8 @@ class RunSettings:
         Raises:
             ValueError: If the protocol is unknown.
         """
+        for name in ("config", "objective", "augmentation"):
+            check_list(name, getattr(self, name))
         check_choice("protocol", self.protocol, sorted(RUN_PROTOCOLS))
 
 
@@ -127,6 +129,8 @@ class EvaluationArguments:
             DataError: If the settings do not fit the protocol, or a baseline is asked of a model without adapter.
             ValueError: If the protocol is unknown.
         """
+        for name in ("dataset", "split", "template"):
+            check_list(name, getattr(self, name))
         check_choice("protocol", self.protocol, PROTOCOLS)
         if self.protocol in SINGLE and len(self.dataset) != 1:
             raise DataError(f"The protocol {self.protocol!r} takes one dataset, got {self.dataset!r}.")

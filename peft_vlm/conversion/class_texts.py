@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from peft_vlm.conversion.official_file import FROZEN_TOLERANCE, OfficialFile
-from peft_vlm.errors import AdapterError, ClassNameError
+from peft_vlm.errors import AdapterError, ClassNameError, check_list
 from peft_vlm.models.towers import towers_of
 
 ROWS_AT_A_TIME = 512
@@ -43,6 +43,7 @@ def training_class_names(
     Raises:
         ClassNameError: If the names given are not those of the file, or cannot be read off it and none are given.
     """
+    check_list("class_names", class_names)
     suffix = f"{buffers}_suffix"
     file.set_aside(
         rf"{re.escape(buffers)}_(prefix|suffix)", "embeddings of the training's class prompts, from the base model"

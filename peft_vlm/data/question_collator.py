@@ -107,6 +107,16 @@ def check_image_tokens(model: nn.Module, batch: Mapping[str, Any]) -> None:
         )
 
 
+def _check_image_settings(processor: Any) -> None:
+    """Refuse a processor that counts the tokens of an image by the patch size and has none, as LLaVA's from 2023."""
+    if "patch_size" in inspect.signature(type(processor).__init__).parameters and processor.patch_size is None:
+        raise DataError(
+            f"`{type(processor).__name__}` has no `patch_size`, by which it counts the tokens of an image. Set it as "
+            "the model has it: `processor.patch_size = model.config.vision_config.patch_size`, and likewise "
+            "`processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy`."
+        )
+
+
 class QuestionCollator:
     r"""Makes model inputs from images, questions and answers with the model's own processor.
 
@@ -132,7 +142,8 @@ class QuestionCollator:
         clip_processor: Image processor of a CLIP that sees the same images, for `clip_pixel_values`.
 
     Raises:
-        DataError: If the tokenizer cannot pad, or `template` has no `{question}`.
+        DataError: If the tokenizer cannot pad, the processor cannot count its image tokens, or `template` has no
+            `{question}`.
     """
 
     def __init__(
@@ -152,6 +163,7 @@ class QuestionCollator:
                 f"`{type(self.tokenizer).__name__}` has no padding token. Set it, for example with "
                 "`processor.tokenizer.pad_token = processor.tokenizer.eos_token`."
             )
+        _check_image_settings(processor)
         if template is not None and "{question}" not in template:
             raise DataError(f"Expected a `template` with '{{question}}', got {template!r}.")
         self.template = template

@@ -23,7 +23,7 @@ from peft_vlm.data.images import SAMPLE, as_value_range, check_value_range, read
 from peft_vlm.data.loading import check_own_split, load_from_hub
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.distributed import from_main, is_main_process, num_processes
-from peft_vlm.errors import DataError
+from peft_vlm.errors import DataError, check_list
 from peft_vlm.shapes import Batch
 from peft_vlm.text.prompts import check_class_names
 
@@ -270,8 +270,7 @@ def open_stream(
     Raises:
         DataError: If a folder has no such files, or they cannot be read; or the source has no such split.
     """
-    if isinstance(columns, str):
-        raise TypeError(f"Expected a list of columns, got {columns!r}. Pass {[columns]!r}.")
+    check_list("columns", columns)
     rows = _opened(source, split, None if columns is None else list(columns))
     return rows if columns is None else rows.select_columns(list(columns))
 

@@ -5,6 +5,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from peft_vlm.errors import check_list
+
 ARTICLES = frozenset({"a", "an", "the"})
 _WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -160,6 +162,8 @@ def count_scores(predictions: Sequence[str], answers: Sequence[str]) -> CountSco
 
 
 def _check_lengths(predictions: Sequence[str], answers: Sequence[object]) -> None:
+    check_list("predictions", predictions)
+    check_list("answers", answers)
     if len(predictions) != len(answers) or not len(predictions):
         raise ValueError(
             f"Expected one answer per prediction, at least one, got {len(predictions)} predictions and "

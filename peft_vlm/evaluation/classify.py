@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_vlm.data.dataset import ImageClassificationDataset, collate
 from peft_vlm.data.transforms import TrainTransform
-from peft_vlm.errors import ClassNameError, DataError
+from peft_vlm.errors import ClassNameError, DataError, check_list
 from peft_vlm.evaluation.metrics import accuracy, confusion_matrix, expected_calibration_error, per_class_accuracy
 from peft_vlm.models.towers import image_features, similarity_logits
 from peft_vlm.text.class_features import ClassFeatureCache, evaluation_mode
@@ -114,6 +114,7 @@ class TextClassifier:
             class_names: Label order.
             template: Used instead of the classifier's own.
         """
+        check_list("class_names", class_names)
         chosen = self.template if template is None else template
         wanted = tuple(class_names), (chosen,) if isinstance(chosen, str) else tuple(chosen)
         prompts = self._prompts  # one read: another thread may ask for another class list

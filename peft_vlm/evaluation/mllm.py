@@ -20,7 +20,7 @@ from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of, without
 from peft_vlm.data.corruptions import CORRUPTIONS, LEVELS, Corruption
 from peft_vlm.data.question_collator import QuestionCollator, check_shrinking, question_inputs
 from peft_vlm.data.questions import Collator, ImageQuestionDataset, RandomCrop
-from peft_vlm.errors import ClassNameError, DataError
+from peft_vlm.errors import ClassNameError, DataError, check_list
 from peft_vlm.evaluation.answers import exact_match
 from peft_vlm.evaluation.classify import EvalResult
 from peft_vlm.models.towers import unwrap
@@ -196,6 +196,7 @@ def corruption_robustness(
     Returns:
         `{kind: {level: effect}}`.
     """
+    check_list("kinds", kinds)
     damaged = {kind: {level: dataset.with_augmentation(Corruption(kind, level)) for level in levels} for kind in kinds}
     return {
         kind: {level: evaluate_prompt(model, questions, **options) for level, questions in by_level.items()}

@@ -20,7 +20,7 @@ from peft_vlm.data.overlap import check_not_trained_on, image_sample
 from peft_vlm.data.splits import base_and_new_classes, few_shot
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 from peft_vlm.distributed import is_main_process, local_index
-from peft_vlm.errors import PeftVLMError
+from peft_vlm.errors import PeftVLMError, check_list
 from peft_vlm.evaluation.classify import evaluate_classifier
 from peft_vlm.evaluation.metrics import harmonic_mean
 from peft_vlm.experiments.peak_memory import PeakMemory
@@ -196,6 +196,7 @@ def chosen_learners(learners: Sequence[Learner], names: Sequence[str] | None) ->
     Raises:
         PeftVLMError: If a name is not among them.
     """
+    check_list("names", names)
     known = [learner.name for learner in learners]
     unknown = sorted(set(names or ()) - set(known))
     if unknown:

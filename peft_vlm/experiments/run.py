@@ -18,7 +18,7 @@ from peft_vlm.data.overlap import check_not_trained_on, image_sample
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
 from peft_vlm.data.splits import base_and_new_classes, few_shot
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform, mean_and_std_of
-from peft_vlm.errors import PeftVLMError, check_choice
+from peft_vlm.errors import PeftVLMError, check_choice, check_list
 from peft_vlm.evaluation.loading import load_model
 from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.evaluation.plots import has_matplotlib
@@ -47,6 +47,7 @@ def named_values(words: Sequence[str], name: str) -> dict[str, Any]:
     Raises:
         PeftVLMError: If a word has no `=`.
     """
+    check_list("words", words)
     values: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")

@@ -12,7 +12,7 @@ from transformers import BaseImageProcessor
 
 from peft_vlm.adapters.config import installed_version
 from peft_vlm.data.transforms import image_size_of, mean_and_std_of
-from peft_vlm.errors import ClassNameError, DataError, PeftVLMError
+from peft_vlm.errors import ClassNameError, DataError, PeftVLMError, check_list
 from peft_vlm.evaluation.classify import cosine_logits
 from peft_vlm.evaluation.loading import load_model
 from peft_vlm.export.tower import copy_tower
@@ -47,6 +47,7 @@ def export_classifier(
     Raises:
         ClassNameError: If there are no class names.
     """
+    check_list("class_names", class_names)
     loaded = load_model(adapter, base_model=base_model, device="cpu", revision=revision)
     names = loaded.class_names if class_names is None else tuple(class_names)
     if names is None:
@@ -91,6 +92,7 @@ def plain_classifier(
     Raises:
         PeftVLMError: If its logits differ from those of the model.
     """
+    check_list("class_names", class_names)
     shape, tower = copy_tower(model)
     card = ClassifierCard(
         tuple(class_names),

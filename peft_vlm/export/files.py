@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from peft_vlm.errors import PeftVLMError
+from peft_vlm.errors import PeftVLMError, check_list
 from peft_vlm.files import write_json
 from peft_vlm.serving.card import METADATA_KEY
 from peft_vlm.serving.plain import PlainClassifier
@@ -83,6 +83,7 @@ def write_export(classifier: PlainClassifier, folder: str | Path, formats: Seque
     Raises:
         PeftVLMError: If a format is unknown.
     """
+    check_list("formats", formats)
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
         raise PeftVLMError(f"Expected formats of {sorted(FORMATS)!r}, got {list(formats)!r}.")

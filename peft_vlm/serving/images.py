@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -254,6 +255,21 @@ class Preprocessing:
             return self.resize[0], self.resize[1]
         (short,) = self.resize
         return (short, int(short * cols / rows)) if rows <= cols else (int(short * rows / cols), short)
+
+
+def pixels_of(images: Sequence[str | Path | bytes | Image.Image], preprocessing: Preprocessing) -> np.ndarray:
+    """Pixels of several images in one array.
+
+    Args:
+        images: Paths, contents of files, or PIL images.
+        preprocessing: Makes the pixels of each.
+
+    Raises:
+        ImageError: If it is a single image and no list.
+    """
+    if isinstance(images, str | Path | bytes | Image.Image):
+        raise ImageError("expected a list of images, got a single one. Put it into brackets.")
+    return np.stack([preprocessing(image) for image in images])
 
 
 def _decoded(image: str | Path | bytes | Image.Image, value_range: tuple[float, float] | None) -> Image.Image:

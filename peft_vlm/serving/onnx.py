@@ -8,6 +8,7 @@ import onnxruntime
 from PIL import Image
 
 from .card import METADATA_KEY, ClassifierCard, best_labels
+from .images import pixels_of
 
 
 class OnnxClassifier:
@@ -45,5 +46,5 @@ class OnnxClassifier:
             images: Paths, contents of files, or PIL images; they go through the network as one batch.
             top_k: Labels per image, at most.
         """
-        logits = self(np.stack([self.card.preprocessing(image) for image in images]))
+        logits = self(pixels_of(images, self.card.preprocessing))
         return best_labels(logits, self.card.class_names, top_k)

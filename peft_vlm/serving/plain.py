@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from .card import METADATA_KEY, ClassifierCard, best_labels
+from .images import pixels_of
 from .tower import ImageTower
 
 
@@ -56,7 +56,7 @@ class PlainClassifier(nn.Module):
             images: Paths, contents of files, or PIL images; they go through the network as one batch.
             top_k: Labels per image, at most.
         """
-        pixels = torch.from_numpy(np.stack([self.card.preprocessing(image) for image in images]))
+        pixels = torch.from_numpy(pixels_of(images, self.card.preprocessing))
         logits = self(pixels.to(self.tower.positions))
         return best_labels(logits.cpu().numpy(), self.card.class_names, top_k)
 

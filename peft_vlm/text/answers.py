@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from peft_vlm.errors import ClassNameError, DataError, UnsupportedModelError
+from peft_vlm.errors import ClassNameError, DataError, UnsupportedModelError, check_list
 from peft_vlm.models.cache_name import CACHE_NAME
 from peft_vlm.models.towers import unwrap
 from peft_vlm.text.class_features import evaluation_mode
@@ -62,6 +62,7 @@ def answer_token_ids(
     Raises:
         DataError: If the format has no `{}`, or an answer is empty or has no tokens.
     """
+    check_list("answers", answers)
     if answer_format.count("{}") != 1:
         raise DataError(f"Expected `answer_format` with one '{{}}' for the answer, got {answer_format!r}.")
     appended: list[int] = []

@@ -262,3 +262,11 @@ def test_a_collator_must_shrink_images_as_a_prompt_expects_them() -> None:
         check_shrinking(QuestionCollator(shrinking(5)), settings("processor"))
     with pytest.raises(DataError, match="`clip_processor` that shrinks"):
         check_shrinking(QuestionCollator(shrinking(), clip_processor=clip_processor()), settings("processor"))
+
+
+def test_a_processor_without_patch_size_is_refused() -> None:
+    """LLaVA's processors of 2023 have none; the first batch failed with "unsupported operand NoneType"."""
+    processor = llava_processor()
+    processor.patch_size = None
+    with pytest.raises(DataError, match="`LlavaProcessor` has no `patch_size`.*processor.patch_size = model.config"):
+        QuestionCollator(processor)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from peft_vlm.adapters.layer import DelegatingLayer, PromptLayer
-from peft_vlm.errors import AdapterError, ClassNameError
+from peft_vlm.errors import AdapterError, ClassNameError, check_list
 from peft_vlm.methods.promptkd.config import PromptKDConfig
 from peft_vlm.models.towers import towers_of
 from peft_vlm.text.class_features import StoredFeaturesLayer
@@ -172,6 +172,7 @@ class StoredClasses(PromptLayer, StoredFeaturesLayer):
         Raises:
             ClassNameError: If one is missing.
         """
+        check_list("class_names", class_names)
         rows = {readable(name): row for row, name in enumerate(stored)}
         unknown = [name for name in class_names if readable(name) not in rows]
         if unknown:

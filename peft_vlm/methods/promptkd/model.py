@@ -16,7 +16,7 @@ from peft_vlm.adapters.layer import PromptLayer
 from peft_vlm.adapters.layer_copy import LayerCopy
 from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.distributed import is_left_out, num_processes, sum_over_processes
-from peft_vlm.errors import AdapterError, ClassNameError, PeftVLMWarning, UnsupportedModelError
+from peft_vlm.errors import AdapterError, ClassNameError, PeftVLMWarning, UnsupportedModelError, check_list
 from peft_vlm.methods.promptkd.classes import StoredClasses, StoredClassText, stored_classes
 from peft_vlm.methods.promptkd.config import MAX_PROJECTOR_DEPTH, PromptKDConfig
 from peft_vlm.methods.promptkd.teacher import Teacher
@@ -249,6 +249,7 @@ class PromptKDModel(VLMTuner):
         Raises:
             ClassNameError: If a name is stored already.
         """
+        check_list("class_names", class_names)
         layer = stored_classes(self.model)
         config = layer.adapter_configs[layer.active_adapters[0]]
         stored = list(config.class_names or ())

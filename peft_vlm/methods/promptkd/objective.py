@@ -12,7 +12,7 @@ from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import RowStore
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.distributed import sum_over_processes
-from peft_vlm.errors import ClassNameError, PeftVLMError, check_choice
+from peft_vlm.errors import ClassNameError, PeftVLMError, check_choice, check_list
 from peft_vlm.losses import REDUCTIONS, TEACHER_WEIGHTINGS, distillation_loss
 from peft_vlm.methods.promptkd.classes import stored_classes
 from peft_vlm.methods.promptkd.model import check_stored, store_classes
@@ -88,6 +88,7 @@ class Agreement:
 
     def __init__(self, class_names: Sequence[str], seen_classes: Sequence[str] | None) -> None:
         names = [readable(name) for name in class_names]
+        check_list("seen_classes", seen_classes)
         seen = set(names) if seen_classes is None else {readable(name) for name in seen_classes}
         if seen - set(names):
             raise ClassNameError(

@@ -23,7 +23,7 @@ _NOUN_LINE = re.compile(r"(\d{8}) \d{2} n ([0-9a-f]{2}) (.+)")
 
 
 def are_numbers(labels: Iterable[str]) -> bool:
-    """Whether all labels are whole numbers, such as "3" and "1.0"."""
+    """True if all labels are whole numbers, such as "3" and "1.0"."""
     return all(_NUMBER.fullmatch(label) for label in labels)
 
 

@@ -98,7 +98,7 @@ def read_folder(root: Path, *, image_column: str, label_column: str) -> Parts:
             for name, rows in read_list(path, **columns).items():
                 listed.setdefault(name, []).extend(rows)
         return {**listed}
-    files = find_images(root)
+    files = find_images(root, read_elsewhere=METADATA_NAMES)
     if not files:
         hint = " It holds archives: unpack them." if any(root.glob("*.zip")) or any(root.glob("*.tar*")) else ""
         raise DataError(f"No images in {str(root)!r}. Expected one folder per class with images in it.{hint}")
@@ -208,6 +208,7 @@ def _read_metadata(root: Path, folders: Sequence[str], label_column: str) -> dic
         for path in (folder / name for name in METADATA_NAMES):
             rows = list(_metadata_rows(path)) if path.is_file() else []
             if not any(label_column in row for row in rows):
+                say_left_out(folder, {f"files {path.name!r} without labels": 1} if rows else {})
                 continue
             for number, row in enumerate(rows, start=1):
                 if not row.get(FILE_COLUMN) or not row.get(label_column):
@@ -276,7 +277,7 @@ def read_list(path: Path, *, image_column: str, label_column: str) -> dict[str, 
 
 
 def has_split_column(path: Path) -> bool:
-    """Whether a list says of each row to which part it belongs."""
+    """True if a list says of each row to which part it belongs."""
     return SPLIT_COLUMN in _header(path)
 
 

@@ -45,7 +45,7 @@ def check_value_range(
     Args:
         tops: Of each image the number that is white by its type, and its highest number; None for 8 bits.
         value_range: The range that was said.
-        are_all: Whether these are all images there are.
+        are_all: True if these are all images there are.
 
     Raises:
         DataError: If the range is missing, too small, or not needed.

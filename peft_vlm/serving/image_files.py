@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def say_left_out(root: Path, counts: Mapping[str, int]) -> None:
         _say_once(f"Left out of {str(root)!r}: {listed}.")
 
 
-def find_images(root: Path) -> list[Path]:
+def find_images(root: Path, *, read_elsewhere: Collection[str] = ()) -> list[Path]:
     """Image files below a folder in sorted order: those whose name or content says so.
 
     Links are followed; hidden files and folders, `__MACOSX`, circles of links, empty folders and other files are left
@@ -37,9 +37,15 @@ def find_images(root: Path) -> list[Path]:
 
     Args:
         root: The folder.
+        read_elsewhere: Names of files that are not counted.
     """
     left_out: Counter[str] = Counter()
-    files = sorted(_walk(root, (os.path.realpath(root),), left_out))
+    files = []
+    for path in sorted(_walk(root, (os.path.realpath(root),), left_out)):
+        if is_image_file(path):
+            files.append(path)
+        elif path.name not in read_elsewhere:
+            left_out[f"files {path.suffix.lower()!r}" if path.suffix else "files without ending"] += 1
     say_left_out(root, left_out)
     return files
 
@@ -57,14 +63,12 @@ def _walk(folder: Path, above: tuple[str, ...], left_out: Counter[str]) -> Itera
                 left_out["links in a circle"] += 1
             else:
                 yield from _walk(folder / entry.name, (*above, place), left_out)
-        elif is_image_file(path := folder / entry.name):
-            yield path
         else:
-            left_out[f"files {path.suffix.lower()!r}" if path.suffix else "files without ending"] += 1
+            yield folder / entry.name
 
 
 def is_image_file(path: Path) -> bool:
-    """Whether the name or the content of a file says that it is a raster image; what it is, its content decides.
+    """True if name or content of a file say that it is a raster image; which one, its content decides.
 
     Args:
         path: A path; links are followed, and pipes and devices are no files.

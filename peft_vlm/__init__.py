@@ -7,6 +7,7 @@ registered at the first import of PEFT, or of a part of this package that needs 
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -95,6 +96,8 @@ def _register() -> None:
     """Make PEFT know the methods, and its `push_to_hub` our cards."""
     if _FINDER in sys.meta_path:
         sys.meta_path.remove(_FINDER)
+    # PEFT asks every model for this property, which transformers 5.23 has renamed: nothing that a user could change
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
     importlib.import_module(f"{__name__}.methods")
     importlib.import_module(f"{__name__}.hub")
 

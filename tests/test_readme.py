@@ -29,6 +29,7 @@ def test_the_readme_example_runs(tmp_path: Path) -> None:
     assert code.strip(), "README.md has no runnable ```python block"
     result = run_outside_repository(code, folder=tmp_path)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    assert "Warning" not in result.stderr, "a first run that begins with warnings looks broken"
     evaluation = EvaluationArguments(
         protocol="few-shot",
         dataset=["examples/assets/emoji"],

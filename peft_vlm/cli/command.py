@@ -5,7 +5,8 @@ Nothing here imports torch, PEFT or transformers: help and wrong flags answer at
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -177,6 +178,27 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
         raise PeftVLMError(f"Expected `name: value` lines in {str(path)!r}, got {type(values).__name__}.")
     return values
+
+
+@contextmanager
+def calm() -> Iterator[None]:
+    """Within this, the libraries below draw no bars for reading weights and tables; bars of downloads stay."""
+    import datasets
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    bars = {"transformers": transformers.utils.logging.is_progress_bar_enabled()}
+    bars["datasets"] = datasets.are_progress_bars_disabled()
+    transformers.utils.logging.disable_progress_bar()  # switches the downloads' off as well
+    huggingface_hub.utils.enable_progress_bars()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if bars["transformers"]:
+            transformers.utils.logging.enable_progress_bar()
+        if not bars["datasets"]:
+            datasets.enable_progress_bars()
 
 
 def print_json(value: Any) -> None:

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from peft_vlm.cli.command import add_command, print_json, read_settings
+from peft_vlm.cli.command import add_command, calm, print_json, read_settings
 from peft_vlm.settings import EvaluationArguments
 
 EXAMPLES = """
@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     settings.check()
     from peft_vlm.evaluation.run import run_evaluation
 
-    report = run_evaluation(settings)
+    with calm():
+        report = run_evaluation(settings)
     if arguments.json:
         print_json(asdict(report))
         return

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.cli.command import add_command, print_json
+from peft_vlm.cli.command import add_command, calm, print_json
 
 #: Of `peft_vlm.export.FORMATS`.
 FORMATS = ("onnx", "pt2", "safetensors")
@@ -43,13 +43,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Export, and print which files were written."""
     from peft_vlm.export import export_classifier, write_export
 
-    classifier = export_classifier(
-        None if arguments.zero_shot else arguments.adapter,
-        base_model=arguments.adapter if arguments.zero_shot else arguments.base_model,
-        class_names=arguments.class_names,
-        template=arguments.template,
-    )
-    files = write_export(classifier, Path(arguments.output_dir), arguments.formats)
+    with calm():
+        classifier = export_classifier(
+            None if arguments.zero_shot else arguments.adapter,
+            base_model=arguments.adapter if arguments.zero_shot else arguments.base_model,
+            class_names=arguments.class_names,
+            template=arguments.template,
+        )
+        files = write_export(classifier, Path(arguments.output_dir), arguments.formats)
     sizes = {str(path): path.stat().st_size for path in files}
     if arguments.json:
         print_json({"classes": len(classifier.card.class_names), "files": sizes})

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from peft_vlm.cli.command import add_command, print_json
+from peft_vlm.cli.command import add_command, calm, print_json
 from peft_vlm.settings import PROTOCOLS, EvaluationArguments
 
 EXAMPLES = """
@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
             baseline=True,
             plots=False,
         )
-        run_evaluation(evaluation)
+        with calm():
+            run_evaluation(evaluation)
     names = ("license", "base_model", "title", "note", "subfolder", "revision", "private", "incomplete")
     options = {name: getattr(arguments, name) for name in names}
     published = publish(arguments.folder, arguments.repo_id, **options)

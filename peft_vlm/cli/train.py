@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.cli.command import add_command, as_flags, print_json, read_settings
+from peft_vlm.cli.command import add_command, as_flags, calm, print_json, read_settings
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.settings import RunSettings
 
@@ -83,7 +83,10 @@ def run(arguments: argparse.Namespace) -> None:
     parser = HfArgumentParser(VLMTrainingArguments, prog="peft-vlm train")
     parser.usage = "peft-vlm train [FILE.yaml] [--flag value ...]   (all flags: --help)"
     (args,) = parser.parse_args_into_dataclasses([*as_flags(defaults), *arguments.more], look_for_args_file=False)
-    scores = run_training(settings, args)
+    with calm():
+        scores = run_training(settings, args)
+    if args.process_index:  # one of several processes says what has become of the run, after the evaluation
+        return
     if arguments.json:
         print_json({"adapter": args.output_dir, "scores": scores})
         return

@@ -167,7 +167,7 @@ def iterate_logits(
             "`dataset.with_transform(EvalTransform(image_processor))`."
         )
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
-    for batch in tqdm(loader, desc="classify", unit="batch", disable=not progress):
+    for batch in tqdm(loader, desc="classify", unit="batch", leave=False, disable=not progress):
         yield logits(batch["pixel_values"]).float().cpu(), batch["labels"]
 
 

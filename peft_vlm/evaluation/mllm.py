@@ -82,7 +82,7 @@ def classify_answers(
     device = next(model.parameters()).device
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collator)
     labels, predicted, confidence = [], [], []
-    for batch in tqdm(loader, desc="score answers", unit="batch", disable=not progress):
+    for batch in tqdm(loader, desc="score answers", unit="batch", leave=False, disable=not progress):
         inputs = {name: column.to(device) for name, column in question_inputs(batch).items()}
         best = candidate_scores(model, inputs, candidates, chunk_size=chunk_size).softmax(dim=-1).max(dim=-1)
         labels.append(batch["labels"])
@@ -302,7 +302,7 @@ def generate_answers(
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_LeftPadded(collator))
     texts: list[str] = []
     with evaluation_mode(model):
-        for inputs in tqdm(loader, desc="answer", unit="batch", disable=not progress):
+        for inputs in tqdm(loader, desc="answer", unit="batch", leave=False, disable=not progress):
             inputs = {name: column.to(device) for name, column in inputs.items()}
             written = _new_tokens(model.generate(**inputs, **options), inputs["input_ids"])
             texts += tokenizer.batch_decode(written, skip_special_tokens=True)

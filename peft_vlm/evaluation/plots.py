@@ -1,6 +1,7 @@
 """Plots: bars, curves, confusion matrices. matplotlib is imported on use and comes with the extra `plots`."""
 
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,7 @@ def require_matplotlib() -> None:
 
 
 def new_figure(width: float | int, height: float | int) -> Any:
-    """An empty figure outside of pyplot's global state; `savefig(path)` writes it.
+    """An empty figure outside of pyplot's global state; `save_figure` writes it.
 
     Args:
         width: Inches, of 120 pixels.
@@ -40,6 +41,58 @@ def new_figure(width: float | int, height: float | int) -> Any:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure as PNG, its texts in fonts of the system that have their letters.
+
+    Class names come in any script, and matplotlib's own font has no Chinese, Japanese or Korean letters. Letters that
+    no font has are drawn as boxes, without a warning for each.
+
+    Args:
+        figure: From `new_figure`.
+        path: PNG file to write.
+    """
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    families = font_families("".join(text.get_text() for text in texts))
+    if len(families) > 1:
+        for text in texts:
+            text.set_fontfamily(families)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
+        figure.savefig(Path(path))
+
+
+def font_families(text: str) -> list[str]:
+    """Fonts that have the letters of a text: matplotlib's own, and of the system as few as are needed.
+
+    Args:
+        text: Any text. Letters that no font has are left out of account.
+    """
+    from matplotlib.font_manager import fontManager
+
+    families = ["DejaVu Sans"]
+    missing = {ord(letter) for letter in text if letter.isprintable()} - _letters(fontManager.findfont(families[0]))
+    for font in sorted(fontManager.ttflist, key=lambda font: (font.style != "normal", font.weight != 400, font.name)):
+        if not missing:
+            break
+        try:
+            covered = missing & _letters(font.fname)
+        except (OSError, RuntimeError):  # removed since matplotlib listed it, or damaged
+            continue
+        if covered:
+            families.append(font.name)
+            missing -= covered
+    return families
+
+
+def _letters(font: str) -> set[int]:
+    """Code points that a font file has."""
+    from matplotlib.ft2font import FT2Font
+
+    return set(FT2Font(font).get_charmap())
 
 
 #: Beyond this many classes neither names nor counts can be read, and only the matrix is drawn.
@@ -85,7 +138,7 @@ def confusion_matrix_png(
             axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=8, color=colour)
     axes.set(xlabel="predicted class", ylabel="true class")
     _set_title(axes, title)
-    figure.savefig(Path(path))
+    save_figure(figure, path)
 
 
 def bars_png(
@@ -128,7 +181,7 @@ def bars_png(
     axes.margins(y=0.12)
     if len(values) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    figure.savefig(Path(path))
+    save_figure(figure, path)
 
 
 def lines_png(
@@ -164,4 +217,4 @@ def lines_png(
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    figure.savefig(Path(path))
+    save_figure(figure, path)

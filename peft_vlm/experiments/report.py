@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vlm.distributed import is_main_process
-from peft_vlm.evaluation.plots import new_figure
+from peft_vlm.evaluation.plots import new_figure, save_figure
 from peft_vlm.evaluation.report import paired_difference
 
 SCORES = {"base": "base %", "new": "new %", "h": "H %", "accuracy": "accuracy %"}
@@ -99,7 +99,7 @@ def results_png(report: Mapping[str, Any], path: Path) -> None:
         if len(scores) > 1:
             axes.set_ylim(top=1.15 * axes.get_ylim()[1])
             axes.legend(loc="upper center", ncols=len(scores))
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _seeds(report: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,16 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, PrinterCallback, set_seed
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.data.dataset import ImageClassificationDataset
@@ -159,8 +169,59 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
         check_not_trained_on(test, image_sample(parts.train), num_train=len(parts.train))
     trainer = VLMTrainer(parts.model, parts.objective, args, train_dataset=parts.train, eval_dataset=parts.eval)
     trainer.remove_callback(PrinterCallback)
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(OneBar())
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return parts.evaluate() if settings.evaluate and args.process_index == 0 else {}
+
+
+class OneBar(ProgressCallback):
+    """One bar with the time left and the loss, and a line per validation, in place of a dictionary per step."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss at the end of the bar.
+
+        Args:
+            args: Settings of the run.
+            state: State of the trainer.
+            control: Not used.
+            logs: What is logged.
+            **kwargs: Not used.
+        """
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}")
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print the scores of a validation; remove its bar.
+
+        Args:
+            args: Settings of the run.
+            state: State of the trainer.
+            control: Not used.
+            metrics: What was measured.
+            **kwargs: Not used.
+        """
+        super().on_evaluate(args, state, control, **kwargs)
+        scores = {key.removeprefix("eval_"): value for key, value in (metrics or {}).items()}
+        parts = [f"accuracy {scores['accuracy']:.2f} %"] if "accuracy" in scores else []
+        parts += [f"loss {scores['loss']:.4g}"] if "loss" in scores else []
+        if state.is_world_process_zero and parts:
+            tqdm.write(f"  validation: {', '.join(parts)}", file=sys.stderr)
 
 
 def _is_clip_like(model: str) -> bool:

@@ -19,7 +19,7 @@ from peft_vlm.data.overlap import image_sample
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.distributed import wait_for_everyone
-from peft_vlm.evaluation.plots import has_matplotlib, new_figure
+from peft_vlm.evaluation.plots import has_matplotlib, new_figure, save_figure
 from peft_vlm.files import CARD_NAME, CURVE_NAME, METRICS_NAME, SUMMARY_NAME, finite_or_null, write_json
 from peft_vlm.hub.adapter_folder import AdapterFolder
 from peft_vlm.hub.card import render_card
@@ -52,7 +52,7 @@ def training_curve_png(history: Sequence[dict[str, Any]], path: Path) -> None:
             axes.legend()
     loss_axes.set_ylabel("loss")
     accuracy_axes.set_ylabel("accuracy (%)")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 REPORTED_ARGUMENTS = (

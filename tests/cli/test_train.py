@@ -114,19 +114,24 @@ def test_a_seed_also_gives_the_first_values_of_the_adapter(method, words, tmp_pa
 
 
 def test_a_run_shows_how_far_it_is(words, tmp_path, capsys) -> None:
-    """A terminal that stays empty for an hour looks like a program that hangs; scripts read standard output."""
+    """A terminal that stays empty looks like a program that hangs; one that is full of bars and dictionaries, like one
+    that nobody is meant to read. Scripts read standard output."""
     root, flags = words
-    flags = [*flags[:6], "--num_train_epochs", "2", "--use_cpu", "--report_to", "none", "--no_evaluate"]
+    flags = [*flags[:6], "--num_train_epochs", "2", "--use_cpu", "--report_to", "none"]
+    flags += ["--eval_split", "test", "--eval_strategy", "epoch", "--logging_steps", "1"]
     command = ["train", "--method", "coop", *own_words("coop", root), *flags, "--output_dir", str(tmp_path / "run")]
     assert main(command) == 0
-    progress = capsys.readouterr().err
-    assert "Epoch 1 of 2: loss" in progress
-    assert "Epoch 2 of 2: loss" in progress
-    assert "4/4" in progress, "no bar"
+    captured = capsys.readouterr()
+    progress = captured.err
+    for expected in ("Epoch 1 of 2: loss", "Epoch 2 of 2: loss", "4/4", ", loss ", "validation: accuracy "):
+        assert expected in progress, expected
+    assert "{" not in captured.out + progress, "a dictionary of transformers"
+    assert "Loading weights" not in progress
+    assert progress.count("Epoch") == progress.count("validation:") == 2
     assert main([*command[:-1], str(tmp_path / "again"), "--json"]) == 0
     captured = capsys.readouterr()
     assert "Epoch" not in captured.err
-    assert json.loads(captured.out)["scores"] == {}
+    assert set(json.loads(captured.out)["scores"]) == {"accuracy", "zero_shot_accuracy"}
 
 
 def test_flags_replace_what_a_file_says_and_the_adapter_is_measured(words, tmp_path, capsys) -> None:

@@ -39,3 +39,20 @@ def test_a_launcher_starts_two_processes(tmp_path: Path, launcher: str) -> None:
     assert result.returncode == 0, result.stderr
     assert "Training in 2 processes on cpu: 8 images per step" in result.stderr
     assert {path.name for path in tmp_path.glob("final-*")} == {"final-0.safetensors", "final-1.safetensors"}
+
+
+@pytest.mark.slow
+def test_the_command_says_once_what_it_has_written(tmp_path: Path) -> None:
+    """Each process once printed the closing lines, the others before the main one had evaluated."""
+    words = ["--method", "skip_tuning", "--model", "examples/assets/clip_student", "--max_steps", "1", "--shots", "1"]
+    words += ["--dataset", "examples/assets/emoji", "--template", "{} emoji", "--use_cpu", "--report_to", "none"]
+    words += ["--config", "start_layer=3", "text_start_layer=2", "--objective", "batch_composition=random"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "peft_vlm.cli", "train"]
+    command = [sys.executable, "-m", *launcher, *words, "--output_dir", str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Written to") == 1
+    assert result.stdout.splitlines()[-1].startswith("Written to")
+    assert result.stdout.count("zero_shot_accuracy") == 1
+    assert (tmp_path / "run" / "zero_shot.json").is_file()

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from peft_vlm.evaluation import bars_png, confusion_matrix_png, plots
@@ -36,3 +39,43 @@ def test_a_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install matplotlib"):
         bars_png({"one": {"accuracy": 50.0}}, tmp_path / "one.png")
+
+
+def test_names_in_any_script_are_drawn_without_a_warning(tmp_path: Path) -> None:
+    """Where no font has the letters, boxes must do: a warning per letter and plot buries the results."""
+    names = ["\u65e5\u672c", "\ud55c\uad6d", "\u0e44\u0e17\u0e22", "\U0001f60a", "caf\u00e9", "\ue000"]
+    confusion_matrix_png(torch.eye(6, dtype=torch.long), names, tmp_path / "confusion.png", title=" ".join(names))
+    bars_png({name: {"accuracy": 50.0} for name in names}, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").is_file()
+
+
+def test_a_font_of_the_system_is_taken_where_it_has_the_letters(tmp_path: Path, monkeypatch) -> None:
+    """matplotlib draws boxes for Chinese and Japanese even where the system has a font for them."""
+    letter = "\u65e5"
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for point in ((0, 700), (700, 700), (700, 0)):
+        pen.lineTo(point)
+    pen.closePath()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "square"])
+    font.setupCharacterMap({ord(letter): "square"})
+    font.setupGlyf({".notdef": pen.glyph(), "square": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (800, 0), "square": (800, 0)})
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": "Square", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(tmp_path / "square.ttf")
+    own = [font for font in fontManager.ttflist if font.name.startswith("DejaVu")]
+    monkeypatch.setattr(fontManager, "ttflist", own)
+    assert plots.font_families(f"abc {letter}") == ["DejaVu Sans"]
+    fontManager.addfont(tmp_path / "square.ttf")
+    assert plots.font_families("abc") == ["DejaVu Sans"]
+    assert plots.font_families(f"abc {letter}") == ["DejaVu Sans", "Square"]
+    pixels = []
+    for name in ("with", "without"):
+        bars_png({letter: {"accuracy": 50.0}, "b": {"accuracy": 40.0}}, tmp_path / f"{name}.png")
+        pixels.append((tmp_path / f"{name}.png").read_bytes())
+        monkeypatch.undo()
+    assert pixels[0] != pixels[1], "the font was found and not used"

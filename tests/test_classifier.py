@@ -298,7 +298,7 @@ def test_class_features_are_computed_once_per_class_list() -> None:
     classifier = lora_classifier()
     passes: list[int] = []
     base = classifier.model.get_base_model()
-    base.text_model.register_forward_hook(lambda *call: passes.append(1))
+    base.text_projection.register_forward_hook(lambda *call: passes.append(1))
     for _ in range(3):
         for names in (NAMES, NAMES[::-1], ["ox", "bee"]):
             classifier.predict(noise_image(20, 30), class_names=names)

@@ -146,6 +146,11 @@ class Towers:
         return int(text.vocab_size - 1 if text.eos_token_id == _OLD_EOS else text.eos_token_id)
 
     @property
+    def pools_highest_id(self) -> bool:
+        """Whether the text tower takes the highest id of a text for its end, as transformers does for old configs."""
+        return self.text_is_causal and self.model.text_model.eos_token_id == _OLD_EOS
+
+    @property
     def vocab_size(self) -> int:
         """Tokens that the text tower knows."""
         return int(self.model.config.text_config.vocab_size)

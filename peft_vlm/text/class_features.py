@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peft_vlm.distributed import divided, num_processes
-from peft_vlm.errors import AdapterError, ClassNameError
+from peft_vlm.errors import AdapterError
 from peft_vlm.models.towers import image_features, side_of, towers_of
 from peft_vlm.objective import Objective
 from peft_vlm.shapes import Batch
@@ -77,7 +77,6 @@ def encode_classes(
     with evaluation_mode(model):
         for start in range(0, len(prompts.input_ids), chunk_size):
             input_ids = prompts.input_ids[start : start + chunk_size].to(device)
-            _check_vocabulary(model, input_ids)
             features = _unit_features(model, input_ids)
             if sums is None:
                 sums = features.new_zeros(num_classes, features.shape[-1])
@@ -102,7 +101,6 @@ def _encode_together(
 
     def features_of(rows: Int[Tensor, " rows"]) -> Tensor:
         input_ids = prompts.input_ids[rows].to(device)
-        _check_vocabulary(model, input_ids)
         return _unit_features(model, input_ids)
 
     with evaluation_mode(model):
@@ -119,22 +117,6 @@ def _stored_class_features(model: nn.Module, class_names: Sequence[str]) -> Floa
     """
     head = towers_of(model).text_head
     return head.stored_features(class_names) if isinstance(head, StoredFeaturesLayer) else None
-
-
-def _check_vocabulary(model: nn.Module, input_ids: Int[Tensor, "prompts tokens"]) -> None:
-    towers = towers_of(model)
-    highest, size = int(input_ids.max()), towers.vocab_size
-    if highest >= size:
-        raise ClassNameError(
-            f"The prompts hold the token id {highest}, the model's vocabulary has {size} tokens: they were made with "
-            "another model's tokenizer. Load tokenizer and model from the same folder."
-        )
-    # CLIP pools the first end-of-text token, and silently the first position when there is none.
-    if towers.text_is_causal and bool((towers.pooled_positions(input_ids) == 0).any()):
-        raise ClassNameError(
-            "The prompts hold no end-of-text token of this model: they were made with another model's tokenizer, or "
-            "`eos_token_id` in the model's text config is wrong. Load tokenizer and model from the same folder."
-        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_vlm.errors import ClassNameError
 from peft_vlm.models.repository import hub_options
-from peft_vlm.models.towers import towers_of
+from peft_vlm.models.towers import Towers, towers_of
 from peft_vlm.text.slots import SlotLayer, Slots
 
 
@@ -178,7 +178,8 @@ def tokenize_classes(
 
     Raises:
         ClassNameError: If names are missing, empty or the same, a template has no `{}`, a prompt is longer than
-            `max_length`, two classes get the same tokens, or the tokenizer has no vocabulary or padding token.
+            `max_length` or holds a start or end token, two classes get the same tokens, or the tokenizer has no
+            vocabulary or padding token.
     """
     names = check_class_names(class_names)
     templates = (template,) if isinstance(template, str) else tuple(template)
@@ -189,6 +190,7 @@ def tokenize_classes(
     _check_tokenizer(tokenizer)
     rows = tokenizer([fill(text, name) for text in templates for name in names], padding=False, truncation=False)
     rows = rows["input_ids"]
+    _check_special_tokens(tokenizer, rows, names, templates)
     _check_lengths(rows, names, templates, max_length)
     _check_distinct(rows, names, templates)
     length = max_length if pad_to_max else max(len(row) for row in rows)
@@ -215,15 +217,25 @@ def tokenize_for_model(
         tokenizer: Its tokenizer.
         class_names: Label order.
         template: One text with `{}`, or several.
+
+    Raises:
+        ClassNameError: As `tokenize_classes`, or if a text has a token that this model takes for the end.
     """
     towers = towers_of(model)
-    return tokenize_classes(
+    prompts = tokenize_classes(
         tokenizer,
         class_names,
         template=template,
         max_length=towers.text_length,
         pad_to_max=not towers.text_is_causal,
     )
+    highest, end = int(prompts.input_ids.max()), tokenizer.eos_token_id
+    if towers.pools_highest_id and highest > end:
+        raise ClassNameError(
+            f"The prompts hold the token {tokenizer.convert_ids_to_tokens(highest)!r} with the id {highest}, above "
+            f"the end-of-text token ({end}), and this model takes the highest id for the end of a text. {_END_ADVICE}"
+        )
+    return prompts
 
 
 def check_same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> None:
@@ -257,6 +269,23 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
     if tokenizer.pad_token_id is None:
         raise ClassNameError("The tokenizer has no padding token. Set `tokenizer.pad_token` as the model expects it.")
+
+
+def _check_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], names: tuple[str, ...], templates: tuple[str, ...]
+) -> None:
+    """Refuse texts with start or end tokens besides those that the tokenizer puts around every text."""
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    usual = sum(token in special for token in tokenizer("")["input_ids"])
+    for row, ids in enumerate(rows):
+        found = [token for token in ids if token in special]
+        if len(found) > usual:
+            template, name = templates[row // len(names)], names[row % len(names)]
+            raise ClassNameError(
+                f"Class {name!r} in template {template!r} holds a start or end token inside "
+                f"({tokenizer.convert_ids_to_tokens(found)!r}), after which the text tower reads nothing. Take it "
+                "out, or characters that the tokenizer does not know."
+            )
 
 
 def _check_lengths(rows: list[list[int]], names: tuple[str, ...], templates: tuple[str, ...], max_length: int) -> None:
@@ -298,11 +327,17 @@ def reserve_slots(model: nn.Module, prompts: ClassPrompts) -> ClassPrompts:
         `prompts` itself when the active adapter has no learned context.
 
     Raises:
-        ClassNameError: If a prompt gets too long, was tokenised with other slots, or its template has no room.
+        ClassNameError: If a prompt gets too long, was tokenised with other slots, its template has no room, or the
+            text tower would not read all of it.
     """
     slots = slots_of(model)
-    if prompts.slots == slots:
-        return prompts
+    if prompts.slots != slots:
+        prompts = _reserved(model, prompts, slots)
+    _check_ids(towers_of(model), prompts.input_ids)
+    return prompts
+
+
+def _reserved(model: nn.Module, prompts: ClassPrompts, slots: Slots | None) -> ClassPrompts:
     if prompts.slots is not None:
         raise ClassNameError(
             f"Expected plain class prompts or ones with {slots!r}, got prompts with {prompts.slots!r}. "
@@ -317,6 +352,42 @@ def reserve_slots(model: nn.Module, prompts: ClassPrompts) -> ClassPrompts:
             f"tokens of the adapter, the limit of the text tower is {limit}. Shorten class names or template."
         )
     return dataclasses.replace(prompts, input_ids=ids, slots=slots)
+
+
+def _check_ids(towers: Towers, input_ids: Int[Tensor, "prompts tokens"]) -> None:
+    """Refuse prompts that a text tower does not know, or does not read to their end."""
+    highest, size = int(input_ids.max()), towers.vocab_size
+    if highest >= size:
+        raise ClassNameError(
+            f"The prompts hold the token id {highest}, the model's vocabulary has {size} tokens: they were made with "
+            "another model's tokenizer. Load tokenizer and model from the same folder."
+        )
+    if not towers.text_is_causal:  # such a tower reads every position
+        return
+    positions = towers.pooled_positions(input_ids)
+    # CLIP pools the first end-of-text token, and silently the first position when there is none.
+    if bool((positions == 0).any()):
+        raise ClassNameError(
+            "The prompts hold no end-of-text token of this model: they were made with another model's tokenizer, or "
+            "`eos_token_id` in the model's text config is wrong. Load tokenizer and model from the same folder."
+        )
+    # What follows the pooled token must be padding: words there change no feature, so that classes become the same.
+    unread = torch.arange(input_ids.shape[1], device=input_ids.device) > positions[:, None]
+    cut = (unread & (input_ids != input_ids[:, -1:])).any(dim=1).nonzero()
+    if len(cut):
+        row = int(cut[0])
+        position = int(positions[row])
+        raise ClassNameError(
+            f"The text tower reads prompt {row} only up to the token {int(input_ids[row, position])} at position "
+            f"{position}; words follow it. {_END_ADVICE}"
+        )
+
+
+_END_ADVICE = (
+    "Take start and end tokens out of names and templates. If tokens were added to the vocabulary of a model with "
+    "`eos_token_id=2` in its text config, for which the highest id is the end of a text, load it with the tokenizer's "
+    "ids: `config.text_config.bos_token_id`, `config.text_config.eos_token_id`."
+)
 
 
 def _with_slots(prompts: ClassPrompts, slots: Slots) -> Int[Tensor, "prompts tokens"]:

@@ -8,10 +8,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import CLIPModel
+from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from peft_vlm.errors import AdapterError, ClassNameError
-from peft_vlm.text import ClassFeatureCache, ClassPrompts, encode_classes, tokenize_classes
+from peft_vlm.text import (
+    ClassFeatureCache,
+    ClassPrompts,
+    encode_classes,
+    reserve_slots,
+    tokenize_classes,
+    tokenize_for_model,
+)
 from tests.tiny import tiny_clip, tiny_siglip, tiny_tokenizer
 
 NAMES = ["cat", "golden retriever", "hippopotamus", "bee", "ox"]
@@ -89,6 +96,61 @@ def test_prompts_of_another_tokenizer_are_refused() -> None:
     config.text_config.vocab_size = 510
     with pytest.raises(ClassNameError, match="token id 513, the model's vocabulary has 510 tokens"):
         encode_classes(CLIPModel(config), prompts_of())
+
+
+def with_added_tokens(*tokens: str, old: bool = True) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
+    """A CLIP whose vocabulary was enlarged, under the old rule that the highest id is the end of a text, or not."""
+    model, tokenizer = tiny_clip(eos_token_id=2 if old else 513), tiny_tokenizer()
+    tokenizer.add_tokens(list(tokens))
+    embeddings = model.text_model.embeddings
+    table = embeddings.token_embedding.weight.detach()
+    new = 0.2 * torch.randn(len(tokens), table.shape[1], generator=torch.Generator().manual_seed(1))
+    embeddings.token_embedding = nn.Embedding.from_pretrained(torch.cat([table, new]))
+    model.config.text_config.vocab_size = len(tokenizer)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("template", ["<sks> {}", "{} <sks>", "a {} with a <sks> hat"])
+def test_added_tokens_are_refused_where_they_would_end_the_text(template: str) -> None:
+    """Words after an added token count for nothing there: "<sks> dog" and "<sks> cat" would get the same features."""
+    model, tokenizer = with_added_tokens("<sks>")
+    with pytest.raises(ClassNameError, match=r"'<sks>' with the id 514, above the end-of-text token \(513\)"):
+        tokenize_for_model(model, tokenizer, ["dog", "cat"], template=template)
+
+
+def test_prompts_that_a_model_does_not_read_to_their_end_are_refused() -> None:
+    """`tokenize_classes` does not know the model; its prompts are checked where they meet it."""
+    model, tokenizer = with_added_tokens("<sks>")
+    prompts = tokenize_classes(tokenizer, ["dog", "cat"], template="<sks> {}", max_length=40)
+    with pytest.raises(ClassNameError, match="reads prompt 0 only up to the token 514 at position 1; words follow"):
+        encode_classes(model, prompts)
+    with pytest.raises(ClassNameError, match="load it with the tokenizer's ids"):
+        reserve_slots(model, prompts)
+
+
+def test_added_tokens_work_where_the_end_token_is_named() -> None:
+    """The usual case since 2023: the end of a text is an id of its own."""
+    model, tokenizer = with_added_tokens("<sks>", old=False)
+    features = encode_classes(model, tokenize_for_model(model, tokenizer, ["dog", "cat"], template="<sks> {}"))
+    assert (features[0] - features[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_texts_without_added_tokens_are_read_under_both_rules(old: bool) -> None:
+    """An enlarged vocabulary alone changes nothing."""
+    model, tokenizer = with_added_tokens("<sks>", old=old)
+    prompts = tokenize_for_model(model, tokenizer, NAMES, template="a {}.")
+    expected = encode_classes(tiny_clip(), tokenize_for_model(tiny_clip(), tiny_tokenizer(), NAMES, template="a {}."))
+    torch.testing.assert_close(encode_classes(model, prompts), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("token", ["<|startoftext|>", "<|endoftext|>"])
+@pytest.mark.parametrize("place", ["name", "template"])
+def test_start_and_end_tokens_inside_a_text_are_refused(token: str, place: str) -> None:
+    """The tower stops at an end token; a start token would be taken for a place of learned context."""
+    names, template = (["cat", f"big {token} dog"], "a {}.") if place == "name" else (["cat"], f"a {token} {{}}.")
+    with pytest.raises(ClassNameError, match=r"start or end token inside \(\['<\|startoftext\|>'.*reads nothing"):
+        prompts_of(names, template)
 
 
 def test_the_cache_computes_once() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .checks import CARD, MAX_TEXT, PREPROCESSING, check_values, expect
+from .errors import ExportedFileError
 from .images import Preprocessing
 
 #: Key of the text in the metadata of a safetensors, ONNX or torch.export file.
@@ -48,19 +50,32 @@ class ClassifierCard:
             where: Name of the file, for the error message.
 
         Raises:
-            ValueError: If there is none, or a newer release wrote it.
+            ExportedFileError: If there is none, a newer release wrote it, or it says what cannot be.
         """
         if text is None:
-            raise ValueError(
+            raise ExportedFileError(
                 f"Expected {where!r} to be a classifier that `peft-vlm export` wrote, got a file without the metadata "
                 f"{METADATA_KEY!r}."
             )
-        values = json.loads(text)
+        try:
+            expect(len(text) <= MAX_TEXT, f"a card of at most {MAX_TEXT:,} characters", len(text), where=where)
+            values = json.loads(text)
+        except (RecursionError, json.JSONDecodeError) as error:
+            raise ExportedFileError(
+                f"Expected JSON as {METADATA_KEY!r} in {where!r}, got something else ({error}). Export again."
+            ) from error
+        check_values(values, {"format_version": "a number of 1 or more"}, where=where)
         if values["format_version"] > FORMAT_VERSION:
-            raise ValueError(
+            raise ExportedFileError(
                 f"{where!r} has format version {values['format_version']}, this release reads {FORMAT_VERSION}. "
                 "Install a newer release of peft_vlm, or copy its folder `serving` again."
             )
+        check_values(values, CARD, where=where)
+        expect(set(values) == set(CARD), f"a card with {sorted(CARD)}", sorted(values), where=where)
+        values["preprocessing"].setdefault("value_range", None)  # older files have none
+        check_values(values["preprocessing"], PREPROCESSING, where=where)
+        names = sorted(values["preprocessing"])
+        expect(names == sorted(PREPROCESSING), f"`preprocessing` with {sorted(PREPROCESSING)}", names, where=where)
         preprocessing = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("preprocessing").items()}
         names = tuple(values.pop("class_names"))
         return cls(names, Preprocessing(**preprocessing), **values)

@@ -207,6 +207,10 @@ def _say_once(message: str) -> None:
         logger.info("%s (said once)", message)
 
 
+#: What is opened as an image: a path, the content of a file, or a PIL image.
+ImageSource = str | Path | bytes | Image.Image
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """The steps of the model's image processor, without transformers.
@@ -230,16 +234,23 @@ class Preprocessing:
     image_std: tuple[float, ...]
     value_range: tuple[float, float] | None = None
 
-    def __call__(self, image: str | Path | bytes | Image.Image) -> np.ndarray:
+    def __call__(self, image: ImageSource) -> np.ndarray:
         """Pixels of shape (3, rows, cols) in float32, normalised.
 
         Args:
             image: A path, the content of a file, or a PIL image; the orientation that a photo records is applied.
                 What is none is an `ImageError`.
+
+        Raises:
+            ImageError: If it is no image, or one too large.
         """
         image = _decoded(image, self.value_range)
         (rows, cols), (height, width) = self._resized(image.height, image.width), self.image_size
         top, left, resample = (rows - height) // 2, (cols - width) // 2, Image.Resampling(self.resample)
+        largest = max(cols * min(image.height, rows), rows * (width if rows >= image.height else cols))
+        if Image.MAX_IMAGE_PIXELS is not None and largest > Image.MAX_IMAGE_PIXELS:
+            limit = f"{Image.MAX_IMAGE_PIXELS:,}"
+            raise ImageError(f"Expected at most {limit} pixels after resizing, got {cols} x {rows}. Cut the image.")
         if rows >= image.height:
             # Pillow then resizes columns, rounds, and resizes rows: what the crop cuts off at the sides need not be
             # made high. Where rows shrink it may begin with them (13.0), but nothing gets large.
@@ -257,7 +268,7 @@ class Preprocessing:
         return (short, int(short * cols / rows)) if rows <= cols else (int(short * rows / cols), short)
 
 
-def pixels_of(images: Sequence[str | Path | bytes | Image.Image], preprocessing: Preprocessing) -> np.ndarray:
+def pixels_of(images: Sequence[ImageSource], preprocessing: Preprocessing) -> np.ndarray:
     """Pixels of several images in one array.
 
     Args:
@@ -272,7 +283,7 @@ def pixels_of(images: Sequence[str | Path | bytes | Image.Image], preprocessing:
     return np.stack([preprocessing(image) for image in images])
 
 
-def _decoded(image: str | Path | bytes | Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
+def _decoded(image: ImageSource, value_range: tuple[float, float] | None) -> Image.Image:
     name = "the image" if isinstance(image, bytes | Image.Image) else repr(str(image))
     try:
         return decode_rgb(image if isinstance(image, Image.Image) else open_raster(image), value_range)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
 
 from .card import METADATA_KEY, ClassifierCard, best_labels
-from .images import pixels_of
+from .checks import expect
+from .errors import ExportedFileError
+from .images import ImageSource, pixels_of
 
 
 class OnnxClassifier:
@@ -18,6 +19,9 @@ class OnnxClassifier:
         path: The file.
         threads: Threads of one call; 0 lets onnxruntime choose.
         providers: Execution providers of onnxruntime, best first.
+
+    Raises:
+        ExportedFileError: If the file is damaged or something else.
     """
 
     def __init__(
@@ -25,9 +29,23 @@ class OnnxClassifier:
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        where = str(path)
+        expect(Path(path).is_file(), "a file", "no such file, a folder or a pipe", where=where)
+        try:
+            self.session = onnxruntime.InferenceSession(where, options, providers=list(providers))
+        except Exception as error:  # onnxruntime has an error class of its own for each reason
+            reason = " ".join(str(error).split())
+            raise ExportedFileError(
+                f"Expected a complete ONNX file, got {where!r}: {reason}. Copy or export it again."
+            ) from error
         metadata = self.session.get_modelmeta().custom_metadata_map
-        self.card = ClassifierCard.from_json(metadata.get(METADATA_KEY), where=str(path))
+        self.card = ClassifierCard.from_json(metadata.get(METADATA_KEY), where=where)
+        inputs = {value.name: list(value.shape)[1:] for value in self.session.get_inputs()}
+        outputs = {value.name: list(value.shape)[1:] for value in self.session.get_outputs()}
+        wanted = {"pixel_values": [3, *self.card.preprocessing.image_size]}
+        expect(inputs == wanted, f"the input {wanted}", inputs, where=where)
+        wanted = {"logits": [len(self.card.class_names)]}
+        expect(outputs == wanted, f"the output {wanted}", outputs, where=where)
 
     def __call__(self, pixel_values: np.ndarray) -> np.ndarray:
         """Logits (batch, classes).
@@ -37,14 +55,28 @@ class OnnxClassifier:
         """
         return np.asarray(self.session.run(["logits"], {"pixel_values": pixel_values})[0])
 
-    def predict(
-        self, images: Sequence[str | Path | bytes | Image.Image], *, top_k: int = 5
-    ) -> list[list[tuple[str, float]]]:
+    def prepare(self, images: Sequence[ImageSource]) -> np.ndarray:
+        """Decode images and return their pixels (images, 3, rows, cols); needs no model, so no lock.
+
+        Args:
+            images: Paths, contents of files, or PIL images.
+        """
+        return pixels_of(images, self.card.preprocessing)
+
+    def classify(self, pixels: np.ndarray, *, top_k: int = 5) -> list[list[tuple[str, float]]]:
+        """Labels with probabilities for each image, best first.
+
+        Args:
+            pixels: From `prepare`; they go through the network as one batch.
+            top_k: Labels per image, at most.
+        """
+        return best_labels(self(pixels), self.card.class_names, top_k)
+
+    def predict(self, images: Sequence[ImageSource], *, top_k: int = 5) -> list[list[tuple[str, float]]]:
         """Labels with probabilities for each image, best first.
 
         Args:
             images: Paths, contents of files, or PIL images; they go through the network as one batch.
             top_k: Labels per image, at most.
         """
-        logits = self(pixels_of(images, self.card.preprocessing))
-        return best_labels(logits, self.card.class_names, top_k)
+        return self.classify(self.prepare(images), top_k=top_k)

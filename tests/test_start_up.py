@@ -47,7 +47,7 @@ def test_help_version_and_wrong_flags_load_neither_torch_nor_peft() -> None:
     wrong = [[], ["bogus"], *([name] for name in COMMANDS if name != "info"), ["info", "--bogus"]]
     train = ["train", "--method", "coop", "--model", "m", "--dataset", "d"]
     evaluate = ["evaluate", "--dataset", "d", "--output_dir", "o", "--protocol"]
-    wrong += [train, [*train, "--output_dir", "o", "--learning_rat", "1"], [*train, "--protocol", "x"]]
+    wrong += [train, [*train, "--output_dir", "o", "--lerning_rate", "1"], [*train, "--protocol", "x"]]
     wrong += [[*evaluate, "x"], [*evaluate, "few-shot", "--baseline"], [*evaluate, "few-shot", "--sed", "1"]]
     wrong += [["train", "missing.yaml"], [*train, "--shots", "many"], ["predict", "adapter", "missing.png"]]
     code = """
@@ -67,8 +67,8 @@ for group, code in zip(json.loads(sys.argv[1]), (0, 2), strict=True):
 def test_a_misspelt_training_flag_is_answered_with_the_right_one(capsys) -> None:
     """Flags of the training's arguments are checked by name before anything is loaded."""
     words = ["train", "--method", "coop", "--model", "m", "--dataset", "d", "--output_dir", "o"]
-    assert main([*words, "--learning-rat=3"]) == 2
-    assert "no flag --learning_rat. Did you mean --learning_rate" in capsys.readouterr().err
+    assert main([*words, "--lerning-rate=3"]) == 2
+    assert "no flag --lerning_rate. Did you mean --learning_rate" in capsys.readouterr().err
 
 
 def test_an_exported_classifier_is_served_without_torch(tmp_path) -> None:

@@ -38,6 +38,7 @@ def few_shot_indices(
     seed: int | random.Random,
     strict: bool = False,
     num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> list[int]:
     """Positions of `shots` images per class, drawn as CoOp's code does.
 
@@ -51,6 +52,7 @@ def few_shot_indices(
             (`min(shots, 4)` per class, after the training images).
         strict: Refuse classes with fewer images instead.
         num_classes: Number of classes, so that those without any image are counted and logged too.
+        class_names: Names of all classes in label order, for the log and errors; gives `num_classes` as well.
 
     Returns:
         Positions in `labels`, class by class.
@@ -64,10 +66,13 @@ def few_shot_indices(
     positions: dict[int, list[int]] = defaultdict(list)
     for position, label in enumerate(labels):
         positions[label].append(position)
+    if class_names is not None:
+        num_classes = len(class_names)
     classes = sorted(positions) if num_classes is None else range(num_classes)
     short = {label: len(positions.get(label, ())) for label in classes if len(positions.get(label, ())) < shots}
     if short:
-        found = ", ".join(f"class {label}: {count}" for label, count in list(short.items())[:10])
+        name_of = class_names or {label: f"class {label}" for label in short}
+        found = ", ".join(f"{name_of[label]}: {count}" for label, count in list(short.items())[:10])
         more = ", ..." if len(short) > 10 else ""
         message = f"{len(short)} of {len(classes)} classes have fewer than {shots} images ({found}{more})"
         if strict:
@@ -138,8 +143,8 @@ def few_shot(
     dataset: ImageClassificationDataset, *, shots: int, seed: int, strict: bool = False
 ) -> ImageClassificationDataset:
     """The dataset cut to `shots` images per class; see `few_shot_indices`."""
-    options = {"strict": strict, "num_classes": len(dataset.class_names)}
-    return dataset.select(few_shot_indices(dataset.labels, shots=shots, seed=seed, **options))
+    names = dataset.class_names
+    return dataset.select(few_shot_indices(dataset.labels, shots=shots, seed=seed, strict=strict, class_names=names))
 
 
 def read_zhou_split(path: str | Path, *, root: str | Path, split: str = "train") -> ImageClassificationDataset:

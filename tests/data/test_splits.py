@@ -85,8 +85,8 @@ def test_a_class_without_images_is_named(caplog: pytest.LogCaptureFixture) -> No
     dataset = ImageClassificationDataset(colour_rows(3, classes=2), colour_names(3))
     with caplog.at_level(logging.WARNING, logger="peft_vlm"):
         assert sorted(few_shot(dataset, shots=2, seed=1).labels) == [0, 0, 1, 1]
-    assert "1 of 3 classes have fewer than 2 images (class 2: 0)" in caplog.text
-    with pytest.raises(DataError, match=r"\(class 2: 0\). Leave out the classes without images"):
+    assert f"1 of 3 classes have fewer than 2 images ({colour_names(3)[2]}: 0)" in caplog.text
+    with pytest.raises(DataError, match=rf"\({colour_names(3)[2]}: 0\). Leave out the classes without images"):
         few_shot(dataset, shots=2, seed=1, strict=True)
 
 

@@ -75,6 +75,7 @@ class RunSettings:
         """
         for name in ("config", "objective", "augmentation"):
             check_list(name, getattr(self, name))
+        self.protocol = str(self.protocol).replace("-", "_")  # either spelling, here and below
         check_choice("protocol", self.protocol, sorted(RUN_PROTOCOLS))
 
 
@@ -131,6 +132,7 @@ class EvaluationArguments:
         """
         for name in ("dataset", "split", "template"):
             check_list(name, getattr(self, name))
+        self.protocol = str(self.protocol).replace("_", "-")
         check_choice("protocol", self.protocol, PROTOCOLS)
         if self.protocol in SINGLE and len(self.dataset) != 1:
             raise DataError(f"The protocol {self.protocol!r} takes one dataset, got {self.dataset!r}.")

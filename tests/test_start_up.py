@@ -71,6 +71,17 @@ def test_a_misspelt_training_flag_is_answered_with_the_right_one(capsys) -> None
     assert "no flag --lerning_rate. Did you mean --learning_rate" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "own"),
+    [("lr", "learning_rate"), ("epochs", "num_train_epochs"), ("batch-size", "per_device_train_batch_size")],
+)
+def test_a_flag_of_other_programs_is_answered_with_the_one_here(flag, own, capsys) -> None:
+    """`--epochs` is close to `--warmup_epochs`, and `--lr` begins like three flags that nobody meant."""
+    words = ["train", "--method", "coop", "--model", "m", "--dataset", "d", "--output_dir", "o"]
+    assert main([*words, f"--{flag}", "3"]) == 2
+    assert f"Did you mean --{own}?" in capsys.readouterr().err
+
+
 def test_an_exported_classifier_is_served_without_torch(tmp_path) -> None:
     """A server that only runs ONNX files need not hold two gigabytes of libraries."""
     words = ["export", save_clip(tmp_path / "clip"), str(tmp_path / "out"), "--zero_shot", "--template", "a {}."]

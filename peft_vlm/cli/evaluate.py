@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from peft_vlm.cli.command import add_command, calm, print_json, read_settings
@@ -33,13 +34,19 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate by flags, or by one YAML or JSON file."""
     settings = read_settings(arguments, EvaluationArguments)
     settings.check()
+    from peft_vlm.evaluation.report import EvalReport
     from peft_vlm.evaluation.run import run_evaluation
+    from peft_vlm.files import BASELINE_NAME
 
     with calm():
         report = run_evaluation(settings)
     if arguments.json:
         print_json(asdict(report))
         return
-    for name, score in report.scores.items():
+    scores = dict(report.scores)
+    if settings.baseline:
+        zero_shot = EvalReport.load(Path(settings.output_dir) / BASELINE_NAME).scores
+        scores |= {f"zero_shot_{name}": score for name, score in zero_shot.items()}
+    for name, score in scores.items():
         print(f"{name:24}{score:7.2f} %")
     print(f"Written to {settings.output_dir}")

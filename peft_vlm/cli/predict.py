@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.cli.command import add_command, print_json
+from peft_vlm.cli.command import add_command, calm, print_json
 from peft_vlm.errors import DataError, PeftVLMError
 from peft_vlm.serving.image_files import find_images, is_image_file
 
@@ -130,12 +130,13 @@ def _labeller(arguments: argparse.Namespace) -> Labeller:
         return predict_exported
     from peft_vlm.classifier import PromptedClassifier
 
-    classifier = PromptedClassifier.from_pretrained(
-        None if arguments.zero_shot else arguments.adapter,
-        base_model=arguments.adapter if arguments.zero_shot else arguments.base_model,
-        class_names=arguments.class_names,
-        template=arguments.template,
-    )
+    with calm():
+        classifier = PromptedClassifier.from_pretrained(
+            None if arguments.zero_shot else arguments.adapter,
+            base_model=arguments.adapter if arguments.zero_shot else arguments.base_model,
+            class_names=arguments.class_names,
+            template=arguments.template,
+        )
 
     def predict(files: Sequence[Path]) -> list[list[tuple[str, float]]]:
         return [[(p.label, p.probability) for p in row] for row in classifier.predict(files, top_k=top_k)]

@@ -1,6 +1,6 @@
 """`peft-vlm <command>`: run the command and return an exit code.
 
-Exit codes: 0 done, 2 wrong input (explained in one line on stderr), 1 anything unexpected (with traceback).
+Exit codes: 0 done, 2 wrong input, 130 Ctrl-C (both in one line on stderr), 1 anything unexpected (with traceback).
 
 A new command is a file of this folder with a function `register(commands)`, and an entry of `COMMANDS`. What it needs
 of torch, PEFT and transformers it imports where it does its work: help, version and wrong flags answer at once.
@@ -28,7 +28,7 @@ Prompts and selective tuning for vision-language models: train an adapter, measu
 
 Begin with `peft-vlm info` (what is installed), `peft-vlm info METHOD` (the settings of a method) and the examples of
 `peft-vlm COMMAND --help`. With --json a command prints one JSON value on standard output and nothing else there.
-Exit codes: 0 done, 2 wrong input (explained in one line on standard error), 1 anything unexpected."""
+Exit codes: 0 done, 2 wrong input (explained in one line on standard error), 130 Ctrl-C, 1 anything unexpected."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PeftVLMError, ValueError) as error:
         print(f"peft-vlm {words[0]}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print(f"\npeft-vlm {words[0]}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -12,6 +12,18 @@ from peft_vlm.cli.command import add_command, as_flags, calm, print_json, read_s
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.settings import RunSettings
 
+#: What other programs call a flag, beside spellings that are close to one.
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "device": "use_cpu",
+    "workers": "dataloader_num_workers",
+    "num_workers": "dataloader_num_workers",
+}
+
 EXAMPLES = """
   peft-vlm train --method skip_tuning --model examples/assets/clip_student --dataset examples/assets/icons \\
       --template "a {} icon" --shots 4 --config start_layer=3 text_start_layer=2 \\
@@ -105,8 +117,10 @@ def _check_training_flags(words: Sequence[str]) -> None:
         known += [name.id for name in fields if isinstance(name, ast.Name)]
     for word in words:
         flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and not any(name.startswith((flag, flag.removeprefix("no_"))) for name in known):
-            close = difflib.get_close_matches(flag, known, n=3)
+        if not word.startswith("--"):
+            continue
+        if flag in _OTHER_NAMES or not any(name.startswith((flag, flag.removeprefix("no_"))) for name in known):
+            close = [_OTHER_NAMES[flag]] if flag in _OTHER_NAMES else difflib.get_close_matches(flag, known, n=3)
             advice = f" Did you mean {' or '.join(f'--{name}' for name in close)}?" if close else ""
             raise PeftVLMError(f"There is no flag --{flag}.{advice} All flags: peft-vlm train --help.")
 

@@ -1,12 +1,14 @@
 """`peft-vlm` as a new user tries it: help, exit codes, JSON, folders with spaces and non-ASCII names."""
 
 import json
+import signal
 
 import pytest
 from peft import get_peft_model
 from transformers import CLIPProcessor
 
-from peft_vlm.cli import main
+from peft_vlm.cli import info, main
+from peft_vlm.settings import EvaluationArguments, RunSettings
 from tests.cases import perturb, skip_tuning_config
 from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 
@@ -110,3 +112,21 @@ def test_wrong_input_exits_with_two_and_one_line(adapter, tmp_path, capsys):
     assert main(["predict", str(adapter), str(tmp_path / "empty")]) == 2
     assert "holds no image file" in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "no adapter"), str(adapter)]) == 2
+
+
+def test_a_protocol_is_known_by_both_spellings() -> None:
+    """`train` calls it few_shot and `evaluate` few-shot: who has learnt one must not be refused by the other."""
+    run = RunSettings(method="coop", model="m", dataset="d", protocol="base-to-new")
+    evaluation = EvaluationArguments(protocol="few_shot", dataset=["d"], output_dir="o")
+    for settings in (run, evaluation):
+        settings.check()
+    assert (run.protocol, evaluation.protocol) == ("base_to_new", "few-shot")
+    with pytest.raises(ValueError, match="got 'few-shots'"):
+        EvaluationArguments(protocol="few_shots", dataset=["d"], output_dir="o").check()
+
+
+def test_an_interrupted_command_ends_in_one_line(monkeypatch, capsys) -> None:
+    """A traceback through ten files looks like a bug, and 1 like one to a script."""
+    monkeypatch.setattr(info, "run", lambda arguments: signal.raise_signal(signal.SIGINT))
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "\npeft-vlm info: interrupted\n"

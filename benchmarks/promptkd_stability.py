@@ -90,7 +90,7 @@ class Bench:
             disable_tqdm=True,
             use_cpu=True,
         )
-        trainer = VLMTrainer(model, target, arguments, train_dataset=self.train)
+        trainer = VLMTrainer(model, arguments, train_dataset=self.train, objective=target)
         trainer.remove_callback(PrinterCallback)
         try:
             trainer.train()

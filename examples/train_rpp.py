@@ -95,7 +95,7 @@ def pretrain(
 ) -> nn.Module:
     """Train into a folder, from its newest complete checkpoint if it has one; return the model for evaluation."""
     args = VLMTrainingArguments(output_dir=str(folder), **training)
-    trainer = VLMTrainer(model, objective, args, train_dataset=images)
+    trainer = VLMTrainer(model, args, train_dataset=images, objective=objective)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint="auto")
     return model.eval()

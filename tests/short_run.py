@@ -81,7 +81,7 @@ def train(
     args = VLMTrainingArguments(output_dir=str(folder), report_to="none", **(own | arguments))
     if change is not None:
         change(model, objective, dataset)
-    trainer = VLMTrainer(model, objective, args, train_dataset=dataset, callbacks=list(callbacks))
+    trainer = VLMTrainer(model, args, train_dataset=dataset, callbacks=list(callbacks), objective=objective)
     trainer.train(resume_from_checkpoint=resume)
     tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
     save_file(tensors, os.path.join(folder, f"final-{args.process_index}.safetensors"))

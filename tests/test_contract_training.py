@@ -33,7 +33,9 @@ def run(case: Case, folder: Path, *, name: str = "default", epochs: int = 2, res
     )
     dataset = images()
     objective = case.objective(class_prompts())
-    trainer = VLMTrainer(model, objective, args, train_dataset=dataset, eval_dataset=images(per_class=1, seed=9))
+    trainer = VLMTrainer(
+        model, args, train_dataset=dataset, eval_dataset=images(per_class=1, seed=9), objective=objective
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, get_peft_model_state_dict(model, adapter_name=name)
 

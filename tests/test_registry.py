@@ -256,7 +256,7 @@ def test_resumed_training_needs_is_trainable(saved, tmp_path):
     model = PeftModel.from_pretrained(base_model(), adapter)
     args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(PeftVLMError, match="is_trainable=True"):
-        VLMTrainer(model, case.objective(class_prompts()), args, train_dataset=images())
+        VLMTrainer(model, args, train_dataset=images(), objective=case.objective(class_prompts()))
     model = PeftModel.from_pretrained(base_model(), adapter, is_trainable=True)
     fresh = get_peft_model(base_model(), case.config())
     trained = {n: p.shape for n, p in fresh.named_parameters() if p.requires_grad}

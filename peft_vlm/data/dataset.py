@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from peft_vlm.data.images import SAMPLE, as_value_range, check_value_range, read_image, top_of
-from peft_vlm.data.transforms import EvalTransform, ImageTransform
+from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 from peft_vlm.errors import DataError
 from peft_vlm.shapes import Batch
 from peft_vlm.text.prompts import check_class_names, readable
@@ -119,12 +119,23 @@ class RunImages(Protocol):
     `prepare` and `epoch_start`.
     """
 
-    class_names: Sequence[str]
     #: Makes pixels; its mean, standard deviation and size are recorded with the adapter.
     transform: Any
-    unreadable: UnreadableImages
-    #: Whether an image has a position (`Item.index`) that comes again in every epoch; then it is `PositionedImages`.
-    has_positions: bool
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Name of label 0, 1, ..."""
+        ...
+
+    @property
+    def unreadable(self) -> UnreadableImages:
+        """What is done about images that cannot be read, and which they are."""
+        ...
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether an image has a position that comes again in every epoch; then these are `PositionedImages`."""
+        ...
 
     @property
     def has_fixed_pixels(self) -> bool:
@@ -155,6 +166,10 @@ class RunImages(Protocol):
         """
         ...
 
+    def check_pixels(self) -> None:
+        """Refuse images whose range of values is unclear."""
+        ...
+
     def order_facts(self) -> dict[str, Any]:
         """What decides which images an epoch shows, beside seed, batch size and number of processes."""
         ...
@@ -168,8 +183,10 @@ class RunImages(Protocol):
 class PositionedImages(RunImages, Protocol):
     """Images with positions: what caches, batch samplers and evaluation need beside `RunImages`."""
 
-    #: Class of the image at each position; -1 where it is unknown.
-    labels: Sequence[int]
+    @property
+    def labels(self) -> Sequence[int]:
+        """Class of the image at each position; -1 where it is unknown."""
+        ...
 
     @property
     def epoch(self) -> int:
@@ -178,6 +195,11 @@ class PositionedImages(RunImages, Protocol):
 
     def __getitem__(self, index: int) -> Any:
         """What `collate` takes, for one position."""
+        ...
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether pixels are changed at random, which an evaluation must not do."""
         ...
 
     def repeat_views(self, num_views: int | None) -> None:
@@ -291,6 +313,11 @@ class ImageClassificationDataset(Dataset):
     def has_fixed_pixels(self) -> bool:
         """Whether every epoch sees the same pixels, so that what a frozen model makes of them stays valid."""
         return isinstance(self.transform, EvalTransform)
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether the transform is one of training."""
+        return isinstance(self.transform, TrainTransform)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -132,6 +132,11 @@ class ImageQuestionDataset(ImageClassificationDataset):
         """True if every epoch sees the same images."""
         return self.augmentation is None
 
+    @property
+    def is_augmented(self) -> bool:
+        """Whether images are changed at random."""
+        return self.augmentation is not None
+
     def collate(self, items: Sequence[QuestionItem]) -> dict[str, torch.Tensor]:
         """Items of this dataset as model inputs.
 

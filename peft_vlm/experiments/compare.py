@@ -287,7 +287,7 @@ class TrainerLearner:
             output_dir=str(folder), seed=seed, disable_tqdm=True, save_strategy="no", **self.training
         )
         objective = self.objective(prompts(train.class_names, self.template), seed)
-        trainer = VLMTrainer(model, objective, args, train_dataset=train)
+        trainer = VLMTrainer(model, args, train_dataset=train, objective=objective)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

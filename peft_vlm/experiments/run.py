@@ -167,7 +167,9 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
     parts = build(settings, args, config, options)
     if test is not None:
         check_not_trained_on(test, image_sample(parts.train), num_train=len(parts.train))
-    trainer = VLMTrainer(parts.model, parts.objective, args, train_dataset=parts.train, eval_dataset=parts.eval)
+    trainer = VLMTrainer(
+        parts.model, args, train_dataset=parts.train, eval_dataset=parts.eval, objective=parts.objective
+    )
     trainer.remove_callback(PrinterCallback)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

@@ -176,7 +176,7 @@ class TransferExperiment:
         args = VLMTrainingArguments(
             output_dir=str(folder), seed=seed, disable_tqdm=True, save_strategy="no", **self.training
         )
-        trainer = VLMTrainer(model, objective, args, train_dataset=questions)
+        trainer = VLMTrainer(model, args, train_dataset=questions, objective=objective)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         if is_main_process():

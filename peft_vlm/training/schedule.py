@@ -1,6 +1,7 @@
 """Optimizer and learning-rate schedule of the Dassl toolbox, on which the official codes of this field are built."""
 
 import math
+from typing import Any
 
 import torch
 from transformers import Trainer
@@ -9,7 +10,9 @@ from peft_vlm.training.arguments import VLMTrainingArguments
 from peft_vlm.training.module import TrainingModule
 
 
-def build_optimizer(module: TrainingModule, *, args: VLMTrainingArguments) -> torch.optim.Optimizer:
+def build_optimizer(
+    module: TrainingModule, *, args: VLMTrainingArguments, given: tuple[Any, dict[str, Any]] | None = None
+) -> torch.optim.Optimizer:
     """The objective's own optimizer, or that of the arguments.
 
     The latter has one parameter group per learning rate, and weight decay on every trainable parameter as in the
@@ -18,8 +21,9 @@ def build_optimizer(module: TrainingModule, *, args: VLMTrainingArguments) -> to
     Args:
         module: Model and objective.
         args: Optimizer and its settings.
+        given: Class and settings of another one, as `transformers.Trainer` takes them.
     """
-    own = module.objective.optimizer(module.model, learning_rate=args.learning_rate)
+    own = module.objective.optimizer(module.model, learning_rate=args.learning_rate) if given is None else None
     if own is not None:
         return own
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -27,12 +31,14 @@ def build_optimizer(module: TrainingModule, *, args: VLMTrainingArguments) -> to
     for name, parameters in module.objective.param_groups(named).items():
         rate = args.vision_learning_rate if name == "vision" else None
         groups.append({"params": parameters, "lr": args.learning_rate if rate is None else rate})
+    groups = [group for group in groups if group["params"]]
+    if given is not None:
+        return given[0](groups, **given[1])
     if str(args.optim) in ("sgd", "OptimizerNames.SGD"):
         optimizer_class, options = torch.optim.SGD, {"momentum": args.momentum}
     else:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, module)
         options.pop("lr", None)
-    groups = [group for group in groups if group["params"]]
     return optimizer_class(groups, lr=args.learning_rate, weight_decay=args.weight_decay, **options)
 
 

@@ -2,11 +2,12 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -15,12 +16,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from peft_vlm.adapters.config import installed_version
-from peft_vlm.data.dataset import PositionedImages, RunImages
+from peft_vlm.data.dataset import RunImages
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.files import read_json
 from peft_vlm.hub.publish import Published, saved_adapter
-from peft_vlm.objective import Objective
-from peft_vlm.training.arguments import VLMTrainingArguments
 from peft_vlm.training.callbacks import FiniteSteps, Interrupt, ObjectiveCallback, RunReport, with_advice
 from peft_vlm.training.checkpoints import (
     OPTIMIZER_NAME,
@@ -38,7 +37,15 @@ from peft_vlm.training.checkpoints import (
     settings_of,
     warn_of_changes,
 )
-from peft_vlm.training.loaders import check_evaluation, check_training, evaluation_loader, train_loader
+from peft_vlm.training.inputs import (
+    check_arguments,
+    check_evaluation,
+    check_prediction,
+    check_training,
+    default_objective,
+    run_images,
+)
+from peft_vlm.training.loaders import evaluation_loader, train_loader
 from peft_vlm.training.metrics import EvaluationMetrics, LossSums
 from peft_vlm.training.module import TrainingModule
 from peft_vlm.training.reports import ArtifactsCallback, describe_adapter, publish_run, push_checkpoint, write_card
@@ -60,45 +67,71 @@ class VLMTrainer(Trainer):
     Checkpoints hold the adapter only, plus what an exact resume needs. At the end `output_dir` holds the adapter,
     `metrics.json`, `training_summary.json` and, when matplotlib is installed, `training_curve.png`.
 
+    Arguments come in the order of `transformers.Trainer`; those that nothing would read are refused by name.
+
     Args:
         model: `PeftModel` with the adapter to train active, or a plain model.
-        objective: What is minimised.
         args: Settings of the run.
-        train_dataset: Training images, a dataset or a stream. They stay as they are: a run works on a view of its own.
-        eval_dataset: Validation images with the same classes; never the test split, since the best checkpoint may be
-            chosen on it.
+        data_collator: Refused: a dataset makes its batches itself.
+        train_dataset: Training images: a dataset, a stream, or a `datasets.Dataset` with an image and a label column.
+            They stay as they are: a run works on a view of its own.
+        eval_dataset: Validation images with the same classes, or several by name; never the test split, since the best
+            checkpoint may be chosen on it.
+        processing_class: Processor of the model, for images without a transform and for class prompts; None: that
+            beside the model's weights.
+        model_init: Refused: the objective belongs to one model.
+        compute_loss_func: Refused: the objective is the loss.
         compute_metrics: Metrics from logits and labels; accuracy in percent by default.
         callbacks: Further callbacks.
-        **kwargs: Passed to `transformers.Trainer`.
+        optimizers: Optimizer and schedule in place of those of the arguments.
+        optimizer_cls_and_kwargs: Class and settings of the optimizer in place of those of the arguments.
+        preprocess_logits_for_metrics: Makes what is gathered for `compute_metrics` and `predict` out of logits.
+        objective: What is minimised; None: that of the method whose adapter the model has, if it needs no teacher.
+        template: Text around a class name, for the prompts of that objective.
+
+    Raises:
+        ValueError: If an argument is given that nothing would read.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        objective: Objective,
-        args: VLMTrainingArguments,
-        *,
-        train_dataset: RunImages,
-        eval_dataset: PositionedImages | dict[str, PositionedImages] | None = None,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Any = None,
+        compute_loss_func: Any = None,
         compute_metrics: Any = None,
         callbacks: list[TrainerCallback] | None = None,
-        **kwargs: Any,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Any = None,
+        *,
+        objective: Any = None,
+        template: str | Sequence[str] | None = None,
     ) -> None:
+        refused = {"data_collator": data_collator, "model_init": model_init, "compute_loss_func": compute_loss_func}
+        check_arguments(model, args, objective, refused)
+        self.image_model, self.processor = model, processing_class
+        train_dataset = run_images(train_dataset, model, processing_class, name="train_dataset")
+        if objective is None:
+            objective = default_objective(model, train_dataset, template=template, processor=processing_class)
+        elif template is not None:
+            raise ValueError("Expected no `template` beside an `objective`, whose prompts have one. Leave it out.")
         check_training(model, objective, train_dataset)
-        for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
-            if dataset is not None:
-                check_evaluation(objective, dataset)
+        self.objective = objective
         if compute_metrics is None:
             args = copy.copy(args)
             args.batch_eval_metrics = True  # memory does not grow with images times classes; `predict` still gathers
-        if (kwargs.get("optimizers") or (None,))[0] is None:
-            kwargs.setdefault("optimizer_cls_and_kwargs", (lambda: build_optimizer, {"args": args}))
-        self.objective = objective
+        if optimizers[0] is None:
+            optimizer_cls_and_kwargs = (lambda: build_optimizer, {"args": args, "given": optimizer_cls_and_kwargs})
         self.losses, self.interrupt = LossSums(), Interrupt()
         self.metrics = EvaluationMetrics(
             compute_metrics,
             by_batch=args.batch_eval_metrics and compute_metrics is not None,
-            has_logits=kwargs.get("preprocess_logits_for_metrics") is None,
+            has_logits=preprocess_logits_for_metrics is None,
         )
         self.images: RunImages | None = None
         self.first_step, self.steps_per_epoch = 0, 1
@@ -107,10 +140,12 @@ class VLMTrainer(Trainer):
             args=args,
             data_collator=train_dataset.collate,
             train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            eval_dataset=self._evaluation_images(eval_dataset),
             compute_metrics=self.metrics,
             callbacks=callbacks,
-            **kwargs,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.model.register_forward_hook(self.losses.record, with_kwargs=True)
         self.settings = settings_of(model, objective)
@@ -118,6 +153,14 @@ class VLMTrainer(Trainer):
         own = (EarlierRun(self), self.interrupt, ArtifactsCallback(self))
         for callback in (FiniteSteps(self, args.non_finite), *objective.callbacks(model), *own):
             self.add_callback(callback)
+
+    def _evaluation_images(self, images: Any) -> Any:
+        """Images for an evaluation, checked; several by name stay several."""
+        if images is None or (isinstance(images, Mapping) and not isinstance(images, datasets.DatasetDict)):
+            return images and {name: self._evaluation_images(part) for name, part in images.items()}
+        found = run_images(images, self.image_model, self.processor, name="eval_dataset")
+        check_evaluation(self.objective, found)
+        return found
 
     def train(
         self,
@@ -171,6 +214,11 @@ class VLMTrainer(Trainer):
         if is_training:
             images = self._view() if self.images is None else self.images
             return train_loader(images, self.objective, self.args, batch_size=batch_size)
+        if description == "test":  # `predict`, also of images without labels
+            dataset = run_images(dataset, self.image_model, self.processor, name="test_dataset")
+            check_prediction(self.objective, dataset)
+        else:
+            dataset = self._evaluation_images(dataset)
         self.metrics.start()
         return self.accelerator.prepare(evaluation_loader(dataset, self.args))
 

@@ -36,7 +36,7 @@ def train_on_stream(folder: str, shards: str, resume: str | None = None) -> None
 
     objective = Watched(class_prompts(), soft_weight=0, num_sampled_classes=3)
     model = get_peft_model(base_model(), rpp_config(vision_depth=0))
-    VLMTrainer(model, objective, args, train_dataset=images).train(resume_from_checkpoint=resume)
+    VLMTrainer(model, args, train_dataset=images, objective=objective).train(resume_from_checkpoint=resume)
     Path(folder, f"seen-{args.process_index}.json").write_text(json.dumps(seen))
     tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
     save_file(tensors, Path(folder) / f"final-{args.process_index}.safetensors")

@@ -52,7 +52,7 @@ def test_model_and_objective_that_go_on_in_the_same_session_are_no_other_setting
         args = VLMTrainingArguments(output_dir=str(tmp_path), max_steps=steps, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("error", PeftVLMWarning)
-            VLMTrainer(model, objective, args, train_dataset=dataset).train(resume_from_checkpoint="auto")
+            VLMTrainer(model, args, train_dataset=dataset, objective=objective).train(resume_from_checkpoint="auto")
 
 
 def test_a_resume_without_its_optimizer_says_so(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def trainer_for(case: Case, folder: Path, **arguments: object) -> VLMTrainer:
     model = get_peft_model(CLIPModel.from_pretrained(BASE), case.config())
     own = {"num_train_epochs": 1, "learning_rate": 0.05, "warmup_epochs": 0, "save_strategy": "no"}
     args = VLMTrainingArguments(output_dir=str(folder), use_cpu=True, disable_tqdm=True, seed=3, **(own | arguments))
-    trainer = VLMTrainer(model, case.objective(class_prompts()), args, train_dataset=images(per_class=2))
+    trainer = VLMTrainer(model, args, train_dataset=images(per_class=2), objective=case.objective(class_prompts()))
     trainer.remove_callback(PrinterCallback)
     return trainer
 

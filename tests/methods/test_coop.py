@@ -108,7 +108,7 @@ def test_learning_lowers_the_loss(tmp_path):
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = VLMTrainer(model, CoOpObjective(prompts), args, train_dataset=images())
+    trainer = VLMTrainer(model, args, train_dataset=images(), objective=CoOpObjective(prompts))
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 8

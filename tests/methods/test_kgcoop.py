@@ -74,7 +74,7 @@ def test_a_heavy_weight_keeps_the_class_features_close(tmp_path):
             disable_tqdm=True,
         )
         objective = KgCoOpObjective(prompts_in("{}."), anchor_prompts=prompts_in("a {}."), weight=weight)
-        VLMTrainer(model, objective, args, train_dataset=images()).train()
+        VLMTrainer(model, args, train_dataset=images(), objective=objective).train()
         with model.disable_adapter():
             frozen = encode_classes(model, objective.anchor_prompts)
         distances.append(float(1 - (encode_classes(model, objective.prompts) * frozen).sum(-1).mean()))

@@ -26,7 +26,7 @@ def train(folder, objective, dataset, *, epochs: int = 4, resume=None, model=Non
     args = VLMTrainingArguments(
         output_dir=str(folder), num_train_epochs=epochs, use_cpu=True, disable_tqdm=True, **(options | settings)
     )
-    trainer = VLMTrainer(model, objective, args, train_dataset=dataset)
+    trainer = VLMTrainer(model, args, train_dataset=dataset, objective=objective)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, get_peft_model_state_dict(model)
 
@@ -129,7 +129,7 @@ def test_a_folder_without_labels_trains(tmp_path):
         "classes_with_labelled_images": [],
     }
     with pytest.raises(DataError, match="with labels"):
-        VLMTrainer(fresh(), objective, trainer.args, train_dataset=dataset, eval_dataset=dataset)
+        VLMTrainer(fresh(), trainer.args, train_dataset=dataset, eval_dataset=dataset, objective=objective)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="No images"):
         load_unlabelled_images(tmp_path / "empty", NAMES)

@@ -67,11 +67,11 @@ def train(folder, *, epochs=3, resume=None, stop_after=None, evaluate=False, **s
     recorder = Recorder(model, stop_after=stop_after)
     trainer = VLMTrainer(
         model,
-        objective,
         args,
         train_dataset=images(),
         eval_dataset=images(per_class=1, seed=9) if evaluate else None,
         callbacks=[recorder],
+        objective=objective,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, get_peft_model_state_dict(model), recorder.epochs
@@ -142,7 +142,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_mean(tmp_path, straight)
     args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, **settings)
     objective = PromptSRCObjective(class_prompts(), gpa_mean=2, gpa_std=1)
     with pytest.raises(KeyboardInterrupt):
-        VLMTrainer(model, objective, args, train_dataset=images(), callbacks=[Stop()]).train()
+        VLMTrainer(model, args, train_dataset=images(), callbacks=[Stop()], objective=objective).train()
     _, resumed, _ = train(tmp_path, resume=str(tmp_path / "checkpoint-8"))
     assert all(torch.equal(expected[key], resumed[key]) for key in expected)
 

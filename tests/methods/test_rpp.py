@@ -112,13 +112,13 @@ def test_training_images_of_other_classes_are_refused(tmp_path):
     args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
     reversed_prompts = class_prompts(list(reversed(dataset.class_names)))
     with pytest.raises(DataError, match="got 6 classes that stand elsewhere there: label 0, 'red', is class 5"):
-        VLMTrainer(model, RPPObjective(reversed_prompts, soft_weight=0), args, train_dataset=dataset)
+        VLMTrainer(model, args, train_dataset=dataset, objective=RPPObjective(reversed_prompts, soft_weight=0))
     fewer = class_prompts(list(dataset.class_names[:3]))
     with pytest.raises(DataError, match="of at most 3 classes, as the objective's prompts, got 6"):
-        VLMTrainer(model, RPPObjective(fewer, soft_weight=0), args, train_dataset=dataset)
+        VLMTrainer(model, args, train_dataset=dataset, objective=RPPObjective(fewer, soft_weight=0))
     worded = class_prompts([f"a {name}" for name in dataset.class_names])
     for prompts in (class_prompts([*dataset.class_names, "green house"]), worded):
-        VLMTrainer(model, RPPObjective(prompts, soft_weight=0), args, train_dataset=dataset)
+        VLMTrainer(model, args, train_dataset=dataset, objective=RPPObjective(prompts, soft_weight=0))
 
 
 def test_the_draw_depends_on_seed_epoch_and_images_alone():

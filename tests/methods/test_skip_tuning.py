@@ -213,7 +213,7 @@ def test_learning_rates_are_staged_by_tower(tmp_path):
     args = VLMTrainingArguments(
         output_dir=str(tmp_path), learning_rate=2e-5, vision_learning_rate=5e-6, use_cpu=True, disable_tqdm=True
     )
-    trainer = VLMTrainer(model, CASE.objective(class_prompts()), args, train_dataset=dataset)
+    trainer = VLMTrainer(model, args, train_dataset=dataset, objective=CASE.objective(class_prompts()))
     groups = trainer.create_optimizer().param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert len(groups) == 2

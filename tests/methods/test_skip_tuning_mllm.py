@@ -160,7 +160,7 @@ def test_the_trainer_learns_answers_from_stored_states(tmp_path):
         seed=0,
     )
     objective = SkipTuningAnswerObjective(candidates)
-    trainer = VLMTrainer(model, objective, args, train_dataset=dataset, eval_dataset=dataset)
+    trainer = VLMTrainer(model, args, train_dataset=dataset, eval_dataset=dataset, objective=objective)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.7 * before

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
 
-from peft_vlm import SkipTuningAnswerObjective, TVPObjective, VLMTrainer, VLMTrainingArguments
+from peft_vlm import SkipTuningAnswerObjective, SkipTuningConfig, TVPObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data import ImageQuestionDataset, RandomCrop
 from peft_vlm.errors import DataError
 from peft_vlm.methods.tvp import NormalizedGradient, prompt_layer_of, prompt_of
@@ -35,10 +35,10 @@ def run(
     model = prompted_llava(size=0.1)
     trainer = VLMTrainer(
         model,
-        objective(**(target or {})),
         args,
         train_dataset=dataset or questions(2),
         eval_dataset=eval_dataset,
+        objective=objective(**(target or {})),
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -166,5 +166,7 @@ def test_validation_questions_of_other_classes_are_refused(tmp_path):
 def test_validation_of_free_answers_is_refused_before_training(tmp_path, target):
     """Not after the first epoch, which may have taken hours."""
     args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    skip_tuning = get_peft_model(tiny_llava(), SkipTuningConfig(start_layer=1))
+    model = prompted_llava() if isinstance(target, TVPObjective) else skip_tuning
     with pytest.raises(DataError, match=r"`(TVP|SkipTuningAnswer)Objective` for free answers"):
-        VLMTrainer(prompted_llava(), target, args, train_dataset=questions(), eval_dataset=questions())
+        VLMTrainer(model, args, train_dataset=questions(), eval_dataset=questions(), objective=target)

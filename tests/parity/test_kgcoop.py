@@ -83,7 +83,7 @@ def test_the_trainers_first_step_has_the_recorded_loss_and_gradient(tmp_path):
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = VLMTrainer(model, objective, args, train_dataset=dataset)
+    trainer = VLMTrainer(model, args, train_dataset=dataset, objective=objective)
     trainer.train()
     (loss,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert loss == pytest.approx(float(RECORDED["expected.loss_total"]), rel=1e-5)

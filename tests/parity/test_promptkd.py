@@ -191,7 +191,7 @@ def test_five_steps_through_the_trainer(name: str, cache: str, tmp_path):
         **{"learning_rate": optimizer["lr"], "weight_decay": optimizer["weight_decay"]},
         **{"num_train_epochs": 1, "warmup_epochs": 0, "use_cpu": True, "disable_tqdm": True, "logging_steps": 1},
     )
-    trainer = VLMTrainer(student, objective, args, train_dataset=dataset)
+    trainer = VLMTrainer(student, args, train_dataset=dataset, objective=objective)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses == pytest.approx(recorded["expected.losses"].tolist(), rel=tolerance["losses_rtol"])

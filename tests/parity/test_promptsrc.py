@@ -162,7 +162,7 @@ def test_training_with_schedule_and_aggregation_through_the_trainer(tmp_path):
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = VLMTrainer(model, objective, args, train_dataset=dataset)
+    trainer = VLMTrainer(model, args, train_dataset=dataset, objective=objective)
     trainer.train()
     tolerance = case["tolerance"]
     log = [entry for entry in trainer.state.log_history if "loss" in entry]

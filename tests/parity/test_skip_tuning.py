@@ -184,7 +184,7 @@ def train(model, objective, dataset, batches, settings, through, folder) -> list
         logging_steps=1,
         **rates,
     )
-    trainer = VLMTrainer(model, objective, args, train_dataset=dataset)
+    trainer = VLMTrainer(model, args, train_dataset=dataset, objective=objective)
     if through == "trainer":
         objective.batch_sampler = lambda *a, **k: FixedBatches(batches)
         trainer.train()

@@ -10,7 +10,8 @@ from peft import get_peft_model, get_peft_model_state_dict
 from peft_vlm import RPPObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data import ImageStream
 from peft_vlm.errors import DataError, PeftVLMWarning
-from peft_vlm.training.loaders import check_evaluation, name_uneven_shards, train_loader
+from peft_vlm.training.inputs import check_evaluation
+from peft_vlm.training.loaders import name_uneven_shards, train_loader
 from tests.cases import base_model, class_prompts, rpp_config
 from tests.short_run import parts
 from tests.tiny_streams import stream, table, write_shards
@@ -24,7 +25,7 @@ def run_on(images: ImageStream, folder: Path, *, resume: Path | None = None, **a
     own |= {"use_cpu": True, "per_device_train_batch_size": 6, "disable_tqdm": True, "learning_rate": 0.1}
     args = VLMTrainingArguments(output_dir=str(folder), report_to="none", **(own | arguments))
     objective = RPPObjective(class_prompts(), soft_weight=0, num_sampled_classes=3)
-    trainer = VLMTrainer(model, objective, args, train_dataset=images)
+    trainer = VLMTrainer(model, args, train_dataset=images, objective=objective)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     assert trainer.state.global_step == 8
     return get_peft_model_state_dict(model)
@@ -60,10 +61,10 @@ def test_methods_that_need_positions_refuse_streams(tmp_path: Path, method: str,
     args = VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
     images = stream(table(), num_images=64)
     if message is None:
-        VLMTrainer(model, objective, args, train_dataset=images).train()
+        VLMTrainer(model, args, train_dataset=images, objective=objective).train()
         return
     with pytest.raises(DataError, match=message):
-        VLMTrainer(model, objective, args, train_dataset=images)
+        VLMTrainer(model, args, train_dataset=images, objective=objective)
 
 
 def test_validation_images_are_no_stream():

@@ -66,7 +66,7 @@ def trainer_of(objective, folder, *, model=None, arguments=None, **settings) -> 
     options = {"num_train_epochs": 1, "learning_rate": 0.01, "use_cpu": True, "disable_tqdm": True}
     options |= {"warmup_epochs": 0, "save_strategy": "no"} | (arguments or {})
     args = VLMTrainingArguments(output_dir=str(folder), **options)
-    return VLMTrainer(model, objective, args, **({"train_dataset": images(per_class=1)} | settings))
+    return VLMTrainer(model, args, **({"train_dataset": images(per_class=1)} | settings), objective=objective)
 
 
 def test_a_batch_may_have_any_columns_and_each_dataset_makes_its_own(tmp_path):
@@ -153,7 +153,7 @@ def test_accumulated_batches_are_averaged(tmp_path):
             disable_tqdm=True,
             seed=3,
         )
-        result = VLMTrainer(model, CoOpObjective(class_prompts()), args, train_dataset=images()).train()
+        result = VLMTrainer(model, args, train_dataset=images(), objective=CoOpObjective(class_prompts())).train()
         (context,) = [p.detach().clone() for p in model.parameters() if p.requires_grad]
         outcomes.append((context, torch.tensor(result.training_loss)))
     assert_close(outcomes[1], outcomes[0], rtol=1e-4, atol=1e-6)

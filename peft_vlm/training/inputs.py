@@ -1,0 +1,352 @@
+"""What a user hands to the trainer: checked, and completed where something has a plain default."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+from peft import PeftModel
+from torch import nn
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedTokenizerBase
+
+from peft_vlm.data.dataset import ImageClassificationDataset, RunImages
+from peft_vlm.data.loading import load_image_dataset
+from peft_vlm.data.questions import ImageQuestionDataset
+from peft_vlm.data.transforms import EvalTransform, TrainTransform
+from peft_vlm.errors import DataError, PeftVLMError
+from peft_vlm.models.repository import hub_options
+from peft_vlm.models.towers import FAMILIES, unwrap
+from peft_vlm.objective import Objective
+from peft_vlm.registry import ADAPTERS, METHODS, TrainingMethod
+from peft_vlm.text.answers import tokenize_candidates
+from peft_vlm.text.prompts import readable, tokenize_for_model, tokenizer_of
+from peft_vlm.training.arguments import VLMTrainingArguments
+
+TEMPLATE = "a photo of a {}."
+"""Of class prompts where neither the user nor the adapter names one."""
+
+REFUSED_ARGUMENTS = {
+    "data_collator": "a dataset makes its batches itself (`dataset.collate`; questions: `dataset.with_collator(...)`)",
+    "model_init": "the objective belongs to one model: no `hyperparameter_search`, but a trainer for each trial",
+    "compute_loss_func": "the objective is the loss; write an `Objective`",
+}
+"""Arguments of `transformers.Trainer` that nothing here could use, each with what to do."""
+
+
+def check_arguments(model: Any, args: Any, objective: Any, refused: Mapping[str, Any]) -> None:
+    """Refuse arguments of a wrong type, in a wrong place, or without a use.
+
+    Args:
+        model: Of the trainer.
+        args: Of the trainer.
+        objective: Of the trainer.
+        refused: Values of `REFUSED_ARGUMENTS`.
+
+    Raises:
+        TypeError: Naming the argument.
+        ValueError: If an argument is given that is not used.
+    """
+    call = "`VLMTrainer(model, args, train_dataset=images, objective=objective)`"
+    for name, value in refused.items():
+        if isinstance(value, Objective | VLMTrainingArguments):
+            break  # in a wrong place, which the next lines say
+        if value is not None:
+            raise ValueError(f"Expected no `{name}`, got `{type(value).__name__}`: {REFUSED_ARGUMENTS[name]}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected a model as the first argument, got `{type(model).__name__}`. Call {call}.")
+    if not isinstance(args, VLMTrainingArguments):
+        advice = (
+            "Its defaults and further settings are those of this field: `from peft_vlm import VLMTrainingArguments`."
+            if type(args).__name__.endswith("TrainingArguments")
+            else f"Call {call}."
+        )
+        raise TypeError(f"Expected `args` to be `VLMTrainingArguments`, got `{type(args).__name__}`. {advice}")
+    if objective is not None and not isinstance(objective, Objective):
+        got = f"the class `{objective.__name__}`" if isinstance(objective, type) else f"`{type(objective).__name__}`"
+        raise TypeError(f"Expected `objective` to be an `Objective`, such as `CoOpObjective(prompts)`, got {got}.")
+
+
+def image_processor_of(model: nn.Module, processing_class: Any) -> BaseImageProcessor:
+    """The image processor of a processing class, or that beside the model's weights.
+
+    Args:
+        model: Model, with or without adapters.
+        processing_class: Processor or image processor; None or a tokenizer: look beside the model.
+
+    Raises:
+        PeftVLMError: If there is none.
+    """
+    processor = getattr(processing_class, "image_processor", processing_class)
+    if isinstance(processor, BaseImageProcessor):
+        return processor
+    name = unwrap(model).name_or_path
+    try:
+        return AutoImageProcessor.from_pretrained(name, **hub_options(name))
+    except (OSError, ValueError, TypeError) as error:
+        raise PeftVLMError(
+            f"Expected an image processor for images without a transform, got none beside {name!r}. Pass "
+            "`processing_class=AutoProcessor.from_pretrained(...)`, or images with a transform."
+        ) from error
+
+
+def run_images(images: Any, model: nn.Module, processing_class: Any, *, name: str) -> Any:
+    """Images as a run takes them: a table of `datasets` becomes a dataset of this package, with a transform.
+
+    Args:
+        images: A dataset, a stream, a `datasets.Dataset` with an image and a label column, or a `DatasetDict`.
+        model: Model, which knows where its image processor is.
+        processing_class: Processor or image processor.
+        name: Argument, for the message, and which part of a `DatasetDict` is meant.
+
+    Raises:
+        TypeError: If it is nothing of that.
+    """
+    is_training = name == "train_dataset"
+    if isinstance(images, datasets.DatasetDict):
+        part = "train" if is_training else next((key for key in ("validation", "val") if key in images), "validation")
+        images = images[part] if part in images else load_image_dataset(images, split=part)
+    if isinstance(images, datasets.Dataset):
+        if images.format["type"] == "custom":  # `set_transform`: rows come with their pixels
+            return TransformedRows(images)
+        images = load_image_dataset(images)
+    if isinstance(images, ImageClassificationDataset) and not isinstance(images, ImageQuestionDataset):
+        if images.transform is None:
+            transform = TrainTransform if is_training else EvalTransform
+            images = images.with_transform(transform(image_processor_of(model, processing_class)))
+    if not isinstance(images, RunImages):
+        raise TypeError(
+            f"Expected `{name}` to be images of `load_image_dataset` or `load_image_stream`, or a `datasets.Dataset` "
+            f"with the columns 'image' and 'label', got `{type(images).__name__}`."
+        )
+    return images
+
+
+class TransformedRows(ImageClassificationDataset):
+    """Rows of a `datasets.Dataset` whose own `set_transform` gives `pixel_values` and the label.
+
+    Its transform may be random, so nothing is stored of its pixels.
+
+    Args:
+        rows: The dataset.
+
+    Raises:
+        DataError: If a row has no pixels, or no label whose class has a name.
+    """
+
+    def __init__(self, rows: "datasets.Dataset") -> None:
+        plain = rows.with_format(None)
+        label = next((name for name in ("label", "labels") if name in plain.column_names), "label")
+        known = load_image_dataset(plain, label_column=label)
+        super().__init__(plain, known.class_names, label_column=None)
+        self.labels = known.labels
+        self.rows = rows
+        if "pixel_values" not in rows[0]:
+            raise DataError(
+                f"Expected a `set_transform` that gives 'pixel_values', got {sorted(rows[0])!r}. Leave it out: images "
+                "of a dataset without one are prepared by `processing_class`."
+            )
+
+    @property
+    def has_fixed_pixels(self) -> bool:
+        """False: the rows' transform may be random."""
+        return False
+
+    def __getitem__(self, index: int) -> Any:
+        row = self.rows[self._rows[index]]
+        return {"pixel_values": row["pixel_values"], "labels": self.labels[index], "index": index}
+
+
+def default_objective(
+    model: nn.Module, images: RunImages, *, template: Any = None, processor: Any = None
+) -> Objective:
+    """The objective of the method whose adapter a model has, over the classes of its training images.
+
+    Args:
+        model: `PeftModel` with the adapter to train.
+        images: Training images.
+        template: Text around a class name; None: that of the adapter, or "a photo of a {}.".
+        processor: Processor or tokenizer; None: the tokenizer beside the model's weights.
+
+    Raises:
+        PeftVLMError: If the model has no adapter of this package, or its method needs more than class names.
+    """
+    method = _method_of(model)
+    config: Any = model.active_peft_config  # type: ignore[union-attr] - a `PeftModel`, as `_method_of` has found
+    if isinstance(unwrap(model), tuple(FAMILIES)):
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = tokenizer_of(unwrap(model))
+        if tokenizer is None:
+            raise PeftVLMError(
+                "Expected a tokenizer for the class prompts, got none beside the model's weights. Pass "
+                "`processing_class=AutoProcessor.from_pretrained(...)`, or an `objective`."
+            )
+        text = template or config.template or TEMPLATE
+        classes: Any = tokenize_for_model(model, tokenizer, images.class_names, template=text)
+        target = method.objective
+    else:
+        target = method.answer_objective
+        collator = images.collator if isinstance(images, ImageQuestionDataset) else None
+        if target is None or collator is None:
+            raise PeftVLMError(
+                f"Expected an `ImageQuestionDataset` with a collator, and a method that trains "
+                f"`{type(unwrap(model)).__name__}`, got {method.title} and `{type(images).__name__}`. See "
+                "docs/families.md."
+            )
+        options = {"answer_format": collator.answer_format, "include_end": True, "end_token": collator.end_token}
+        classes = (
+            tokenize_candidates(collator.tokenizer, images.class_names, **options) if images.class_names else None
+        )
+    assert target is not None, "`_method_of` takes methods that train such a model"
+    missing = [
+        p.name
+        for p in list(inspect.signature(target).parameters.values())[1:]
+        if p.default is p.empty and p.kind is p.KEYWORD_ONLY
+    ]
+    call = f"`objective={getattr(target, '__name__', 'Objective')}(prompts, ...)`"
+    if missing:
+        raise PeftVLMError(f"{method.title} needs more than class names: `{missing[0]}`. Pass {call}.")
+    try:
+        return target(classes)
+    except ValueError as error:
+        raise PeftVLMError(f"{method.title} needs more than class names. Pass {call}: {error}") from error
+
+
+def _method_of(model: nn.Module) -> TrainingMethod:
+    """The training method that has the name of the active adapter's type."""
+    if not isinstance(model, PeftModel):
+        raise PeftVLMError(
+            f"Expected a model with an adapter, got `{type(model).__name__}`. Call `get_peft_model(model, "
+            "SkipTuningConfig(...))` first; a whole model is trained with an `objective` of your own."
+        )
+    name = str(model.active_peft_config.peft_type.value).lower()
+    if name not in ADAPTERS or name not in METHODS:
+        raise PeftVLMError(
+            f"Expected an `objective` for an adapter of type {name!r}, which has none itself, got None. Types with "
+            f"one: {', '.join(sorted(set(ADAPTERS) & set(METHODS)))}."
+        )
+    return METHODS[name]
+
+
+def check_training(model: nn.Module, objective: Objective, train_dataset: RunImages) -> None:
+    """Refuse a run that could not train.
+
+    Args:
+        model: Model with its adapter.
+        objective: Its class prompts, if it has any, say what the columns of its logits mean.
+        train_dataset: Training images, a dataset or a stream.
+
+    Raises:
+        PeftVLMError: If nothing is trainable, or the adapter is one that the objective does not train.
+        DataError: If the objective cannot train on a stream, the range of pixel values is unclear, or the labels are
+            of other classes than its own.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PeftVLMError(
+            "Expected trainable parameters, got none. Load adapters for training with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+    _check_adapter(model, objective)
+    if not train_dataset.has_positions:
+        objective.check_stream()
+    train_dataset.check_pixels()
+    if objective.labels_are_positions:
+        _check_places(objective, train_dataset)
+
+
+def _check_adapter(model: nn.Module, objective: Objective) -> None:
+    """Refuse a method's own objective on a model without adapter, or with one that the method does not make."""
+    methods = [m for m in METHODS.values() if type(objective) in (m.objective, m.answer_objective)]
+    types = {method.adapter for method in methods}
+    found = model.active_peft_config.peft_type.value.lower() if isinstance(model, PeftModel) else None
+    if not methods or found in types:
+        return
+    expected = " or ".join(f"`{ADAPTERS[name].config.__name__}`" for name in sorted(types))
+    got = "a model without adapter" if found is None else f"one of type {found!r}"
+    raise PeftVLMError(
+        f"Expected an adapter of {expected} for `{type(objective).__name__}`, got {got}. Call `get_peft_model(model, "
+        "config)` with such a config; other adapters are trained with `ClassificationObjective`, or an objective of "
+        "your own."
+    )
+
+
+def check_evaluation(objective: Objective, eval_dataset: Any) -> None:
+    """Refuse images that the objective could not be evaluated on.
+
+    Args:
+        objective: Its class prompts, if it has any, say what the columns of its logits mean.
+        eval_dataset: Validation images.
+
+    Raises:
+        DataError: If they have no end, no labels, random augmentation, or other classes than the prompts, or the
+            objective predicts none.
+    """
+    if eval_dataset.has_positions:
+        if not len(eval_dataset):
+            raise DataError("Expected an `eval_dataset` with images, got none.")
+        if min(eval_dataset.labels) < 0:
+            raise DataError("Expected an `eval_dataset` with labels, got images without. Leave it out.")
+    check_prediction(objective, eval_dataset)
+
+
+def check_prediction(objective: Objective, eval_dataset: Any) -> None:
+    """The same without asking for labels.
+
+    Args:
+        objective: Says what the columns of its logits mean.
+        eval_dataset: Images.
+
+    Raises:
+        DataError: If their logits would mean something else.
+    """
+    if not eval_dataset.has_positions:
+        raise DataError(
+            "Expected an `eval_dataset` with an end, got a stream, which repeats images. Load one with "
+            "`load_image_dataset`."
+        )
+    if eval_dataset.is_augmented:
+        raise DataError(
+            "Expected an `eval_dataset` without random augmentation, which lowers the accuracy. Use "
+            "`dataset.with_transform(EvalTransform(image_processor))`, for questions `with_augmentation(None)`."
+        )
+    if not objective.can_predict:
+        raise DataError(
+            "Expected an objective with answers to choose from for an `eval_dataset`, got "
+            f"`{type(objective).__name__}` for free answers, which have no scores. Pass candidates to the objective "
+            "(`tokenize_candidates`), or leave out `eval_dataset` and compare generated answers after training."
+        )
+    if objective.prompts is None:
+        return
+    expected = [readable(name) for name in objective.prompts.class_names]
+    actual = [readable(name) for name in eval_dataset.class_names]
+    if actual == expected:
+        return
+    pairs = zip(expected, actual, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(actual)))
+    raise DataError(
+        "Expected an `eval_dataset` with the class names of the objective's prompts in their order, got "
+        f"{len(actual)} names for {len(expected)}, the first difference at label {place}: "
+        f"{actual[place : place + 1]!r} for {expected[place : place + 1]!r}. Labels of one list are wrong in the "
+        "other: `restrict` the dataset to the classes of the prompts, or make prompts of its classes."
+    )
+
+
+def _check_places(objective: Objective, dataset: Any) -> None:
+    """Refuse training labels that stand for other classes in the prompts; classes may be worded otherwise there."""
+    if objective.prompts is None:
+        return
+    places = {readable(name): place for place, name in enumerate(objective.prompts.class_names)}
+    names = [readable(name) for name in dataset.class_names]
+    moved = [(label, name) for label, name in enumerate(names) if places.get(name, label) != label]
+    if len(names) > len(places):
+        raise DataError(
+            f"Expected training images of at most {len(places)} classes, as the objective's prompts, got "
+            f"{len(names)}. `restrict` the dataset to the classes of the prompts, or make prompts of all its classes."
+        )
+    if moved:
+        (label, name), count = moved[0], len(moved)
+        raise DataError(
+            f"Expected training images whose labels are places in the objective's prompts, got {count} classes that "
+            f"stand elsewhere there: label {label}, {name!r}, is class {places[name]}. Make prompts of the dataset's "
+            "`class_names`."
+        )

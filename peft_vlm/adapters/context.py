@@ -123,7 +123,9 @@ def read_context_words(config: TextContextConfig, model: Any) -> None:
     """
     if config.context_init_ids is not None or config.context_init is None:
         return
-    tokenizer = tokenizer_of(model)
+    # On another model than the recorded one the recorded revision means nothing.
+    is_recorded = config.base_model_name_or_path in (None, model.name_or_path)
+    tokenizer = tokenizer_of(model, revision=config.revision if is_recorded else None)
     if tokenizer is None:
         raise ValueError(
             f"The context starts from the words {config.context_init!r}, and the base model's folder "

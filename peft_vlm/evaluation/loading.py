@@ -36,6 +36,7 @@ class LoadedModel:
         tokenizer: Of the base model.
         image_processor: Of the base model.
         base_model: Folder or id of the base model.
+        base_revision: Its branch, tag or commit on the Hub; None for the main branch or a folder.
         class_names: Classes the adapter was trained on; None when it names none.
         template: Text around a class name, or several, recorded by the adapter; None when it has none.
         value_range: Black and white of training images of more than 8 bits, recorded by the adapter.
@@ -45,6 +46,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     image_processor: BaseImageProcessor
     base_model: str
+    base_revision: str | None
     class_names: tuple[str, ...] | None
     template: str | tuple[str, ...] | None
     value_range: tuple[float, float] | None = None
@@ -59,6 +61,7 @@ def load_model(
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | None = None,
+    base_revision: str | None = None,
 ) -> LoadedModel:
     """Load a base model and, where given, an adapter onto it.
 
@@ -72,6 +75,8 @@ def load_model(
         revision: Branch, tag or commit of the adapter on the Hub.
         subfolder: Folder inside the adapter's folder or repository.
         token: Token of the Hub, for private repositories; None for the one of `hf auth login`.
+        base_revision: Branch, tag or commit of the base model on the Hub, for model, tokenizer and image processor;
+            None for the one the adapter records with its base model.
 
     Raises:
         AdapterError: If nothing is given, a folder does not exist, a part is missing or damaged, or the base model's
@@ -83,7 +88,9 @@ def load_model(
         check_weights(source, config)
     base = str(base_model) if base_model is not None else _recorded_base(adapter, config)
     _check_path(base, what="base model", advice="Pass `base_model=` with a folder or the id of the model.")
-    model, tokenizer, processor = _load_base(base, dtype, token)
+    if base_revision is None and config is not None and base == config.base_model_name_or_path:
+        base_revision = config.revision
+    model, tokenizer, processor = _load_base(base, dtype, token, base_revision)
     towers_of(model)  # refuses other architectures before an adapter is put onto them
     if source is not None:
         _check_processor(config, processor, base)
@@ -93,7 +100,8 @@ def load_model(
     names = None if recorded is None or recorded.class_names is None else tuple(recorded.class_names)
     template = None if recorded is None else _as_template(recorded.template)
     value_range = None if recorded is None else as_value_range(recorded.value_range)
-    return LoadedModel(model.eval().to(target), tokenizer, processor, base, names, template, value_range)
+    model = model.eval().to(target)
+    return LoadedModel(model, tokenizer, processor, base, base_revision, names, template, value_range)
 
 
 def _source(adapter: str, **where: str | None) -> AdapterSource:
@@ -102,11 +110,11 @@ def _source(adapter: str, **where: str | None) -> AdapterSource:
     return AdapterSource.find(adapter, **where)
 
 
-def _load_base(base: str, dtype: torch.dtype, token: str | None) -> tuple[nn.Module, Any, Any]:
+def _load_base(base: str, dtype: torch.dtype, token: str | None, revision: str | None) -> tuple[nn.Module, Any, Any]:
     """Model, tokenizer and image processor of a base model."""
     if Path(base, CONFIG_NAME).exists():
         raise AdapterError(f"Expected a base model, got the adapter {base!r}. Pass `base_model=` with its base model.")
-    options = hub_options(base, token=token)
+    options = hub_options(base, token=token, revision=revision)
     # transformers looks for an adapter in the repository, too, and asks the Hub for it unless it is told twice
     twice = {"adapter_kwargs": {"local_files_only": options["local_files_only"]}}
     try:

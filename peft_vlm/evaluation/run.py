@@ -59,7 +59,7 @@ def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
     report, result = _evaluate(arguments, loaded, datasets, template, num_base)
     _write(report, result, arguments)
     if arguments.baseline:
-        base = load_model(base_model=loaded.base_model, device=arguments.device)
+        base = load_model(base_model=loaded.base_model, base_revision=loaded.base_revision, device=arguments.device)
         alone = replace(arguments, adapter=None, shots=None, seed=None, note="")
         _evaluate(alone, base, datasets, template, num_base)[0].save(Path(arguments.output_dir) / BASELINE_NAME)
     return report

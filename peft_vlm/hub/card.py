@@ -25,8 +25,8 @@ MODEL_SNIPPET = """import peft_vlm  # makes PEFT know the method
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-processor = AutoProcessor.from_pretrained("{base}")
-model = AutoModelForImageTextToText.from_pretrained("{base}")
+processor = AutoProcessor.from_pretrained({base})
+model = AutoModelForImageTextToText.from_pretrained({base})
 model = PeftModel.from_pretrained(model, {adapter})"""
 
 
@@ -65,10 +65,12 @@ def render_card(
         eval_results=index_entries(scores, task=task) if scores else None,
     )
     place = f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+    is_recorded = base == folder.config.base_model_name_or_path and folder.config.revision
+    base_place = f'"{base}"' + (f', revision="{folder.config.revision}"' if is_recorded else "")
     snippet = CLASSIFIER_SNIPPET if is_classifier(folder.config) else MODEL_SNIPPET
     facts = _facts(folder, base) | {
         "title": title or f"{ADAPTERS[folder.method].title}: {name}",
-        "snippet": snippet.format(adapter=place, base=base),
+        "snippet": snippet.format(adapter=place, base=base_place),
         "note": note,
         "licence": license or "The publisher gave none: ask before use.",
     }

@@ -92,8 +92,8 @@ def write_folder(
         if source.is_file() and source.resolve() != (target / name).resolve():
             shutil.copyfile(source, target / name)
     config = folder.config
-    if base_model is not None:
-        config.base_model_name_or_path = base_model
+    if base_model is not None and base_model != config.base_model_name_or_path:
+        config.base_model_name_or_path, config.revision = base_model, None  # a revision of the other model
     config.save_pretrained(str(target))
     if config.class_names:
         write_class_names(target / CLASSES_NAME, config.class_names)

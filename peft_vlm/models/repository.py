@@ -54,17 +54,19 @@ def hub_answers(repo_id: str, *, revision: str | None = None, token: str | None 
     return True
 
 
-def hub_options(name: str | Path, *, token: str | None = None) -> dict[str, Any]:
+def hub_options(name: str | Path, *, token: str | None = None, revision: str | None = None) -> dict[str, Any]:
     """Arguments of `from_pretrained`: no request for a folder, or where no Hub answers; no code of a repository runs.
 
     Args:
         name: Folder or Hub id.
         token: Token of the Hub.
+        revision: Branch, tag or commit on the Hub; of no meaning for a folder.
     """
     options: dict[str, Any] = {"trust_remote_code": False}
     if is_local(name):
         return options | {"local_files_only": True}
-    return options | {"token": token, "local_files_only": not hub_answers(str(name), token=token)}
+    cache_only = not hub_answers(str(name), revision=revision, token=token)
+    return options | {"token": token, "revision": revision, "local_files_only": cache_only}
 
 
 def why_cache_only() -> str:

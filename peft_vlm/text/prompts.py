@@ -27,14 +27,16 @@ def has_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
 
 
-def tokenizer_of(model: nn.Module) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(model: nn.Module, *, revision: str | None = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a model's weights; None where its folder or repository has none.
 
     Args:
-        model: Model of transformers, which knows where it came from.
+        model: Model of transformers, which knows where it came from, but not at which revision.
+        revision: Branch, tag or commit of the model on the Hub; None for the main branch.
     """
+    name = model.name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, **hub_options(model.name_or_path))
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub_options(name, revision=revision))
     except (OSError, ValueError, TypeError):
         return None
     return tokenizer if has_vocabulary(tokenizer) else None
@@ -230,7 +232,7 @@ def tokenize_for_model(
         pad_to_max=not towers.text_is_causal,
     )
     highest, end = int(prompts.input_ids.max()), tokenizer.eos_token_id
-    if towers.pools_highest_id and highest > end:
+    if towers.pools_highest_id and isinstance(end, int) and highest > end:
         raise ClassNameError(
             f"The prompts hold the token {tokenizer.convert_ids_to_tokens(highest)!r} with the id {highest}, above "
             f"the end-of-text token ({end}), and this model takes the highest id for the end of a text. {_END_ADVICE}"
@@ -275,7 +277,7 @@ def _check_special_tokens(
     tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], names: tuple[str, ...], templates: tuple[str, ...]
 ) -> None:
     """Refuse texts with start or end tokens besides those that the tokenizer puts around every text."""
-    special = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    special = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     usual = sum(token in special for token in tokenizer("")["input_ids"])
     for row, ids in enumerate(rows):
         found = [token for token in ids if token in special]

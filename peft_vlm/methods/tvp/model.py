@@ -37,7 +37,8 @@ def _choose_normalization(config: TVPConfig, model: nn.Module, model_config: dic
     is_new = config.base_architecture is None
     if config.image_mean is not None and (is_new or (name is not None and name == config.base_model_name_or_path)):
         return
-    found = _local_normalization(name) if name else None
+    is_recorded = config.base_model_name_or_path in (None, name)
+    found = _local_normalization(name, config.revision if is_recorded else None) if name else None
     is_other = not is_new and config.base_architecture != architecture_of(model_config)
     if found is not None:
         config.image_mean, config.image_std = list(found[0]), list(found[1])
@@ -55,17 +56,18 @@ def _choose_normalization(config: TVPConfig, model: nn.Module, model_config: dic
             stacklevel=2,
         )
     if not is_new and (is_other or found is not None):
-        config.base_model_name_or_path = name
+        config.base_model_name_or_path, config.revision = name, config.revision if is_recorded else None
 
 
-def _local_normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def _local_normalization(name: str, revision: str | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation of the image processor stored with a model; None if there is none here.
 
     Args:
         name: Folder, or Hub id that is looked up in the local cache only.
+        revision: Branch, tag or commit of the Hub id; None for the main branch.
     """
     try:
-        processor = AutoImageProcessor.from_pretrained(name, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(name, revision=revision, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError):
         return None
     return normalization_of(processor)

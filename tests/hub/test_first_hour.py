@@ -112,8 +112,8 @@ def test_the_first_hour_works_in_a_shell(hub, tmp_path) -> None:
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            encoding="utf-8",
         )
-        assert result.returncode == 0, f"{block.code}\n{result.stdout}"
-        printed += result.stdout
+        text = result.stdout.decode("utf-8")  # not by `subprocess`, which would make lines of what bars draw over
+        assert result.returncode == 0, f"{block.code}\n{text}"
+        printed += text
     check(tmp_path, hub, printed)

@@ -1,18 +1,18 @@
 """OpenAI's and open_clip's CLIP under Hugging Face names, and as a folder that `CLIPModel.from_pretrained` loads."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from peft_vlm.conversion.official_file import OfficialFile
-from peft_vlm.errors import AdapterError, UnsupportedModelError
-from peft_vlm.files import new_folder
+from peft_vlm.errors import AdapterError, PeftVLMError, UnsupportedModelError, shown
+from peft_vlm.files import new_folder, read_json
 
 WHOLE_NAMES = {
     "logit_scale": "logit_scale",
@@ -240,18 +240,22 @@ def convert_clip(
             f"Expected `hidden_act` to be 'quick_gelu' or 'gelu', got {act!r}; a state dict does not say. OpenAI's "
             "weights and open_clip's models with '-quickgelu' in their names have 'quick_gelu', others 'gelu'."
         )
-    config = _clip_config(
-        tensors,
-        hidden_act=act,
-        vision_head_width=vision_head_width or recorded.get("vision_head_width", HEAD_WIDTH),
-        text_heads=text_heads or recorded.get("text_heads"),
-    )
-    model = CLIPModel(config).eval()
-    weights = to_hf_names({name: value for name, value in tensors.items() if name not in NOT_WEIGHTS})
     try:
-        model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise AdapterError(f"The tensors of {str(file.path)!r} do not make a complete CLIP: {error}") from error
+        config = _clip_config(
+            tensors,
+            hidden_act=act,
+            vision_head_width=vision_head_width or recorded.get("vision_head_width", HEAD_WIDTH),
+            text_heads=text_heads or recorded.get("text_heads"),
+        )
+        model = _clip_of(config, {name: value for name, value in tensors.items() if name not in NOT_WEIGHTS})
+    except PeftVLMError:
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise AdapterError(
+            f"The tensors of {str(file.path)!r} do not make a complete CLIP: {shown(reason, 400)}. Pass the file of "
+            "a whole CLIP."
+        ) from error
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": config.vision_config.image_size},
         crop_size={"height": config.vision_config.image_size, "width": config.vision_config.image_size},
@@ -265,16 +269,34 @@ def convert_clip(
     return model
 
 
+def _clip_of(config: CLIPConfig, tensors: Mapping[str, Tensor]) -> CLIPModel:
+    """A CLIP with weights of a file, whose sizes are compared before memory is asked for."""
+    weights = to_hf_names(tensors)
+    with torch.device("meta"):
+        CLIPModel(config).load_state_dict({name: tensor.to("meta") for name, tensor in weights.items()}, strict=True)
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"Expected finite values in {name!r}, got inf or nan. Get the file again.")
+    model = CLIPModel(config).eval()
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
 def _open_clip_settings(path: Path) -> dict[str, Any]:
     """Activation, heads and pixels in an `open_clip_config.json`; empty without one."""
     if not path.is_file():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    model, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
-    settings = {
-        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
-        "vision_head_width": model["vision_cfg"].get("head_width", HEAD_WIDTH),
-        "text_heads": model["text_cfg"].get("heads"),
-    }
-    settings["processor"] = {f"image_{key}": pixels[key] for key in ("mean", "std") if key in pixels}
-    return settings
+    content = read_json(path)
+    try:
+        model, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
+        settings = {
+            "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
+            "vision_head_width": model["vision_cfg"].get("head_width", HEAD_WIDTH),
+            "text_heads": model["text_cfg"].get("heads"),
+        }
+        settings["processor"] = {f"image_{key}": pixels[key] for key in ("mean", "std") if key in pixels}
+        return settings
+    except (LookupError, TypeError, AttributeError) as error:
+        raise AdapterError(
+            f"Expected the settings of open_clip in {str(path)!r}, got something else ({error!r}). Get it again."
+        ) from error

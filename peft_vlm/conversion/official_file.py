@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from peft_vlm.errors import AdapterError
+from peft_vlm.errors import AdapterError, shown
 
 WRAPPING_KEY = "state_dict"
 """Where Dassl and many others keep the tensors inside a checkpoint."""
@@ -30,6 +30,13 @@ CONTAINERS = {"builtins.dict": dict, "collections.defaultdict": defaultdict}
 INERT_MODULES = ("torch.optim.", "__torch__.")
 """Classes that are read as empty shells: optimizers and schedulers beside the tensors of a training checkpoint (the
 warm-up of Dassl pickles a `CosineAnnealingLR` with its `SGD`), and the modules of a TorchScript archive."""
+
+
+MAX_GROWTH = 4
+"""How much larger than its file a checkpoint may be in memory; weights that are tied are stored once."""
+
+MAX_DEPTH = 100
+"""Modules inside modules of an archive."""
 
 
 class _Shell:
@@ -56,13 +63,38 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         content = _tensors_of_archive(content)
     if isinstance(content, dict) and isinstance(content.get(WRAPPING_KEY), dict):
         content = content[WRAPPING_KEY]
-    tensors = (
-        {key: value for key, value in content.items() if torch.is_tensor(value)} if isinstance(content, dict) else {}
-    )
+    named = content.items() if isinstance(content, dict) else ()
+    tensors = {key: value for key, value in named if isinstance(key, str) and torch.is_tensor(value)}
     if not tensors:
-        keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise AdapterError(f"Expected a mapping of names to tensors in {str(path)!r}, got {keys!r}.")
+        keys = list(content)[:6] if isinstance(content, dict) else type(content).__name__
+        raise AdapterError(
+            f"Expected a mapping of names to tensors in {str(path)!r}, got {shown(keys)}. Pass the checkpoint itself."
+        )
+    _check_tensors(tensors, path)
     return tensors
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that become larger than the file when they are copied, or that are none of numbers in memory."""
+    numbers = 0
+    for name, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not plain or tensor.is_complex():
+            raise AdapterError(
+                f"Expected plain tensors in {str(path)!r}, got {shown(name)} as {tensor.layout}, {tensor.dtype} on "
+                f"{tensor.device}. Save the file again with ordinary tensors."
+            )
+        numbers += tensor.numel() * tensor.element_size()
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes() or numbers > _most_bytes(path):
+            raise AdapterError(
+                f"Expected tensors that are stored in {str(path)!r}, got {shown(name)} of shape "
+                f"{tuple(tensor.shape)}, which repeats what is stored. Save the file again with `tensor.clone()`."
+            )
+
+
+def _most_bytes(path: Path) -> int:
+    """Bytes that a file may become; what Python and torch compress, code, is small."""
+    return MAX_GROWTH * path.stat().st_size + 2**26
 
 
 def _content(path: Path) -> Any:
@@ -70,22 +102,43 @@ def _content(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if is_zipfile(path):
+            _check_archive(path)
         source = _without_code(path) if is_zipfile(path) else path
         with _allowed(source) if is_zipfile(path) else nullcontext():
             return torch.load(source, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except AdapterError:
+        raise
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, BadZipFile, NotImplementedError) as error:
         raise AdapterError(
             f"Expected a complete checkpoint, got {str(path)!r} with {path.stat().st_size} bytes, which cannot be "
-            f"read ({error}). Copy or download it again."
+            f"read ({_first_line(error)}). Copy or download it again."
         ) from error
     except (
         Exception
     ) as error:  # torch.load refuses what is not a tensor by an error of the module that it must not use
         raise AdapterError(
             f"Expected tensors and plain values in {str(path)!r}, got other objects, which are not loaded because "
-            f"they could run code: {str(error).splitlines()[0]} Where you trust the file, save its tensors as "
+            f"they could run code: {_first_line(error)} Where you trust the file, save its tensors as "
             "safetensors."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """An error's message in one line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that unpacks to more than its own size allows; torch stores tensors as they are."""
+    with ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > _most_bytes(path):
+        raise AdapterError(
+            f"Expected an archive that unpacks to at most {_most_bytes(path):,} bytes, got {str(path)!r} of "
+            f"{path.stat().st_size:,} bytes, which says {unpacked:,}. No release of torch writes such files: get the "
+            "original."
+        )
 
 
 def _without_code(path: Path) -> Path | BytesIO:
@@ -117,12 +170,16 @@ def _allowed(source: Path | BytesIO) -> safe_globals:
     return safe_globals(allowed)
 
 
-def _tensors_of_archive(module: _Shell, prefix: str = "") -> dict[str, Tensor]:
-    """Parameters and buffers of a TorchScript module by their dotted names."""
+def _tensors_of_archive(module: _Shell, prefix: str = "", seen: set[int] | None = None) -> dict[str, Tensor]:
+    """Parameters and buffers of a TorchScript module by their dotted names; a module that holds itself counts once."""
     tensors: dict[str, Tensor] = {}
+    seen = seen if seen is not None else set()
+    if id(module) in seen or prefix.count(".") > MAX_DEPTH:
+        return {}
+    seen.add(id(module))
     for name, value in vars(module).items():
         if isinstance(value, _Shell):
-            tensors |= _tensors_of_archive(value, f"{prefix}{name}.")
+            tensors |= _tensors_of_archive(value, f"{prefix}{name}.", seen)
         elif torch.is_tensor(value):
             tensors[f"{prefix}{name}"] = value.detach()
     return tensors

@@ -1,7 +1,9 @@
 """The part of an adapter's configuration that every method shares, and the checks made when an adapter is loaded."""
 
+import hashlib
 import re
 import sys
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -11,10 +13,10 @@ import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_vlm.adapters.adapter_files import AdapterSource, Shape, check_header
-from peft_vlm.errors import AdapterError, shown
+from peft_vlm.errors import AdapterError, PeftVLMWarning, shown
 from peft_vlm.files import CLASSES_NAME, CONFIG_NAME, installed_version, write_class_names
 
 FORMAT_VERSION = 1
@@ -73,8 +75,10 @@ class VLMConfig(PeftConfig):
         image_std: Channel standard deviations of that processor.
         image_size: Rows and columns of the images that the model saw.
         value_range: Numbers that were black and white in training images of more than 8 bits; None: those of the type.
-        base_architecture: Sizes of the base model. Recorded on creation; a base with other sizes is refused on
-            loading.
+        base_architecture: What the base model is made of: sizes, heads, activation, image and patch size, vocabulary,
+            text length. Recorded on creation; a base that differs in one of them is refused on loading.
+        base_digest: Digest of a few values of each of its matrices, by `base_digest`. Recorded on creation; a base
+            with other weights gives a warning on loading.
         init_weights: False starts from perturbed instead of initial values, which makes an untrained adapter change
             the output. For tests.
         format_version: Layout of the adapter folder.
@@ -93,6 +97,7 @@ class VLMConfig(PeftConfig):
     image_size: list[int] | None = field(default=None)
     value_range: list[float] | None = field(default=None)
     base_architecture: dict[str, Any] | None = field(default=None)
+    base_digest: str | None = field(default=None)
     init_weights: bool = field(default=True)
     format_version: int = field(default=FORMAT_VERSION)
     peft_vlm_version: str = field(default_factory=installed_version)
@@ -309,21 +314,41 @@ def _in_words(kind: Any) -> str:
     return IN_WORDS[get_origin(kind) or kind]
 
 
+TOWER_FACTS = (
+    *("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "hidden_act"),
+    *("patch_size", "image_size", "vocab_size", "max_position_embeddings"),
+)
+"""What decides, in each tower's configuration, whether an adapter fits."""
+
+
 def architecture_of(model_config: dict[str, Any]) -> dict[str, Any]:
-    """Sizes that decide whether an adapter fits a base model, as JSON values.
+    """Facts that decide whether an adapter fits a base model, as JSON values.
 
     Args:
-        model_config: `model.config.to_dict()` of a two-tower model.
+        model_config: `model.config.to_dict()` of the base model.
     """
-    sizes: dict[str, Any] = {"model_type": model_config.get("model_type")}
+    facts: dict[str, Any] = {"model_type": model_config.get("model_type")}
     for tower in ("text", "vision"):
         tower_config = model_config.get(f"{tower}_config") or {}
-        for key in ("hidden_size", "num_hidden_layers", "intermediate_size"):
-            if key in tower_config:
-                sizes[f"{tower}_{key}"] = tower_config[key]
+        facts |= {f"{tower}_{key}": tower_config[key] for key in TOWER_FACTS if key in tower_config}
     if "projection_dim" in model_config:
-        sizes["projection_dim"] = model_config["projection_dim"]
-    return sizes
+        facts["projection_dim"] = model_config["projection_dim"]
+    return facts
+
+
+def architecture_differences(config: VLMConfig, model_config: dict[str, Any]) -> list[str]:
+    """Recorded facts that a base model contradicts, one text each; older adapters record fewer.
+
+    Args:
+        config: Adapter configuration; `base_architecture` is None for a new adapter.
+        model_config: `model.config.to_dict()` of the base model at hand.
+    """
+    actual = architecture_of(model_config)
+    return [
+        f"{key}: adapter {value!r}, this model {actual.get(key)!r}"
+        for key, value in (config.base_architecture or {}).items()
+        if actual.get(key) != value
+    ]
 
 
 def check_architecture(config: VLMConfig, model_config: dict[str, Any]) -> None:
@@ -336,16 +361,50 @@ def check_architecture(config: VLMConfig, model_config: dict[str, Any]) -> None:
     Raises:
         AdapterError: If a size differs; the message lists each.
     """
-    if config.base_architecture is None:
-        return
-    actual = architecture_of(model_config)
-    different = [
-        f"{key}: adapter {value!r}, this model {actual.get(key)!r}"
-        for key, value in config.base_architecture.items()
-        if actual.get(key) != value
-    ]
+    different = architecture_differences(config, model_config)
     if different:
         raise AdapterError(
             f"The adapter was made for another base model ({'; '.join(different)}). Load it onto "
             f"{config.base_model_name_or_path or 'the model it was trained on'!r}."
+        )
+
+
+@torch.no_grad()
+def base_digest(model: nn.Module) -> str | None:
+    """Digest of the first values of each matrix of a base model: type, number of matrices, 12 hexadecimal digits.
+
+    Two digests say something about each other only if the first two parts are equal: half precision rounds values,
+    and quantisation hides matrices.
+
+    Args:
+        model: Model without adapters.
+
+    Returns:
+        None where values are elsewhere: on `meta`, or divided among processes.
+    """
+    matrices = [p for p in model.parameters() if p.ndim > 1 and p.is_floating_point()]
+    if not matrices or any(p.is_meta or not p.numel() for p in matrices):
+        return None
+    # Four values each: a merged adapter or a fine-tuning changes some of them, and a large model is not read.
+    values = torch.cat([p.detach().reshape(-1)[:4].float().cpu() for p in matrices])
+    dtypes = "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in matrices}))
+    return f"{dtypes}/{len(matrices)}/{hashlib.sha256(values.numpy().tobytes()).hexdigest()[:12]}"
+
+
+def check_digest(config: VLMConfig, digest: str | None) -> None:
+    """Warn where an adapter meets other weights than those it was made on.
+
+    Args:
+        config: Adapter configuration.
+        digest: What `base_digest` gives for the base model at hand.
+    """
+    if config.base_digest is None or digest is None or config.base_digest == digest:
+        return
+    if config.base_digest.rpartition("/")[0] == digest.rpartition("/")[0]:
+        warnings.warn(
+            f"The adapter was made on other weights of the base model (digest {config.base_digest}, here {digest}): "
+            f"its results are not those it was published with. Load it onto {config.base_model_name_or_path!r}"
+            f"{f' at revision {config.revision!r}' if config.revision else ''}.",
+            PeftVLMWarning,
+            stacklevel=2,
         )

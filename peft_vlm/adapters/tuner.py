@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_vlm.adapters.config import VLMConfig, architecture_of, check_architecture
+from peft_vlm.adapters.config import VLMConfig, architecture_of, base_digest, check_architecture, check_digest
 from peft_vlm.adapters.layer import PromptLayer
 from peft_vlm.errors import AdapterError, shown
 
@@ -59,7 +59,8 @@ class VLMTuner(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> VLMConfig:
-        """Fill `target_modules` and record, or check, the sizes of the base model."""
+        """Fill `target_modules` and record, or check, what the base model is made of."""
+        is_new = peft_config.base_architecture is None
         check_architecture(peft_config, model_config)
         pattern = self.target_pattern(peft_config)
         if peft_config.target_modules not in (None, pattern):
@@ -69,7 +70,17 @@ class VLMTuner(BaseTuner):
             )
         peft_config.target_modules = pattern
         peft_config.base_architecture = architecture_of(model_config)
+        digest = self._base_digest(peft_config)
+        if is_new:
+            peft_config.base_digest = digest
+        check_digest(peft_config, digest)
         return peft_config
+
+    def _base_digest(self, own: Any) -> str | None:
+        """Digest of the base model; with adapters in it, what the first one has recorded."""
+        others = [config.base_digest for config in self.peft_config.values() if config is not own]
+        is_wrapped = any(isinstance(module, BaseTunerLayer) for module in self.model.modules())
+        return next(iter(others), None) if is_wrapped else base_digest(self.model)
 
     def _create_and_replace(
         self,

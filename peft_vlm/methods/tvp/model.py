@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from peft_vlm.adapters.config import VLMConfig, architecture_of
+from peft_vlm.adapters.config import VLMConfig, architecture_differences
 from peft_vlm.adapters.layer import PromptLayer
 from peft_vlm.adapters.pixel_prompt import PackedPixelPrompt, PixelPrompt, active_name, prompt_layer_of
 from peft_vlm.adapters.tuner import VLMTuner
@@ -39,7 +39,7 @@ def _choose_normalization(config: TVPConfig, model: nn.Module, model_config: dic
         return
     is_recorded = config.base_model_name_or_path in (None, name)
     found = _local_normalization(name, config.revision if is_recorded else None) if name else None
-    is_other = not is_new and config.base_architecture != architecture_of(model_config)
+    is_other = bool(architecture_differences(config, model_config))
     if found is not None:
         config.image_mean, config.image_std = list(found[0]), list(found[1])
     elif config.image_mean is None:

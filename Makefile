@@ -5,6 +5,9 @@
 #   make test WORKERS=8            with more processes; WORKERS=0 in one, which `--pdb` needs
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+EXTRA ?= dev
+PIP_OPTIONS ?=
 ARGS ?=
 WORKERS ?= 2
 BIN = $(VENV)/bin
@@ -13,19 +16,20 @@ PYTEST = $(BIN)/python -m pytest
 # Each process takes a run of neighbouring tests, which share their fixtures, and then work from the slower one.
 PARALLEL = -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo smoke test test-slow test-distributed test-faults test-first-hour check format size wheel ci clean
+.PHONY: help demo smoke test test-newest test-oldest test-slow test-distributed test-faults test-first-hour check format size wheel ci clean
 
 help:
 	@echo "make demo              train Skip Tuning on the bundled models and data; results in outputs/demo"
 	@echo "make smoke             a first look at every method (under a minute)"
 	@echo "make test              fast tests (under 8 minutes on 2 cores)"
+	@echo "make test-newest       fast tests with the newest versions that pyproject.toml allows; test-oldest: the oldest"
 	@echo "make check             lint, format, types, docstrings, spelling"
 	@echo "make ci                check, wheel, then all tests that are not slow and need no GPU"
 	@echo "make wheel             build the wheel and try it outside the repository"
 	@echo "make test-slow         the slow tests; test-distributed, test-faults, test-first-hour: those parts alone"
 	@echo "make format            apply the formatter and the safe lint fixes"
 	@echo "make size              files, code lines and public names of the package; never fails"
-	@echo "make clean             remove .venv, caches and build results (outputs/ is kept)"
+	@echo "make clean             remove .venv*, caches and build results (outputs/ is kept)"
 
 demo: $(STAMP)
 	@echo "Training and comparing on 2 cores takes about 7 minutes; results go to outputs/demo"
@@ -36,6 +40,18 @@ smoke: $(STAMP)
 
 test: $(STAMP)
 	@$(PYTEST) $(PARALLEL) --ignore=tests/distributed --ignore=tests/faults $(ARGS)
+
+# Both ends of the ranges in pyproject.toml, each in an environment of its own. The newest torch brings several GB of CUDA
+# packages, so torch stays as constraints.txt has it: `make test-newest TORCH=2.14.1` takes another one.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+
+test-newest:
+	@mkdir -p build && echo "torch==$(TORCH)" > build/newest.txt
+	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=build/newest.txt EXTRA=test PIP_OPTIONS="--upgrade --upgrade-strategy eager"
+
+test-oldest:
+	@mkdir -p build && $(PYTHON) tests/oldest_versions.py > build/oldest.txt
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=build/oldest.txt EXTRA=test
 
 test-slow: $(STAMP)
 	@echo "The slow tests take many minutes"
@@ -72,13 +88,13 @@ wheel: $(STAMP)
 ci: check wheel
 	@$(PYTEST) $(PARALLEL) $(ARGS)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("peft_vlm needs Python 3.11 or newer, got " + sys.version.split()[0] + ": call `make PYTHON=/path/to/python3.11 ...`")'
 	@echo "Installing into $(VENV) (about 2 GB on disk): 1 to 5 minutes ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -c $(CONSTRAINTS) -e ".[$(EXTRA)]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-oldest build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

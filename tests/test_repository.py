@@ -2,9 +2,12 @@
 
 import ast
 import re
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 
+from tests.oldest_versions import oldest_versions
 from tests.source_tree import CODE_FOLDERS, PACKAGE, ROOT, Module, imported_names, python_modules, tracked_files
 
 MEGABYTE = 1_000_000
@@ -100,6 +103,26 @@ def test_text_files_name_no_registry_and_no_local_path(tracked: list[str]) -> No
 def test_the_local_text_rule_sees_violations(line: str) -> None:
     """The patterns themselves match what they are for."""
     assert re.search("|".join(LOCAL_TEXT), line)
+
+
+def test_tested_versions_lie_in_the_ranges_that_are_claimed() -> None:
+    """A requirement without a lower bound claims every old version, which no test could run."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    oldest = dict(pin.split("==") for pin in oldest_versions(project))
+    extras = project["optional-dependencies"]
+    ranges = [
+        Requirement(text) for text in [*project["dependencies"], *extras["plots"], *extras["onnx"], *extras["test"]]
+    ]
+    named = [requirement for requirement in ranges if requirement.name != project["name"]]
+    assert len(named) == len(oldest) >= 20
+    for requirement in named:
+        version = next(tested[name] for name in tested if name.lower() == requirement.name.lower())
+        assert requirement.specifier.contains(version), requirement
+        assert requirement.specifier.contains(oldest[requirement.name]), requirement
+    with pytest.raises(ValueError, match="like 'name>=1.2'"):
+        oldest_versions(project | {"dependencies": ["torch"]})
 
 
 def test_public_names_are_documented() -> None:

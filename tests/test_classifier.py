@@ -248,7 +248,7 @@ def edit_behind_autograd(classifier: PromptedClassifier) -> None:
 def load_other_weights(classifier: PromptedClassifier) -> None:
     """The state of a model with other adapter weights."""
     state = {key: -3 * value for key, value in classifier.model.state_dict().items() if "lora" in key}
-    classifier.model.load_state_dict(state, strict=False)
+    classifier.model.load_state_dict(classifier.model.state_dict() | state)
 
 
 def replace_the_adapter(classifier: PromptedClassifier) -> None:

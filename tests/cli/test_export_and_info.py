@@ -69,7 +69,9 @@ def test_mistakes_end_with_two(exported, tmp_path, capsys) -> None:
     assert "complete safetensors file" in capsys.readouterr().err
     (tmp_path / "text.png").write_text("no picture")
     assert main(["predict", str(file), str(tmp_path / "text.png")]) == 2
-    assert "text.png' cannot be read as an image" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "text.png' cannot be read as an image" in printed.out
+    assert "1 of 1 images could not be read" in printed.err
     assert main(["info", str(tmp_path)]) == 2
     assert "no method and no adapter" in capsys.readouterr().err
 

@@ -128,5 +128,9 @@ def test_a_protocol_is_known_by_both_spellings() -> None:
 def test_an_interrupted_command_ends_in_one_line(monkeypatch, capsys) -> None:
     """A traceback through ten files looks like a bug, and 1 like one to a script."""
     monkeypatch.setattr(info, "run", lambda arguments: signal.raise_signal(signal.SIGINT))
-    assert main(["info"]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
+    try:
+        assert main(["info"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "\npeft-vlm info: interrupted\n"

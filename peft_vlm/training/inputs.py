@@ -110,7 +110,8 @@ def run_images(images: Any, model: nn.Module, processing_class: Any, *, name: st
             return TransformedRows(images)
         images = load_image_dataset(images)
     if isinstance(images, ImageClassificationDataset) and not isinstance(images, ImageQuestionDataset):
-        if images.transform is None:
+        makes_pixels = type(images).__getitem__ is not ImageClassificationDataset.__getitem__
+        if images.transform is None and not makes_pixels:
             transform = TrainTransform if is_training else EvalTransform
             images = images.with_transform(transform(image_processor_of(model, processing_class)))
     if not isinstance(images, RunImages):

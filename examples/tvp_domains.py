@@ -45,7 +45,10 @@ INKS = {
 ICONS_PER_INK = {"train": 100, "val": 20, "test": 50}
 
 #: Class names of Fashion-MNIST in words that occur among the models' training names.
-GARMENTS = ("t shirt", "pants", "sweater", "dress", "coat", "sandal", "shirt", "shoe", "bag", "boot")
+GARMENTS = {
+    **{name: name for name in ("dress", "coat", "sandal", "shirt", "bag")},
+    **{"t-shirt": "t shirt", "trousers": "pants", "pullover": "sweater", "sneaker": "shoe", "ankle boot": "boot"},
+}
 
 
 def load_domain(name: str, *, split: str) -> ImageClassificationDataset:

@@ -245,7 +245,9 @@ def test_a_weights_file_that_does_not_fit_is_refused(saved, change):
     if change != "missing":
         tensors[key + ".extra" if change == "unknown" else key] = torch.zeros(3, *tensor.shape)
     save_file(tensors, path)
-    with pytest.raises(AdapterError, match={"shape": r"other shape .*file \(3,"}.get(change, rf"{change} base_model")):
+    # what the header alone shows is refused first, the rest when the model is there
+    own = r"other shape .*\(3," if change == "shape" else rf"{change} '?base_model"
+    with pytest.raises(AdapterError, match=rf"{own}|do not belong together"):
         PeftModel.from_pretrained(base_model(), adapter)
 
 

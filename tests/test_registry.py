@@ -237,7 +237,7 @@ def test_a_weights_file_that_does_not_fit_is_refused(saved, change):
     """PEFT warns about missing keys and goes on with initial values."""
     from safetensors.torch import load_file, save_file
 
-    _, _, adapter, _ = saved
+    case, _, adapter, _ = saved
     path = adapter / "adapter_model.safetensors"
     tensors = load_file(path)
     key = sorted(tensors)[0]
@@ -245,9 +245,12 @@ def test_a_weights_file_that_does_not_fit_is_refused(saved, change):
     if change != "missing":
         tensors[key + ".extra" if change == "unknown" else key] = torch.zeros(3, *tensor.shape)
     save_file(tensors, path)
-    # what the header alone shows is refused first, the rest when the model is there
-    own = r"other shape .*\(3," if change == "shape" else rf"{change} '?base_model"
-    with pytest.raises(AdapterError, match=rf"{own}|do not belong together"):
+    message = rf"{change} 'base_model" if change != "shape" else r"other shape .*file \(3,"
+    if change == "shape" and case.method != "skip_tuning":  # the header alone shows it, before there is a model
+        message = r"by the configuration, got 'base_model.* of shape \(3,"
+    elif case.method in ("coop", "promptkd", "tvp"):  # the one tensor of its kind is gone
+        message = "by the configuration, got 'no tensor'"
+    with pytest.raises(AdapterError, match=message):
         PeftModel.from_pretrained(base_model(), adapter)
 
 

@@ -11,7 +11,7 @@ from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import all_image_features
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.errors import AdapterError, check_choice
-from peft_vlm.models.towers import towers_of
+from peft_vlm.models.towers import device_of, towers_of
 from peft_vlm.objective import ObjectiveOutput
 from peft_vlm.shapes import Batch
 from peft_vlm.text.class_features import PromptObjective, evaluation_mode
@@ -84,7 +84,7 @@ class ClassificationObjective(PromptObjective):
                 "out, or use PromptSRC with all weights 0."
             )
         ids = reserve_slots(model, self.prompts).input_ids
-        self._input_ids = ids.to(next(model.parameters()).device)
+        self._input_ids = ids.to(device_of(model))
         self._images = None
 
     def epoch_start(self, model: nn.Module, dataset: ImageClassificationDataset | ImageStream, epoch: int) -> None:

@@ -23,6 +23,16 @@ def is_rms_norm(layer: nn.Module) -> bool:
     return type(layer).__name__.endswith("RMSNorm") and [name for name, _ in layer.named_parameters()] == ["weight"]
 
 
+def _without_offload_hook(layer: nn.Module) -> nn.Module:
+    """A layer with the same tensors that nothing fills: accelerate's hook would put the base weight over another."""
+    if "_hf_hook" not in vars(layer):
+        return layer
+    bare = copy.copy(layer)
+    for name in ("forward", "_hf_hook"):
+        vars(bare).pop(name, None)
+    return bare
+
+
 class LayerCopy(PromptLayer):
     """A `Linear`, `LayerNorm` or RMS norm whose weight and bias are replaced by an adapter's own.
 
@@ -76,7 +86,8 @@ class LayerCopy(PromptLayer):
         if name is None:
             return self.base_layer(hidden)
         if is_rms_norm(self.base_layer):  # each family has its own formula: theirs runs, with our weight
-            return functional_call(self.base_layer, {"weight": self.tuned_weight[name]}, (hidden,)).to(hidden.dtype)
+            norm = _without_offload_hook(self.base_layer)
+            return functional_call(norm, {"weight": self.tuned_weight[name]}, (hidden,)).to(hidden.dtype)
         weight = self.tuned_weight[name].to(hidden.dtype)
         bias = self.tuned_bias[name].to(hidden.dtype) if name in self.tuned_bias else None
         if isinstance(self.base_layer, nn.Linear):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft_vlm.adapters.config import VLMConfig, architecture_of, base_digest, check_architecture, check_digest
 from peft_vlm.adapters.layer import PromptLayer
 from peft_vlm.errors import AdapterError, shown
+from peft_vlm.models.towers import filled, missing_weights
 
 
 class VLMTuner(BaseTuner):
@@ -54,8 +55,14 @@ class VLMTuner(BaseTuner):
             )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's injection, with the adapter-name check for adapters added later."""
+        """PEFT's injection, with the adapter-name check for adapters added later, into a model with weights."""
         self._pre_injection_hook(model, self.peft_config[adapter_name], adapter_name)
+        if missing := missing_weights(model):
+            raise AdapterError(
+                f"Expected a model with weights, got {len(missing)} of its tensors on `meta`, where nothing fills "
+                f"them: {_some(missing)}. Load the model with `from_pretrained` (offloading by accelerate works), or "
+                "give it weights before it gets an adapter."
+            )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> VLMConfig:
@@ -93,10 +100,11 @@ class VLMTuner(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         """Wrap a module, or add the adapter's tensors to the wrapper that another adapter has put there."""
-        layer = target if isinstance(target, PromptLayer) else self.wrap(target)
-        if layer is not target:  # so that the first adapter of a new layer is the one it applies
-            layer._active_adapter = [adapter_name]
-        layer.add_adapter(adapter_name, peft_config)
+        with filled(*target.modules()):  # an adapter's tensors start from the base weights, and lie beside them
+            layer = target if isinstance(target, PromptLayer) else self.wrap(target)
+            if layer is not target:  # so that the first adapter of a new layer is the one it applies
+                layer._active_adapter = [adapter_name]
+            layer.add_adapter(adapter_name, peft_config)
         layer.set_adapter(layer.active_adapters)
         if layer is not target:
             if adapter_name not in self.active_adapters:  # another adapter trains; this one only lies beside it

@@ -26,7 +26,7 @@ from peft_vlm.distributed import (
     wait_for_everyone,
 )
 from peft_vlm.errors import AdapterError, DataError, check_choice
-from peft_vlm.models.towers import image_features
+from peft_vlm.models.towers import device_of, image_features
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ def all_image_features(
         num_workers: Processes that decode images.
         divide: Divide the images among the processes of the training, which must all call this; all get all features.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     part = part_of(len(dataset), index=process_index(), parts=num_processes()) if divide else range(len(dataset))
     loader = DataLoader(
         Subset(dataset, part or range(1)), batch_size=batch_size, collate_fn=collate, num_workers=num_workers

@@ -23,7 +23,7 @@ from peft_vlm.data.questions import Collator, ImageQuestionDataset, RandomCrop
 from peft_vlm.errors import ClassNameError, DataError, check_list
 from peft_vlm.evaluation.answers import exact_match
 from peft_vlm.evaluation.classify import EvalResult
-from peft_vlm.models.towers import unwrap
+from peft_vlm.models.towers import device_of, unwrap
 from peft_vlm.text.answers import Candidates, candidate_scores, tokenize_candidates
 from peft_vlm.text.class_features import evaluation_mode
 
@@ -79,7 +79,7 @@ def classify_answers(
             f"{list(dataset.class_names[:3])!r}, got {len(candidates.names)}, beginning "
             f"{list(candidates.names[:3])!r}. Tokenise `dataset.class_names`."
         )
-    device = next(model.parameters()).device
+    device = device_of(model)
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collator)
     labels, predicted, confidence = [], [], []
     for batch in tqdm(loader, desc="score answers", unit="batch", leave=False, disable=not progress):
@@ -298,7 +298,7 @@ def generate_answers(
     stops = _stops(model, collator)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
     options |= {"eos_token_id": stops or None, "pad_token_id": tokenizer.pad_token_id}
-    device = next(model.parameters()).device
+    device = device_of(model)
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_LeftPadded(collator))
     texts: list[str] = []
     with evaluation_mode(model):

@@ -14,10 +14,12 @@ The whole chain gives the same tensors as the model's own forward. `finish_image
 the rest of the chain in one call, without the part of the last layer that nothing reads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel, Siglip2Model, SiglipModel
@@ -66,6 +68,59 @@ def text_length_of(config: PreTrainedConfig) -> int:
     """
     text: Any = config.get_text_config()
     return int(text.max_position_embeddings)
+
+
+def _offload_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """Return the hook by which accelerate fills a module's offloaded weights before each forward pass."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return next((one for one in hooks if isinstance(one, AlignDevicesHook) and one.offload), None)
+
+
+def missing_weights(model: nn.Module) -> list[str]:
+    """Return the names of weights on `meta` that no offload hook fills.
+
+    Args:
+        model: Model, with or without adapters.
+    """
+    hooks = {name: hook for name, module in model.named_modules() if (hook := _offload_hook(module))}
+
+    def is_filled(name: str) -> bool:
+        owner = name.rpartition(".")[0]
+        return owner in hooks or any(
+            hook.place_submodules and (not path or f"{owner}.".startswith(f"{path}.")) for path, hook in hooks.items()
+        )
+
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [name for name, tensor in tensors if tensor.is_meta and not is_filled(name)]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that takes a model's input.
+
+    Args:
+        model: Model, with or without adapters; weights that accelerate has offloaded are on `meta` between two calls.
+    """
+    for module in model.modules():
+        if (hook := _offload_hook(module)) is not None:
+            return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
+    return next(model.parameters()).device
+
+
+@contextmanager
+def filled(*modules: nn.Module) -> Iterator[None]:
+    """Hold the offloaded weights of modules, without their submodules', on the device that computes with them.
+
+    Args:
+        *modules: Modules of a model that accelerate may have offloaded.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            hook = _offload_hook(module)
+            if hook is not None:
+                hook.pre_forward(module)
+                stack.callback(hook.post_forward, module, None)
+        yield
 
 
 class Towers:
@@ -168,7 +223,8 @@ class Towers:
     @property
     def logit_scale(self) -> float:
         """The factor of the cosines, after exp."""
-        return float(self.model.logit_scale.detach().float().exp())
+        with filled(self.model):
+            return float(self.model.logit_scale.detach().float().exp())
 
     @property
     def logit_bias(self) -> float:
@@ -271,7 +327,7 @@ class Towers:
         self, image_features: Float[Tensor, "batch dim"], text_features: Float[Tensor, "classes dim"]
     ) -> Float[Tensor, "batch classes"]:
         """Cosine similarities multiplied by the logit scale, in float32. Inputs need not be normalised."""
-        with torch.autocast(image_features.device.type, enabled=False):
+        with torch.autocast(image_features.device.type, enabled=False), filled(self.model):
             image = nn.functional.normalize(image_features.float(), dim=-1)
             text = nn.functional.normalize(text_features.float(), dim=-1)
             return self.model.logit_scale.float().exp() * (image @ text.T)
@@ -330,13 +386,16 @@ class SiglipTowers(Towers):
     @property
     def logit_bias(self) -> float:
         """SigLIP's learned bias."""
-        return float(self.model.logit_bias.detach().float())
+        with filled(self.model):
+            return float(self.model.logit_bias.detach().float())
 
     def similarity_logits(
         self, image_features: Float[Tensor, "batch dim"], text_features: Float[Tensor, "classes dim"]
     ) -> Float[Tensor, "batch classes"]:
         """Scaled cosine similarities plus SigLIP's logit bias, in float32. Inputs need not be normalised."""
-        return super().similarity_logits(image_features, text_features) + self.model.logit_bias.float()
+        scaled = super().similarity_logits(image_features, text_features)
+        with filled(self.model):
+            return scaled + self.model.logit_bias.float()
 
 
 def _is_plain(layer: nn.Module) -> bool:

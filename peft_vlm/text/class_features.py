@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_vlm.distributed import divided, num_processes
 from peft_vlm.errors import AdapterError
-from peft_vlm.models.towers import image_features, side_of, towers_of
+from peft_vlm.models.towers import device_of, image_features, side_of, towers_of
 from peft_vlm.objective import Objective
 from peft_vlm.shapes import Batch
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
@@ -69,7 +69,7 @@ def encode_classes(
     if stored is not None:
         return stored
     prompts = reserve_slots(model, prompts)
-    device = next(model.parameters()).device
+    device = device_of(model)
     num_classes = len(prompts.class_names)
     if divide and num_processes() > 1:
         return _encode_together(model, prompts, device, chunk_size)
@@ -227,7 +227,9 @@ def _text_parts(model: nn.Module) -> list[nn.Module]:
 
 
 def _text_tensors(model: nn.Module) -> list[Tensor]:
-    return [tensor for part in _text_parts(model) for tensor in (*part.parameters(), *part.buffers())]
+    """Tensors with values; weights that accelerate has offloaded are on `meta` between two calls, and do not train."""
+    tensors = [tensor for part in _text_parts(model) for tensor in (*part.parameters(), *part.buffers())]
+    return [tensor for tensor in tensors if not tensor.is_meta]
 
 
 def _adapter_states(model: nn.Module) -> tuple[tuple[object, ...], ...]:
@@ -238,9 +240,9 @@ def _adapter_states(model: nn.Module) -> tuple[tuple[object, ...], ...]:
 
 def _text_state(model: nn.Module) -> _TextState:
     tensors = _text_tensors(model)
-    device = tensors[0].device
+    device = device_of(model)
     digests = [_bit_sums(tensor.detach()).to(device, non_blocking=True) for tensor in tensors]
-    sums = torch.stack(digests).tolist()  # one transfer for all
+    sums = torch.stack(digests).tolist() if digests else []  # one transfer for all
     kinds = [(tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tensors]
     return _TextState(tuple((*kind, *pair) for kind, pair in zip(kinds, sums, strict=True)), _adapter_states(model))
 

@@ -238,7 +238,8 @@ def check_training(model: nn.Module, objective: Objective, train_dataset: RunIma
         train_dataset: Training images, a dataset or a stream.
 
     Raises:
-        PeftVLMError: If nothing is trainable, or the adapter is one that the objective does not train.
+        PeftVLMError: If nothing is trainable, weights are offloaded, or the adapter is one that the objective does not
+            train.
         DataError: If the objective cannot train on a stream, the range of pixel values is unclear, or the labels are
             of other classes than its own.
     """
@@ -246,6 +247,12 @@ def check_training(model: nn.Module, objective: Objective, train_dataset: RunIma
         raise PeftVLMError(
             "Expected trainable parameters, got none. Load adapters for training with "
             "`PeftModel.from_pretrained(..., is_trainable=True)`."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PeftVLMError(
+            "Expected a model whose weights are on the device of the run, got one that is offloaded, which can be "
+            "evaluated and not trained. Load it without `device_map` or `cpu_offload`, in half precision or quantised "
+            "if it is large."
         )
     _check_adapter(model, objective)
     if not train_dataset.has_positions:

@@ -5,13 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import CLIPModel
 
 from peft_vlm import CoOpConfig, SkipTuningConfig
 from peft_vlm.adapters.config import base_digest
 from peft_vlm.errors import AdapterError, PeftVLMWarning
+from peft_vlm.models.towers import image_features, towers_of
+from peft_vlm.text.class_features import encode_classes
+from peft_vlm.text.prompts import reserve_slots
+from tests.cases import ADAPTER_CASES, Case, base_model, class_prompts
 from tests.tiny import tiny_clip, tiny_siglip
+from tests.tiny_questions import tiny_llava
 
 FACTS = {
     ("text_config", "num_attention_heads"): 2,
@@ -105,3 +111,92 @@ def test_without_values_there_is_no_digest() -> None:
     """A digest of nothing would differ from every other."""
     with torch.device("meta"):
         assert base_digest(CLIPModel(tiny_clip().config)) is None
+
+
+def empty_clip() -> CLIPModel:
+    """A CLIP without values."""
+    with torch.device("meta"):
+        return CLIPModel(tiny_clip().config)
+
+
+@pytest.mark.parametrize("case", ADAPTER_CASES, ids=lambda case: case.method)
+def test_a_model_without_weights_gets_no_adapter(case: Case, tmp_path: Path) -> None:
+    """Copies of nothing are nothing: the adapter would train, and be saved, as an empty one."""
+    message = r"a model with weights, got \d+ of its tensors on `meta`, where nothing fills them: '"
+    with pytest.raises(AdapterError, match=message):
+        get_peft_model(empty_clip(), case.config())
+    get_peft_model(base_model(), case.config()).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=message):
+        PeftModel.from_pretrained(empty_clip(), tmp_path)
+    model = base_model()
+    model.vision_model.post_layernorm.to("meta")
+    with pytest.raises(AdapterError, match="got 2 of its tensors on `meta`.*'vision_model.post_layernorm.weight'"):
+        get_peft_model(model, case.config())
+
+
+def offloaded(model: torch.nn.Module, how: str, folder: Path) -> torch.nn.Module:
+    """The model with its weights elsewhere between two calls, as accelerate leaves it."""
+    if how == "disk":
+        disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+    else:
+        cpu_offload(model, torch.device("cpu"), offload_buffers=how == "memory and buffers")
+    return model
+
+
+def outputs(model: torch.nn.Module, case: Case) -> dict[str, torch.Tensor]:
+    """Class features and logits, with the adapter and without."""
+    prompts, pixels = class_prompts(), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    found = {}
+    with torch.no_grad():
+        found["features"] = features = encode_classes(model, prompts)
+        found["scores"] = towers_of(model).similarity_logits(image_features(model, pixels), features)
+        if not case.text_free:
+            ids = reserve_slots(model, prompts).input_ids
+            found["logits"] = model(input_ids=ids, pixel_values=pixels).logits_per_image
+        with model.disable_adapter():
+            found["base"] = model(input_ids=prompts.input_ids, pixel_values=pixels).logits_per_image
+    return found
+
+
+@pytest.mark.parametrize("how", ["memory and buffers", "disk"])
+@pytest.mark.parametrize("case", ADAPTER_CASES, ids=lambda case: case.method)
+def test_an_offloaded_model_gets_the_adapter_that_the_model_in_memory_gets(
+    case: Case, how: str, tmp_path: Path
+) -> None:
+    """Between two calls its weights are on `meta`: an adapter that is copied from there, or lies there, is empty."""
+    found = []
+    for model in (base_model(), offloaded(base_model(), how, tmp_path / "weights")):
+        torch.manual_seed(0)
+        wrapped = get_peft_model(model, case.config(init_weights=False)).eval()
+        tensors = get_peft_model_state_dict(wrapped)
+        wrapped.save_pretrained(tmp_path / str(len(found)))
+        found.append(({name: tensor.clone() for name, tensor in tensors.items()}, outputs(wrapped, case)))
+    loaded = PeftModel.from_pretrained(offloaded(base_model(), how, tmp_path / "again"), tmp_path / "0").eval()
+    found.append((get_peft_model_state_dict(loaded), outputs(loaded, case)))
+    for tensors, values in found[1:]:
+        assert tensors.keys() == found[0][0].keys()
+        assert not any(tensor.is_meta for tensor in tensors.values())
+        assert all(torch.equal(tensor, found[0][0][name]) for name, tensor in tensors.items())
+        assert all(torch.equal(value, found[0][1][name]) for name, value in values.items())
+
+
+@pytest.mark.parametrize("how", ["memory", "parts"])
+def test_an_offloaded_multimodal_model_answers_as_the_one_in_memory(how: str, tmp_path: Path) -> None:
+    """The large ones are those that are offloaded, often in part."""
+    ids, found = torch.tensor([[1, 3, 4, 5]]), []
+    for is_offloaded in (False, True):
+        model = tiny_llava()
+        if is_offloaded and how == "memory":
+            cpu_offload(model, torch.device("cpu"))
+        elif is_offloaded:
+            places = {
+                "model.vision_tower": "cpu",
+                "model.multi_modal_projector": "disk",
+                "model.language_model": "disk",
+            }
+            dispatch_model(model, places | {"lm_head": "cpu"}, main_device="cpu", offload_dir=str(tmp_path))
+        torch.manual_seed(0)
+        wrapped = get_peft_model(model, SkipTuningConfig(start_layer=1, init_weights=False)).eval()
+        with torch.no_grad():
+            found.append(wrapped(input_ids=ids).logits)
+    assert torch.equal(*found)

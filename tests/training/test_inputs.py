@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from peft import LoraConfig, get_peft_model
 from transformers import AutoProcessor, CLIPModel, TrainingArguments
@@ -160,6 +161,15 @@ def test_usual_mistakes_are_answered_in_words(tmp_path) -> None:
 
 def coop() -> torch.nn.Module:
     return get_peft_model(base_model(), CoOpConfig(num_text_tokens=2, context_init=None))
+
+
+def test_an_offloaded_model_is_not_trained(tmp_path) -> None:
+    """torch would speak of meta tensors."""
+    model = base_model()
+    cpu_offload(model, torch.device("cpu"))
+    model = get_peft_model(model, SkipTuningConfig(start_layer=1))
+    with pytest.raises(PeftVLMError, match="got one that is offloaded.*Load it without `device_map`"):
+        VLMTrainer(model, arguments(tmp_path), train_dataset=images(), objective=SkipTuningObjective(class_prompts()))
 
 
 def test_a_methods_objective_goes_with_its_own_adapter(tmp_path) -> None:

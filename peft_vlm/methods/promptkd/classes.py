@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from peft_vlm.adapters.layer import DelegatingLayer, PromptLayer
 from peft_vlm.errors import AdapterError, ClassNameError, check_list
 from peft_vlm.methods.promptkd.config import PromptKDConfig
-from peft_vlm.models.towers import towers_of
+from peft_vlm.models.towers import device_of, towers_of
 from peft_vlm.text.class_features import StoredFeaturesLayer
 from peft_vlm.text.prompts import check_class_names, readable
 
@@ -65,7 +65,8 @@ class StoredClassText(DelegatingLayer):
                 "order, say so: `with texts_are_stored_classes(model): ...`."
             )
         count = 0 if input_ids is None else len(input_ids)
-        request = next(self.base_layer.parameters()).new_empty(count, 0)
+        dtype = next(self.base_layer.parameters()).dtype
+        request = torch.empty(count, 0, dtype=dtype, device=device_of(self.base_layer))
         return BaseModelOutputWithPooling(pooler_output=request)
 
 

@@ -310,7 +310,7 @@ class PromptKDModel(VLMTuner):
     def _check_logit_scale(self, config: PromptKDConfig) -> None:
         """Warn where the base model is not the one of the training, as its logit scale shows."""
         recorded = config.student_logit_scale
-        if recorded is None or self.model.logit_scale.is_meta:
+        if recorded is None:
             return
         actual = towers_of(self.model).logit_scale
         if abs(actual - recorded) > 0.01 * recorded:

@@ -21,7 +21,7 @@ from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.errors import AdapterError, PeftVLMWarning
 from peft_vlm.files import WEIGHTS_NAME
 from peft_vlm.methods.rpp.config import RPPConfig
-from peft_vlm.models.towers import PROJECTIONS, Side, Towers, towers_of
+from peft_vlm.models.towers import PROJECTIONS, Side, Towers, device_of, towers_of
 
 #: Standard deviation of an initial prompt that only its layer's norm reads: far above the root of the norm's epsilon
 #: (0.003), so that its function stays, and near that of embedded words.
@@ -72,7 +72,7 @@ def word_states(model: nn.Module, word_ids: tuple[int, ...], *, depth: int) -> l
     """
     towers, states = towers_of(model), []
     with _base_behaviour(model):
-        ids = torch.tensor([[towers.start_token_id, *word_ids]], device=towers.text_positions.device)
+        ids = torch.tensor([[towers.start_token_id, *word_ids]], device=device_of(model))
         hidden = towers.embed_text(ids)
         for number in range(depth):
             states.append(hidden[0, 1:])

@@ -37,15 +37,19 @@ def run(arguments: argparse.Namespace) -> None:
     from peft_vlm.evaluation.report import EvalReport
     from peft_vlm.evaluation.run import run_evaluation
     from peft_vlm.files import BASELINE_NAME
+    from peft_vlm.hub.card import write_card
 
     with calm():
         report = run_evaluation(settings)
+    folder = Path(settings.output_dir)
+    if settings.adapter and Path(settings.adapter).resolve() == folder.resolve():
+        write_card(folder)
     if arguments.json:
         print_json(asdict(report))
         return
     scores = dict(report.scores)
     if settings.baseline:
-        zero_shot = EvalReport.load(Path(settings.output_dir) / BASELINE_NAME).scores
+        zero_shot = EvalReport.load(folder / BASELINE_NAME).scores
         scores |= {f"zero_shot_{name}": score for name, score in zero_shot.items()}
     for name, score in scores.items():
         print(f"{name:24}{score:7.2f} %")

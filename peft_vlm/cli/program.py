@@ -9,14 +9,16 @@ of torch, PEFT and transformers it imports where it does its work: help, version
 import argparse
 import io
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from peft_vlm.cli import convert, evaluate, export, info, predict, publish, train
 from peft_vlm.cli.command import file_as_flags, part_flags
-from peft_vlm.errors import PeftVLMError
+from peft_vlm.errors import PeftVLMError, PeftVLMWarning
 from peft_vlm.files import installed_version
 
 #: In the order of the help text.
@@ -58,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest:
             commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(rest)}")
         arguments.more = more
-        with _quiet():
+        with _quiet(lambda text: _in_flags(text, commands.choices[arguments.command])):
             arguments.run(arguments)
     except (PeftVLMError, ValueError) as error:
-        print(f"peft-vlm {words[0]}: {error}", file=sys.stderr)
+        print(f"peft-vlm {words[0]}: {_in_flags(str(error), commands.choices.get(words[0]))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\npeft-vlm {words[0]}: {str(stop) or 'interrupted'}", file=sys.stderr)
@@ -82,9 +84,36 @@ def _expanded(words: list[str], parsers: Mapping[str, argparse.ArgumentParser]) 
     return [words[0], *own], more
 
 
+def _in_flags(text: str, command: argparse.ArgumentParser | None) -> str:
+    """A message of the library with the flags of the command in place of settings: `name=value` as `--name value`."""
+    if command is None:
+        return text
+    known = {action.dest for action in command._actions if action.option_strings}
+    if command.get_default("takes_more"):
+        known |= set(train.training_settings())
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match["name"], re.sub("[][(){},'\"]", "", match["value"] or "")
+        if name not in known:
+            return match[0]
+        return f"`--{name}`" if value in ("", "True") else f"`--{name} {value}`"
+
+    return re.sub(r"`(?P<name>\w+)(?:=(?P<value>[^`]*))?`", flag, text)
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence messages of other libraries that a user of the command cannot act on."""
+def _quiet(as_said: Callable[[str], str]) -> Iterator[None]:
+    """Silence messages of other libraries that a user of the command cannot act on; our warnings take a line each.
+
+    Args:
+        as_said: Makes the command's own words of a message.
+    """
+    format_before = warnings.formatwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+        is_ours = issubclass(category, PeftVLMWarning)
+        return f"Warning: {as_said(str(message))}\n" if is_ours else format_before(message, category, *place, **line)
+
     before = os.environ.get("TRANSFORMERS_VERBOSITY")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # for when it is imported within this
     logging = sys.modules.get("transformers.utils.logging")
@@ -92,10 +121,12 @@ def _quiet() -> Iterator[None]:
     try:
         if logging:
             logging.set_verbosity_error()
+        warnings.formatwarning = one_line
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
             yield
     finally:
+        warnings.formatwarning = format_before
         os.environ.pop("TRANSFORMERS_VERBOSITY")
         if before is not None:
             os.environ["TRANSFORMERS_VERBOSITY"] = before

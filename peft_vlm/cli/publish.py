@@ -35,7 +35,7 @@ def register(commands: Any) -> None:
     command.add_argument("--subfolder", help="where in the repository")
     command.add_argument("--revision", help="branch; made if it does not exist")
     command.add_argument("--private", action="store_true", default=None, help="make a private repository")
-    command.add_argument("--incomplete", action="store_true", help="publish without evaluation, licence or summary")
+    command.add_argument("--incomplete", action="store_true", help="publish what others cannot use, without warnings")
     evaluation = command.add_argument_group("evaluation before publishing")
     evaluation.add_argument("--dataset", nargs="+", help="folder, CSV file or Hub id of the test images")
     evaluation.add_argument("--protocol", choices=PROTOCOLS, default="few-shot")

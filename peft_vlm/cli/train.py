@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
         PeftVLMError: If no folder is given.
     """
     if not any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in arguments.more):
-        raise PeftVLMError("Expected `--output_dir`, the folder of the adapter, got none.")
+        raise PeftVLMError("Expected `output_dir`, the folder of the adapter, got none.")
     settings = read_settings(arguments, RunSettings)
     settings.check()
     _check_training_flags(arguments.more)
@@ -108,13 +108,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_training_flags(words: Sequence[str]) -> None:
-    """Refuse a misspelt flag before anything is loaded: fields are read off the files of the arguments' classes."""
-    files = (Path(__file__).parent.parent / "training" / "arguments.py", _file_of("transformers", "training_args.py"))
-    known: list[str] = []
-    for file in files:
-        classes = [node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
-        fields = [node.target for found in classes for node in found.body if isinstance(node, ast.AnnAssign)]
-        known += [name.id for name in fields if isinstance(name, ast.Name)]
+    """Refuse a misspelt flag before anything is loaded."""
+    known = training_settings()
     for word in words:
         flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
         if not word.startswith("--"):
@@ -123,6 +118,17 @@ def _check_training_flags(words: Sequence[str]) -> None:
             close = [_OTHER_NAMES[flag]] if flag in _OTHER_NAMES else difflib.get_close_matches(flag, known, n=3)
             advice = f" Did you mean {' or '.join(f'--{name}' for name in close)}?" if close else ""
             raise PeftVLMError(f"There is no flag --{flag}.{advice} All flags: peft-vlm train --help.")
+
+
+def training_settings() -> list[str]:
+    """Fields of `VLMTrainingArguments`, read off the files of its classes, which takes no import."""
+    files = (Path(__file__).parent.parent / "training" / "arguments.py", _file_of("transformers", "training_args.py"))
+    known: list[str] = []
+    for file in files:
+        classes = [node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
+        fields = [node.target for found in classes for node in found.body if isinstance(node, ast.AnnAssign)]
+        known += [name.id for name in fields if isinstance(name, ast.Name)]
+    return known
 
 
 def _file_of(package: str, name: str) -> Path:

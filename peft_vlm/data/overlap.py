@@ -41,15 +41,11 @@ def check_not_trained_on(
     Raises:
         DataError: Saying how many.
     """
-    if not sample:
-        return
-    known, sizes = set(sample), {entry.partition(":")[0] for entry in sample}
-    prints = [_fingerprint(cell, sizes) for cell in test.some_images(len(test))]
-    found = [entry for entry in prints if entry in known]
+    found = _found(test, sample)
     if not found:
         return
-    share_of_train = len(set(found)) / len(known)
-    share_of_test = min(1.0, len(found) / len(known) * num_train / len(test))
+    share_of_train = len(set(found)) / len(set(sample))
+    share_of_test = min(1.0, len(found) / len(set(sample)) * num_train / len(test))
     text = f"About {100 * share_of_test:.0f} % of the test images are training images, byte for byte"
     if refuse and max(share_of_train, share_of_test) >= 0.5:
         raise DataError(
@@ -57,6 +53,23 @@ def check_not_trained_on(
             "Pass another split or dataset for the test."
         )
     logger.warning("%s.", text)
+
+
+def is_chosen_on(test: ImageClassificationDataset, sample: Sequence[str]) -> bool:
+    """True if a test set holds half of the validation images, on which the checkpoint of a run was chosen, or more.
+
+    Args:
+        test: Test images.
+        sample: What `image_sample` gave for the validation images.
+    """
+    return bool(sample) and 2 * len(set(_found(test, sample))) >= len(set(sample))
+
+
+def _found(test: ImageClassificationDataset, sample: Sequence[str]) -> list[str]:
+    """Entries of a sample that are images of the test set, as often as they are."""
+    known, sizes = set(sample), {entry.partition(":")[0] for entry in sample}
+    prints = [_fingerprint(cell, sizes) for cell in test.some_images(len(test))] if sample else []
+    return [entry for entry in prints if entry in known]
 
 
 def _fingerprint(cell: Any, sizes: set[str] | None) -> str | None:

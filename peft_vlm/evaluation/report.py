@@ -31,6 +31,7 @@ class EvalReport:
         seed: Seed of shots and training; None where nothing was trained.
         note: Remark for readers, for example that unlabelled test images were used (transductive).
         adapter_sha256: SHA-256 of the adapter's weights file, where the adapter is a local folder.
+        selected_on_test: The checkpoint was chosen on these images: the scores are higher than on new ones.
         versions: Versions of the packages involved.
     """
 
@@ -45,6 +46,7 @@ class EvalReport:
     seed: int | None = None
     note: str = ""
     adapter_sha256: str | None = None
+    selected_on_test: bool = False
     versions: dict[str, str] = field(
         default_factory=lambda: {n: version(n) for n in ("torch", "transformers", "peft")}
     )

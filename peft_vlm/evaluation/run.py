@@ -9,7 +9,7 @@ from typing import Any
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.folders import split_of
 from peft_vlm.data.loading import load_image_dataset
-from peft_vlm.data.overlap import check_not_trained_on
+from peft_vlm.data.overlap import check_not_trained_on, is_chosen_on
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.evaluation import protocols
@@ -36,7 +36,7 @@ SEVERAL: dict[str, Callable[..., ProtocolResult]] = {
 
 def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
     """Evaluate and write `report.json`, `scores.png`, one `confusion_<part>.png` per part, `predictions.csv`, and with
-    `baseline` also `zero_shot.json`.
+    `baseline` also `zero_shot.json`. The command renders the adapter's card again (`peft_vlm.hub.write_card`).
 
     Args:
         arguments: Settings.
@@ -53,10 +53,11 @@ def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
         require_matplotlib()
     loaded = load_model(arguments.adapter, base_model=arguments.model, device=arguments.device)
     datasets = _load_datasets(arguments, loaded)
-    _check_not_trained_on(arguments, datasets)
+    selected_on_test = _check_new(arguments, datasets)
     datasets, num_base = _with_trained_classes(arguments.protocol, loaded.class_names, datasets)
     template = tuple(arguments.template or ()) or loaded.template or "a photo of a {}."
     report, result = _evaluate(arguments, loaded, datasets, template, num_base)
+    report = replace(report, selected_on_test=selected_on_test)
     _write(report, result, arguments)
     if arguments.baseline:
         base = load_model(base_model=loaded.base_model, base_revision=loaded.base_revision, device=arguments.device)
@@ -113,15 +114,19 @@ def _load_datasets(arguments: EvaluationArguments, loaded: LoadedModel) -> dict[
     return datasets
 
 
-def _check_not_trained_on(arguments: EvaluationArguments, datasets: Mapping[str, ImageClassificationDataset]) -> None:
-    """Compare the test images with those that the adapter's summary remembers."""
+def _check_new(arguments: EvaluationArguments, datasets: Mapping[str, ImageClassificationDataset]) -> bool:
+    """Compare the test images with those that the adapter's summary remembers; True if its checkpoint was chosen on
+    them.
+    """
     path = Path(arguments.adapter or "") / SUMMARY_NAME
     if arguments.adapter is None or not path.is_file():
-        return
-    data = read_json(path).get("training_images", {})
+        return False
+    summary = read_json(path)
+    data, selection = summary.get("training_images") or {}, summary.get("selection") or {}
     refuse = not any(split_of(split) == "train" for split in arguments.split)  # asked for by its name
     for dataset in datasets.values():
         check_not_trained_on(dataset, data.get("sample", []), num_train=data.get("count", 0), refuse=refuse)
+    return any(is_chosen_on(dataset, selection.get("sample", [])) for dataset in datasets.values())
 
 
 def _with_trained_classes(

@@ -3,6 +3,7 @@
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,11 @@ from transformers import (
 from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.loading import load_image_dataset
-from peft_vlm.data.overlap import check_not_trained_on, image_sample
+from peft_vlm.data.overlap import check_not_trained_on, image_sample, is_chosen_on
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
 from peft_vlm.data.splits import base_and_new_classes, few_shot
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform, mean_and_std_of
-from peft_vlm.errors import PeftVLMError, check_choice, check_list
+from peft_vlm.errors import PeftVLMError, PeftVLMWarning, check_choice, check_list
 from peft_vlm.evaluation.loading import load_model
 from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.evaluation.plots import has_matplotlib
@@ -36,6 +37,7 @@ from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.evaluation.run import run_evaluation
 from peft_vlm.experiments.transfer import ImageTextModel
 from peft_vlm.files import BASELINE_NAME
+from peft_vlm.hub.card import write_card
 from peft_vlm.models.towers import FAMILIES
 from peft_vlm.objective import Objective
 from peft_vlm.registry import METHODS, Preset
@@ -167,6 +169,7 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
     parts = build(settings, args, config, options)
     if test is not None:
         check_not_trained_on(test, image_sample(parts.train), num_train=len(parts.train))
+        _warn_of_selection(settings, args, parts.eval, test)
     trainer = VLMTrainer(
         parts.model, args, train_dataset=parts.train, eval_dataset=parts.eval, objective=parts.objective
     )
@@ -176,6 +179,23 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
         trainer.add_callback(OneBar())
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return parts.evaluate() if settings.evaluate and args.process_index == 0 else {}
+
+
+def _warn_of_selection(
+    settings: RunSettings, args: VLMTrainingArguments, validation: Any, test: ImageClassificationDataset
+) -> None:
+    """Warn, before the training, that the best checkpoint will be chosen by the images that measure it."""
+    if not args.load_best_model_at_end or validation is None:
+        return
+    is_image_set = isinstance(validation, ImageClassificationDataset)
+    if settings.eval_split == settings.test_split or (is_image_set and is_chosen_on(test, image_sample(validation))):
+        warnings.warn(
+            f"The checkpoint is chosen on the test images: `eval_split`={settings.eval_split!r} with "
+            "`load_best_model_at_end`. Its accuracy on them will be higher than on new images, and report and card "
+            "say so. Choose it on a part of the training images.",
+            PeftVLMWarning,
+            stacklevel=3,
+        )
 
 
 class OneBar(ProgressCallback):
@@ -359,5 +379,6 @@ def _report(settings: RunSettings, args: VLMTrainingArguments) -> dict[str, floa
         baseline=True,
     )
     scores = run_evaluation(evaluation).scores
+    write_card(Path(args.output_dir), license=args.hub_license)
     baseline = EvalReport.load(Path(args.output_dir) / BASELINE_NAME).scores
     return {**scores, **{f"zero_shot_{name}": score for name, score in baseline.items()}}

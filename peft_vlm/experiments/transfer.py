@@ -24,7 +24,8 @@ from peft_vlm.evaluation.transfer import (
     transfer_png,
     transfer_table,
 )
-from peft_vlm.files import write_json
+from peft_vlm.files import TRANSFER_NAME, write_json
+from peft_vlm.hub.card import write_card
 from peft_vlm.objective import Objective
 from peft_vlm.text.answers import Candidates, tokenize_candidates
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
@@ -145,7 +146,8 @@ class TransferExperiment:
             settings = self.fit(variant, seed, folder)
             if main:
                 report = self.measure(variant, seed, folder, settings)
-                report.save(folder / "transfer.json")
+                report.save(folder / TRANSFER_NAME)
+                write_card(folder)
                 reports[variant.name].append(report)
             wait_for_everyone()
         return reports

@@ -1,10 +1,10 @@
 """Publishing adapters with cards made from facts."""
 
 from peft_vlm.hub.adapter_folder import AdapterFolder
-from peft_vlm.hub.card import render_card
+from peft_vlm.hub.card import render_card, write_card
 from peft_vlm.hub.peft_push import extend_push_to_hub
 from peft_vlm.hub.publish import Published, publish, write_folder
 
 extend_push_to_hub()
 
-__all__ = ["AdapterFolder", "Published", "publish", "render_card", "write_folder"]
+__all__ = ["AdapterFolder", "Published", "publish", "render_card", "write_card", "write_folder"]

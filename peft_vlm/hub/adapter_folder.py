@@ -36,7 +36,8 @@ class AdapterFolder:
         finite: True if all of them are finite.
         prompt_image: The adapter as an image; None where there is nothing to see.
         summary: Training summary; None without one.
-        evaluation: Evaluation results; None without any.
+        evaluation: Evaluation results of these weights; None without any.
+        evaluated_others: True if the folder holds the evaluation of other weights, which says nothing about these.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class AdapterFolder:
     prompt_image: Image.Image | None
     summary: dict[str, Any] | None
     evaluation: Evaluation | None
+    evaluated_others: bool = False
 
     @classmethod
     def read(cls, folder: str | Path) -> "AdapterFolder":
@@ -72,7 +74,8 @@ class AdapterFolder:
                 "Publish it with PEFT's own `push_to_hub`."
             )
         tensors = load_file(path / WEIGHTS_NAME)
-        summary = path / SUMMARY_NAME
+        summary, evaluation = path / SUMMARY_NAME, read_evaluation(path)
+        of_others = evaluation is not None and evaluation.weights_sha256 not in (None, weights_sha256(path))
         return cls(
             path,
             config,
@@ -80,7 +83,8 @@ class AdapterFolder:
             all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()),
             config.prompt_image(tensors),
             json.loads(summary.read_text("utf-8")) if summary.is_file() else None,
-            read_evaluation(path),
+            None if of_others else evaluation,
+            of_others,
         )
 
     @property
@@ -88,29 +92,34 @@ class AdapterFolder:
         """Registered name of the method."""
         return self.config.peft_type.value.lower()
 
-    def missing(self, *, license: str | None, base_model: str | None) -> list[str]:
-        """Parts that a published adapter needs and this folder lacks, as ends of the sentence "Expected ...".
+    def obstacles(self, *, base_model: str | None) -> list[str]:
+        """Parts without which nobody could use the adapter, as ends of the sentence "Expected ...".
+
+        Args:
+            base_model: Hub id of the base model; None for what the configuration names.
+        """
+        base, problems = base_model or self.config.base_model_name_or_path, []
+        if not self.finite:
+            problems.append("finite weights, got NaN or infinity: the training has failed")
+        if not base or not HUB_ID.fullmatch(base) or (base_model is None and Path(base).exists()):
+            problems.append(f"a base model that others can load, got {base!r}: pass its Hub id as `base_model`")
+        return problems
+
+    def gaps(self, *, license: str | None) -> list[str]:
+        """Parts that users of a published adapter will miss; the card mentions each.
 
         Args:
             license: Licence that it is to be published under.
-            base_model: Hub id of the base model; None for what the configuration names.
         """
-        base = base_model or self.config.base_model_name_or_path
-        evaluated = self.evaluation is not None and self.evaluation.weights_sha256
-        problems = []
-        if not self.finite:
-            problems.append("finite weights, got NaN or infinity: the training has failed")
-        if self.summary is None:
-            problems.append(f"{SUMMARY_NAME!r}, which the trainer writes: without it, nobody knows the settings")
-        if self.evaluation is None:
-            problems.append(
-                f"an evaluation ({REPORT_NAME!r} with its baseline, or {TRANSFER_NAME!r}): run `peft-vlm evaluate "
-                "--baseline --adapter FOLDER --output_dir FOLDER ...`"
-            )
-        elif evaluated and evaluated != weights_sha256(self.path):
-            problems.append(f"an evaluation of these weights, got one of others in {REPORT_NAME!r}: evaluate again")
-        if not base or not HUB_ID.fullmatch(base) or (base_model is None and Path(base).exists()):
-            problems.append(f"a base model that others can load, got {base!r}: pass `base_model=` with its Hub id")
+        gaps, evaluate = [], "`peft-vlm evaluate --baseline --adapter FOLDER --output_dir FOLDER ...`"
         if not license:
-            problems.append("a licence: pass `license=`, for example 'apache-2.0'")
-        return problems
+            gaps.append("a licence, so that nobody may use it: pass `license`, for example 'apache-2.0'")
+        if self.summary is None:
+            gaps.append(f"{SUMMARY_NAME!r}, the settings of its training, which the trainer writes")
+        if self.evaluated_others:
+            gaps.append(f"an evaluation, since {REPORT_NAME!r} is about other weights: run {evaluate} again")
+        elif self.evaluation is None:
+            gaps.append(f"an evaluation ({REPORT_NAME!r} or {TRANSFER_NAME!r}): run {evaluate}")
+        elif not self.evaluation.scores[0].baselines:
+            gaps.append(f"the scores of the base model alone, to compare with: run {evaluate}")
+        return gaps

@@ -1,12 +1,13 @@
 """Model cards made from facts: every sentence comes from the adapter folder or from the record of the adapter type."""
 
 from importlib import resources
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from peft_vlm.adapters.config import VLMConfig
-from peft_vlm.files import PROMPT_IMAGE_NAME, WEIGHTS_NAME
+from peft_vlm.files import CARD_NAME, CURVE_NAME, PROMPT_IMAGE_NAME, WEIGHTS_NAME, last_part
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.scores import index_entries, score_table
 from peft_vlm.registry import ADAPTERS
@@ -51,7 +52,7 @@ def render_card(
         title: Heading; by default the method and the last part of `repo_id`.
         note: Further paragraph below the heading, in Markdown.
     """
-    base = base_model or folder.config.base_model_name_or_path or "an unnamed base model"
+    base = _portable(base_model or folder.config.base_model_name_or_path or "an unnamed base model")
     scores = folder.evaluation.scores if folder.evaluation else ()
     task, name = pipeline_tag(folder.config), repo_id.rpartition("/")[2]
     data = ModelCardData(
@@ -65,7 +66,7 @@ def render_card(
         eval_results=index_entries(scores, task=task) if scores else None,
     )
     place = f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
-    is_recorded = base == folder.config.base_model_name_or_path and folder.config.revision
+    is_recorded = base_model in (None, folder.config.base_model_name_or_path) and folder.config.revision
     base_place = f'"{base}"' + (f', revision="{folder.config.revision}"' if is_recorded else "")
     snippet = CLASSIFIER_SNIPPET if is_classifier(folder.config) else MODEL_SNIPPET
     facts = _facts(folder, base) | {
@@ -77,6 +78,28 @@ def render_card(
     return ModelCard.from_template(data, template_str=TEMPLATE.read_text("utf-8"), **facts)
 
 
+def write_card(folder: Path, *, license: str | None = None) -> None:
+    """Write the card of a local adapter folder again, from what lies in it by now.
+
+    It names no folder of this computer but the adapter's own.
+
+    Args:
+        folder: The adapter.
+        license: Identifier of its licence; None for the one of the card that is there.
+    """
+    card = folder / CARD_NAME
+    if license is None and card.is_file():
+        license = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    name = folder.resolve().name
+    render_card(AdapterFolder.read(folder), repo_id=f"path/to/{name}", license=license).save(card)
+
+
+def _portable(text: str) -> str:
+    """Replace the place of a file on somebody's computer by its name."""
+    is_absolute = PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
+    return f"path/to/{last_part(text)}" if is_absolute else text
+
+
 def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
     """Facts of the folder for the template."""
     about, evaluation = ADAPTERS[folder.method], folder.evaluation
@@ -85,6 +108,8 @@ def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
         "summary": _summary(folder, base),
         "score_table": score_table(evaluation.scores) if evaluation else "",
         "evaluation_facts": evaluation.facts if evaluation else (),
+        "evaluated_others": folder.evaluated_others,
+        "curve": CURVE_NAME if (folder.path / CURVE_NAME).is_file() else "",
         "prompt_image": PROMPT_IMAGE_NAME if folder.prompt_image else "",
         "classes": _classes(folder.config),
         "data_facts": _data_facts(folder),
@@ -129,12 +154,15 @@ def tags_of(folder: AdapterFolder, base: str) -> list[str]:
 def settings_of(folder: AdapterFolder) -> dict[str, Any]:
     """Settings of adapter, objective and training that are not None, in this order.
 
+    A run is as long as `max_steps` says where that is set, and `num_train_epochs` otherwise; the other is left out.
+
     Args:
         folder: The adapter folder.
     """
     settings = folder.config.method_settings()
     for part in ("objective", "training"):
         settings |= {k: v for k, v in ((folder.summary or {}).get(part) or {}).items() if k not in settings}
+    settings.pop("num_train_epochs" if settings.get("max_steps", -1) > 0 else "max_steps", None)
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -179,7 +207,9 @@ def _data_facts(folder: AdapterFolder) -> list[str]:
         facts.append("**Transductive**: trained without labels on images of the new classes too.")
     else:
         facts.append("Inductive: only images of these classes were seen in training.")
-    facts.append(f"Seed {training.get('seed')}, one run; {folder.summary.get('steps')} steps.")
+    epochs = folder.summary.get("epochs")
+    length = "" if epochs is None else f" in {epochs:.3g} epochs"
+    facts.append(f"Seed {training.get('seed')}, one run; {folder.summary.get('steps')} steps{length}.")
     metrics = folder.summary.get("metrics") or {}
     shown = {name: metrics.get(name) for name in ("train_loss", "eval_accuracy")}
     return facts + [f"`{name}`: {value:.4g}." for name, value in shown.items() if value is not None]
@@ -204,5 +234,5 @@ def _environment(folder: AdapterFolder) -> str:
 
 
 def _shown(value: Any, limit: int = 120) -> str:
-    text = str(value).replace("|", "\\|").replace("`", " ").replace("\n", " ")
+    text = _portable(str(value)).replace("|", "\\|").replace("`", " ").replace("\n", " ")
     return text if len(text) <= limit else text[:limit] + " ..."

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from peft_vlm.adapters.config import VLMConfig
-from peft_vlm.errors import AdapterError, HubError, explained
+from peft_vlm.errors import AdapterError, HubError, PeftVLMWarning, explained
 from peft_vlm.files import (
     BASELINE_NAME,
     CARD_NAME,
@@ -32,6 +33,7 @@ REPORTS = (
     *(SUMMARY_NAME, METRICS_NAME, REPORT_NAME, BASELINE_NAME, TRANSFER_NAME),
     CURVE_NAME,
 )
+EVALUATIONS = (REPORT_NAME, BASELINE_NAME, TRANSFER_NAME)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def write_folder(
         title: Heading of the card.
         note: Further paragraph of the card.
     """
-    for name in (WEIGHTS_NAME, *REPORTS):
+    reports = [name for name in REPORTS if not folder.evaluated_others or name not in EVALUATIONS]
+    for name in (WEIGHTS_NAME, *reports):
         source = folder.path / name
         if source.is_file() and source.resolve() != (target / name).resolve():
             shutil.copyfile(source, target / name)
@@ -125,7 +128,8 @@ def publish(
     empty repository; calling again is safe.
 
     Args:
-        folder: Adapter folder, with the reports of `peft-vlm evaluate --baseline` in it.
+        folder: Adapter folder, with the reports of `peft-vlm evaluate --baseline` in it. A missing licence, evaluation
+            or training summary draws a `PeftVLMWarning`, and the card mentions it.
         repo_id: `owner/name`; made if it does not exist.
         license: Identifier of the licence, as the Hub spells it: "apache-2.0", "mit", "cc-by-4.0", ...
         base_model: Hub id of the base model; needed when the adapter was trained on a local folder.
@@ -136,25 +140,27 @@ def publish(
         private: Make the repository private when it is made.
         token: Token of the Hub; None for the one of `hf auth login`.
         commit_message: Summary of the commit.
-        incomplete: Publish even if evaluation, licence, training summary or base model are missing; the card mentions
-            it.
+        incomplete: Publish without these warnings, and also weights that are not finite or with a base model that
+            others cannot load.
 
     Returns:
         Where it is.
 
     Raises:
-        AdapterError: If the folder holds no adapter, or a part is missing that its users need.
+        AdapterError: If the folder holds no adapter, or one that nobody could use.
         HubError: If the Hub refuses, fails or cannot be reached.
     """
     adapter = AdapterFolder.read(folder)
     if "/" not in repo_id or not HUB_ID.fullmatch(repo_id):
         raise HubError(f"Expected `repo_id` to be 'owner/name', got {repo_id!r}.")
-    missing = adapter.missing(license=license, base_model=base_model)
-    if missing and not incomplete:
+    obstacles, gaps = adapter.obstacles(base_model=base_model), adapter.gaps(license=license)
+    if obstacles and not incomplete:
         raise AdapterError(
-            f"{str(folder)!r} is not complete. Expected " + "; expected ".join(missing) + ". To publish it as it is, "
-            "with a card that mentions it, pass `incomplete=True`."
+            f"{str(folder)!r} cannot be used by others. Expected {'; expected '.join(obstacles)}. To publish it as it "
+            "is pass `incomplete=True`."
         )
+    if gaps and not incomplete:
+        warnings.warn(f"Publishing without {'; without '.join(gaps)}.", PeftVLMWarning, stacklevel=2)
     with tempfile.TemporaryDirectory() as staging:
         place = {"repo_id": repo_id, "base_model": base_model, "subfolder": subfolder}
         write_folder(adapter, Path(staging), license=license, title=title, note=note, **place)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
-from peft_vlm.errors import AdapterError
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.evaluation.transfer import TransferReport
 from peft_vlm.files import BASELINE_NAME, REPORT_NAME, TRANSFER_NAME, last_part
@@ -23,7 +22,7 @@ class Score:
         split: Part of it; empty where the report names none.
         title: Name of the score, for example "base accuracy".
         value: With the adapter.
-        baselines: Score without the adapter, by the name of the baseline.
+        baselines: Score without the adapter, by the name of the baseline; empty where that was not measured.
     """
 
     dataset: str
@@ -55,39 +54,37 @@ def read_evaluation(folder: Path) -> Evaluation | None:
 
     Args:
         folder: Holds `report.json` and `zero_shot.json`, or `transfer.json`.
-
-    Raises:
-        AdapterError: If the adapter was evaluated and the base model was not.
     """
     if (folder / TRANSFER_NAME).is_file():
         return _of_transfer(TransferReport.load(folder / TRANSFER_NAME))
     if not (folder / REPORT_NAME).is_file():
         return None
-    if not (folder / BASELINE_NAME).is_file():
-        raise AdapterError(
-            f"Expected {BASELINE_NAME!r} beside {REPORT_NAME!r} in {str(folder)!r}, got none. A card shows what the "
-            "base model does without the adapter: evaluate with `--baseline` (`EvaluationArguments(baseline=True)`)."
-        )
-    return _of_report(EvalReport.load(folder / REPORT_NAME), EvalReport.load(folder / BASELINE_NAME))
+    baseline = EvalReport.load(folder / BASELINE_NAME) if (folder / BASELINE_NAME).is_file() else None
+    return _of_report(EvalReport.load(folder / REPORT_NAME), baseline)
 
 
-def _of_report(report: EvalReport, baseline: EvalReport) -> Evaluation:
+def _of_report(report: EvalReport, baseline: EvalReport | None) -> Evaluation:
     same = ("protocol", "dataset", "template")
-    different = [name for name in same if getattr(report, name) != getattr(baseline, name)]
-    if different or set(report.scores) != set(baseline.scores):
-        raise AdapterError(
-            f"Expected {BASELINE_NAME!r} and {REPORT_NAME!r} of one evaluation, got another "
-            f"{' and '.join(different) or 'set of scores'}. Evaluate again with `--baseline`."
-        )
+    alike = baseline is not None and all(getattr(report, name) == getattr(baseline, name) for name in same)
+    zero_shot = baseline.scores if baseline is not None and alike else {}
+    if set(report.scores) != set(zero_shot):
+        zero_shot = {}
     sources, split = re.fullmatch(r"(.*?)(?: \((.*)\))?", report.dataset, re.DOTALL).groups()
     name = ", ".join(last_part(source) for source in sources.split(", "))
     scores = []
     for key, value in report.scores.items():
         dataset, title = (name, TITLES[key]) if key in TITLES else (key, "accuracy")
-        scores.append(Score(dataset, split or "", title, value, {"zero-shot": baseline.scores[key]}))
+        alone = {"zero-shot": zero_shot[key]} if zero_shot else {}
+        scores.append(Score(dataset, split or "", title, value, alone))
     images = {part: f"{facts['num_images']:,} images" for part, facts in report.parts.items()}
     counted = "; ".join(f"{part}: {text}" if len(images) > 1 else text for part, text in images.items())
     facts = [f"Protocol: {report.protocol}; {counted}.", f"Class prompts: {_quoted(report.template)}."]
+    if report.selected_on_test:
+        facts.append("**The checkpoint was chosen on these test images: expect lower scores on new ones.**")
+    if not zero_shot:
+        facts.append(
+            "Not compared with zero-shot: the base model alone was not evaluated on the same images and texts."
+        )
     facts += [report.note] if report.note else []
     return Evaluation(tuple(scores), tuple(facts), report.shots, report.adapter_sha256)
 
@@ -104,42 +101,42 @@ def _of_transfer(report: TransferReport) -> Evaluation:
 
 
 def score_table(scores: tuple[Score, ...]) -> str:
-    """The scores as a Markdown table.
+    """The scores as a Markdown table; beside a single baseline with the gain over it, in points.
 
     Args:
         scores: Scores, all with the same baselines.
     """
     baselines = list(scores[0].baselines)
-    rows = [["data", "metric", "this adapter %", *(f"{name} %" for name in baselines)], ["---"] * (3 + len(baselines))]
+    gain = len(baselines) == 1
+    head = ["data", "metric", "this adapter %", *(f"{name} %" for name in baselines), *(["gain"] if gain else [])]
+    rows = [head, ["---"] * len(head)]
     for score in scores:
         data = f"{score.dataset}, {score.split}" if score.split else score.dataset
         values = [score.value, *(score.baselines[name] for name in baselines)]
-        rows.append([data, score.title, *(f"{value:.2f}" for value in values)])
+        gains = [f"{values[0] - values[1]:+.2f}"] if gain else []
+        rows.append([data, score.title, *(f"{value:.2f}" for value in values), *gains])
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
 
 
 def index_entries(scores: tuple[Score, ...], *, task: str) -> list[EvalResult]:
-    """The scores in the form of the Hub's `model-index`; each baseline is a metric of its own, named as such.
+    """The scores in the form of the Hub's `model-index`: those of the adapter only, which the Hub ranks models by.
 
     Args:
         scores: Scores.
         task: The pipeline tag.
     """
-    entries = []
-    for score in scores:
-        for name, value in {"": score.value, **score.baselines}.items():
-            entries.append(
-                EvalResult(
-                    task_type=task,
-                    dataset_type=re.sub(r"[^\w.-]+", "-", score.dataset).strip("-") or "images",
-                    dataset_name=score.dataset,
-                    dataset_split=score.split or None,
-                    metric_type="accuracy",
-                    metric_name=f"{score.title} %" + (f", {name} baseline" if name else ""),
-                    metric_value=value,
-                )
-            )
-    return entries
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=re.sub(r"[^\w.-]+", "-", score.dataset).strip("-") or "images",
+            dataset_name=score.dataset,
+            dataset_split=score.split or None,
+            metric_type="accuracy",
+            metric_name=f"{score.title} %",
+            metric_value=score.value,
+        )
+        for score in scores
+    ]
 
 
 def _quoted(texts: tuple[str, ...]) -> str:

@@ -67,14 +67,15 @@ class LossSums:
         return self._run.means().get("loss")
 
     def take(self) -> dict[str, float]:
-        """Mean loss and terms since the last call, and `accuracy` where images had labels. All processes call it.
+        """Mean loss and terms since the last call, and `accuracy` in percent where images had labels.
 
-        A term is the mean over batches, the accuracy that over images. Empty where no step was made.
+        A term is the mean over batches, the accuracy that over images. Empty where no step was made. All processes
+        call it together.
         """
         sums, self._since_log = self._since_log, _Sums()
         means = sums.means()
         correct, labelled = means.pop("correct", 0.0), means.pop("labelled", 0.0)
-        return means | ({"accuracy": correct / labelled} if labelled else {})
+        return means | ({"accuracy": 100.0 * correct / labelled} if labelled else {})
 
 
 class _Sums:

@@ -1,7 +1,7 @@
 """What a run leaves behind: adapter, metrics, summary, card and curve, and their way to the Hub."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.distributed import wait_for_everyone
 from peft_vlm.evaluation.plots import has_matplotlib, new_figure, save_figure
 from peft_vlm.files import CARD_NAME, CURVE_NAME, METRICS_NAME, SUMMARY_NAME, finite_or_null, write_json
-from peft_vlm.hub.adapter_folder import AdapterFolder
-from peft_vlm.hub.card import render_card
+from peft_vlm.hub.card import write_card
 from peft_vlm.hub.publish import Published, publish, saved_adapter
 from peft_vlm.objective import Objective
 from peft_vlm.training.arguments import VLMTrainingArguments
@@ -39,11 +38,11 @@ def training_curve_png(history: Sequence[dict[str, Any]], path: Path) -> None:
     figure = new_figure(9, 3.5)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for axes, series in (
-        (loss_axes, (("loss", "training", 1.0), ("eval_loss", "validation", 1.0))),
-        (accuracy_axes, (("accuracy", "training batches", 100.0), ("eval_accuracy", "validation", 1.0))),
+        (loss_axes, (("loss", "training"), ("eval_loss", "validation"))),
+        (accuracy_axes, (("accuracy", "training batches"), ("eval_accuracy", "validation"))),
     ):
-        for key, label, scale in series:
-            points = [(entry["epoch"], scale * entry[key]) for entry in history if key in entry and "epoch" in entry]
+        for key, label in series:
+            points = [(entry["epoch"], entry[key]) for entry in history if key in entry and "epoch" in entry]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
         axes.set_xlabel("epoch")
@@ -141,10 +140,21 @@ class ArtifactsCallback(TrainerCallback):
             "data": {"num_images": len(dataset), "num_classes": len(dataset.class_names)},
             "training_images": {"count": len(dataset), "sample": sample},
             "steps": state.global_step,
+            "epochs": state.epoch,
+            "selection": self._selection(args),
             "best_checkpoint": state.best_model_checkpoint and Path(state.best_model_checkpoint).name,
             "metrics": final_metrics(state),
             "environment": environment(),
         }
+
+    def _selection(self, args: TrainingArguments) -> dict[str, Any] | None:
+        """The images on which the checkpoint was chosen; None where the last one was taken."""
+        if not args.load_best_model_at_end:
+            return None
+        images = self.trainer.eval_dataset
+        parts = images.values() if isinstance(images, Mapping) else [images]
+        samples = [image_sample(part) for part in parts if isinstance(part, ImageClassificationDataset)]
+        return {"metric": args.metric_for_best_model, "sample": sorted(set().union(*samples))}
 
 
 def was_finished(folder: Path, step: int) -> bool:
@@ -201,17 +211,6 @@ def describe_adapter(model: nn.Module, objective: Objective, dataset: RunImages)
         config.image_size = list(transform.image_size)
     if isinstance(dataset, ImageClassificationDataset | ImageStream) and dataset.value_range is not None:
         config.value_range = list(dataset.value_range)
-
-
-def write_card(folder: Path, *, license: str | None) -> None:
-    """Replace the card that PEFT has put into an adapter folder by one with facts.
-
-    Args:
-        folder: The adapter.
-        license: Identifier of its licence; None if it is not known yet.
-    """
-    card = render_card(AdapterFolder.read(folder), repo_id=str(folder), license=license)
-    card.save(folder / CARD_NAME)
 
 
 def publish_run(folder: Path, args: VLMTrainingArguments, repo_id: str, **options: Any) -> Published:

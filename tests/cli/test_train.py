@@ -15,7 +15,7 @@ from transformers import CLIPProcessor
 from peft_vlm import CoOpConfig, VLMTrainingArguments
 from peft_vlm.cli import main
 from peft_vlm.cli.command import as_flags
-from peft_vlm.errors import PeftVLMError
+from peft_vlm.errors import PeftVLMError, PeftVLMWarning
 from peft_vlm.experiments.run import RunSettings, build, named_values, preset_of
 from peft_vlm.registry import METHODS
 from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
@@ -134,6 +134,46 @@ def test_a_run_shows_how_far_it_is(words, tmp_path, capsys) -> None:
     assert set(json.loads(captured.out)["scores"]) == {"accuracy", "zero_shot_accuracy"}
 
 
+def test_the_card_is_rendered_again_after_each_evaluation(words, tmp_path, capsys) -> None:
+    """The first card said "Not evaluated." for good, `num_train_epochs` 3.0 of ten epochs, and its place."""
+    root, flags = words
+    run = tmp_path / "run"
+    assert main(["train", "--method", "coop", *own_words("coop", root), *flags, "--output_dir", str(run)]) == 0
+    card = (run / "README.md").read_text()
+    scores = json.loads((run / "report.json").read_text())["scores"]
+    assert f"| accuracy | {scores['accuracy']:.2f} |" in card
+    assert "zero-shot % | gain |" in card
+    assert "training_curve.png" in card
+    assert "num_train_epochs" not in card
+    assert "1 steps in" in card
+    assert str(tmp_path) not in card
+    assert str(root) not in card
+    evaluate = ["evaluate", "--protocol", "few-shot", "--adapter", str(run), "--output_dir", str(run), "--no_plots"]
+    assert main([*evaluate, "--dataset", str(root / "data"), "--note", "a second look"]) == 0
+    assert "a second look" in (run / "README.md").read_text()
+
+
+def test_a_checkpoint_chosen_on_the_test_images_is_said_so(words, tmp_path, capsys) -> None:
+    """The best of many checkpoints on the test images was published as the accuracy on new ones."""
+    root, flags = words
+    shutil.copytree(root / "data", tmp_path / "data")
+    (tmp_path / "data" / "test").rename(tmp_path / "data" / "validation")
+    shutil.copytree(root / "data" / "test", tmp_path / "data" / "test")  # the same images under another name
+    choice = ["--eval_strategy", "steps", "--save_strategy", "steps", "--save_steps", "1", "--eval_steps", "1"]
+    command = ["train", "--method", "coop", *own_words("coop", root), *flags, *choice, "--load_best_model_at_end"]
+    for name in ("test", "validation"):
+        run = tmp_path / name
+        own = ["--dataset", str(tmp_path / "data"), "--eval_split", name, "--output_dir", str(run)]
+        with pytest.warns(PeftVLMWarning, match="chosen on the test images"):
+            assert main([*command, *own]) == 0
+        assert json.loads((run / "report.json").read_text())["selected_on_test"] is True
+        assert json.loads((run / "zero_shot.json").read_text())["selected_on_test"] is False
+        assert "The checkpoint was chosen on these test images" in (run / "README.md").read_text()
+    evaluate = ["evaluate", "--protocol", "few-shot", "--adapter", str(run), "--output_dir", str(tmp_path / "other")]
+    assert main([*evaluate, "--dataset", str(root / "data"), "--no_plots"]) == 0
+    assert json.loads((tmp_path / "other" / "report.json").read_text())["selected_on_test"] is True
+
+
 def test_flags_replace_what_a_file_says_and_the_adapter_is_measured(words, tmp_path, capsys) -> None:
     """Base-to-new: two of four classes are trained on; the base model stands beside the result."""
     root, flags = words
@@ -193,7 +233,7 @@ def test_the_range_of_deep_images_goes_with_the_adapter(words, tmp_path, capsys)
     assert main([*command, "--value_range", "0", "400", "--no_evaluate", "--max_steps", "1"]) == 2
     capsys.readouterr()
     assert main(command) == 2
-    assert "Pass `value_range=(0, 4095)`" in capsys.readouterr().err
+    assert "Pass `--value_range 0 4095`" in capsys.readouterr().err
     assert main([*command, "--value_range", "0", "4095"]) == 0
     assert json.loads((run / "adapter_config.json").read_text())["value_range"] == [0, 4095]
     capsys.readouterr()
@@ -226,10 +266,10 @@ def test_models_that_write_text_are_asked_a_question(words, tmp_path, capsys) ->
     [
         (["--method", "maple"], "got 'maple'"),
         (["--method", "coop", "--preset", "nothing"], "got 'nothing'"),
-        (["--method", "coop", "--config", "depth=3"], "`config` has no setting depth. It has: num_text_tokens"),
+        (["--method", "coop", "--config", "depth=3"], "`--config` has no setting depth. It has: num_text_tokens"),
         (["--method", "coop", "--config", "depth"], "as name=value, got 'depth'"),
         (["--method", "promptkd"], "needs teacher: pass `--teacher`"),
-        (["--method", "coop", "--transductive"], "no use for `transductive`"),
+        (["--method", "coop", "--transductive"], "no use for `--transductive`"),
         (["--method", "coop", "--test_split", "dev"], "'dev'"),
         (["--method", "coop", "--protocol", "open"], "got 'open'"),
         (["--method", "coop", "--model", "no/such folder"], "'no/such folder' could not be loaded"),

@@ -144,7 +144,7 @@ def measured(
     step: Any, fast: Any, options: argparse.Namespace, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """Memory of the first step, operations of the second, time of the others, which are `fast`."""
-    from peft_vlm.experiments.peak_memory import PeakMemory
+    from peft_vlm.experiments.report import PeakMemory
 
     peak = PeakMemory(device)
     peak.start()

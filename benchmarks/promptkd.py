@@ -35,7 +35,7 @@ def child(variant: str, steps: int) -> dict[str, float]:
     from peft import get_peft_model
 
     from peft_vlm import PromptKDConfig
-    from peft_vlm.experiments.peak_memory import PeakMemory
+    from peft_vlm.experiments.report import PeakMemory
 
     torch.manual_seed(0)
     student = get_peft_model(random_clip(), PromptKDConfig(class_dim=768, vision_depth=DEPTH)).train()

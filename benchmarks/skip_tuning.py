@@ -39,7 +39,7 @@ VARIANTS = ("full_finetuning", "full_finetuning_cut", "skip_tuning")
 
 def child(variant: str, steps: int, cached_images: int) -> dict[str, float]:
     """Run one variant and measure it."""
-    from peft_vlm.experiments.peak_memory import PeakMemory
+    from peft_vlm.experiments.report import PeakMemory
 
     model = random_clip()
     peak = PeakMemory(torch.device("cpu"))

@@ -12,8 +12,7 @@ from peft_vlm.data.feature_store import all_image_features
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.errors import AdapterError, check_choice
 from peft_vlm.models.towers import device_of, towers_of
-from peft_vlm.objective import ObjectiveOutput
-from peft_vlm.shapes import Batch
+from peft_vlm.objective import Batch, ObjectiveOutput
 from peft_vlm.text.class_features import PromptObjective, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
 

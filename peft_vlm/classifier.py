@@ -16,7 +16,7 @@ from peft_vlm.data.images import as_value_range, read_image
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import ClassNameError
 from peft_vlm.evaluation.classify import LogitsFn, cosine_logits
-from peft_vlm.evaluation.loading import load_model
+from peft_vlm.evaluation.run import load_model
 from peft_vlm.text.class_features import TextTensors, encode_classes
 from peft_vlm.text.prompts import check_class_names, tokenize_for_model
 

@@ -1,9 +1,31 @@
-"""What a method minimises: the `Objective` protocol that the trainer runs, and the facts a card needs about it."""
+"""What a method minimises: the `Objective` protocol that the trainer runs, its batch, and the facts a card needs.
+
+Names of tensor axes, used in every annotation of the package:
+
+| axis     | meaning                                                      |
+|----------|--------------------------------------------------------------|
+| batch    | images of one step                                           |
+| classes  | class prompts; rows of the class features                    |
+| selected | the classes that a sampling or skipping rule selects for a step |
+| sampled  | an image's own class and the classes that a step has drawn |
+| prompts  | tokenised texts (templates x classes)                        |
+| tokens   | positions of one sequence, text or patches                   |
+| slots    | positions of a sequence that a prompt takes                  |
+| before, after | positions of a sequence before and after the slots      |
+| vocabulary | token ids of a language model                              |
+| width    | hidden size of one tower                                     |
+| dim      | size of the space that image and text features share         |
+| images   | all images of a dataset or a cache                           |
+| teachers | teachers of one student                                      |
+| channels, rows, cols | pixels                                           |
+| canvas   | sides of the square that a pixel prompt is drawn on          |
+| patches  | image patches of a batch, flattened one after the other      |
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -12,10 +34,29 @@ from torch.utils.data import Dataset
 
 from peft_vlm.errors import AdapterError, DataError
 from peft_vlm.models.towers import unwrap
-from peft_vlm.shapes import Batch
 
 if TYPE_CHECKING:
     import transformers
+
+
+class Batch(TypedDict, total=False):
+    """One batch as collated by the data side; an objective reads the columns it names in its Requirements.
+
+    `pixel_values` are normalised with the mean and standard deviation of the model's image processor; `labels` index
+    the class names; `index` is the position in the training dataset, which caches use as their key.
+
+    Batches of questions about images also hold token ids of question and answer, `token_labels` (the answer's ids,
+    -100 elsewhere), whatever columns the model's processor makes beside `pixel_values`, which then may have another
+    shape, and the picture for a second model, a CLIP, normalised for that one.
+    """
+
+    pixel_values: Float[Tensor, "batch channels rows cols"]
+    labels: Int[Tensor, " batch"]
+    index: Int[Tensor, " batch"]
+    input_ids: Int[Tensor, "batch tokens"]
+    attention_mask: Int[Tensor, "batch tokens"]
+    token_labels: Int[Tensor, "batch tokens"]
+    clip_pixel_values: Float[Tensor, "batch channels rows cols"]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from peft_vlm.data import (
     load_unlabelled_images,
     open_stream,
 )
-from peft_vlm.evaluation.answers import count_scores, exact_match, yes_no_scores
 from peft_vlm.evaluation.classify import TextClassifier
+from peft_vlm.evaluation.mllm import count_scores, exact_match, yes_no_scores
 from peft_vlm.experiments.compare import chosen_learners
 from peft_vlm.experiments.run import named_values
 from peft_vlm.export import export_classifier, plain_classifier, write_export

@@ -12,8 +12,8 @@ from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.splits import base_and_new_classes
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.evaluation.classify import TextClassifier, classify
-from peft_vlm.evaluation.loading import load_model
 from peft_vlm.evaluation.report import EvalReport
+from peft_vlm.evaluation.run import load_model
 from peft_vlm.files import REPORT_NAME, TRANSFER_NAME, weights_sha256
 from peft_vlm.hub import AdapterFolder, write_folder
 from peft_vlm.registry import ADAPTERS

@@ -271,7 +271,7 @@ def test_resumed_training_needs_is_trainable(saved, tmp_path):
 
 def test_quantised_layers_are_refused():
     """Selective tuning copies weights; a quantised layer has none to copy."""
-    from peft_vlm.adapters.layer_copy import LayerCopy
+    from peft_vlm.adapters.layer import LayerCopy
 
     with pytest.raises(UnsupportedModelError, match="load the base model unquantised"):
         LayerCopy(torch.nn.Conv2d(3, 3, 1), prefix="skip_tuning_")

@@ -106,7 +106,7 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
 missing = {"COOP", "PROMPTKD", "PROMPTSRC", "RPP", "SKIP_TUNING", "TVP"} - {kind.value for kind in CONFIGS}
 assert not missing, missing
-assert PeftModel.push_to_hub.__module__ == "peft_vlm.hub.peft_push"
+assert PeftModel.push_to_hub.__module__ == "peft_vlm.hub.publish"
 import importlib, inspect, peft
 assert importlib.import_module("peft") is peft is sys.modules["peft"]
 assert "PeftModel" in inspect.getsource(peft)

@@ -21,7 +21,7 @@ from tests.source_tree import (
 
 #: Layer of each folder or root file of the package (docs/architecture.md). A part imports lower layers only.
 LAYERS = {
-    **dict.fromkeys(("errors", "files", "distributed", "settings", "shapes", "serving"), 0),
+    **dict.fromkeys(("errors", "files", "distributed", "settings", "serving"), 0),
     "models": 1,
     **dict.fromkeys(("adapters", "data", "text", "conversion", "losses", "registry", "objective"), 2),
     "classification": 2,

@@ -11,8 +11,7 @@ from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.adapters.learned_tokens import DeepTokens, LearnedTokens, TextContext, VisionTokens
 from peft_vlm.errors import AdapterError, UnsupportedModelError, shown
 from peft_vlm.models.towers import Side, towers_of
-from peft_vlm.text.prompts import tokenizer_of
-from peft_vlm.text.slots import Slots
+from peft_vlm.text.prompts import Slots, tokenizer_of
 
 
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too

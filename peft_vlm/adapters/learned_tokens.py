@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from peft_vlm.adapters.layer import DelegatingLayer, LearnedPrompt
 from peft_vlm.errors import AdapterError
 from peft_vlm.models.towers import Side, split_at_prompts, token_like
-from peft_vlm.text.slots import SlotLayer, Slots, slot_mask
+from peft_vlm.text.prompts import SlotLayer, Slots, slot_mask
 
 
 class TextSlots(DelegatingLayer, SlotLayer):

@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _to_official(adapter: str, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Write an adapter as an official checkpoint."""
     from peft_vlm.conversion.formats import export
-    from peft_vlm.evaluation.loading import load_model
+    from peft_vlm.evaluation.run import load_model
 
     _check_flags(given, ("base_model",), "an export")
     loaded = load_model(adapter, base_model=given.get("base_model"))
@@ -137,7 +137,7 @@ def _to_adapter(file: "OfficialFile", folder: str, given: dict[str, Any]) -> dic
 
 def _from_teacher(given: Mapping[str, Any]) -> dict[str, Any]:
     """Class vectors of a PromptKD student, by its teacher."""
-    from peft_vlm.evaluation.loading import load_model
+    from peft_vlm.evaluation.run import load_model
     from peft_vlm.models.towers import towers_of
     from peft_vlm.text.class_features import encode_classes
     from peft_vlm.text.prompts import tokenize_for_model

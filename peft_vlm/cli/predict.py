@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_vlm.cli.command import add_command, calm, print_json
 from peft_vlm.errors import DataError, PeftVLMError
-from peft_vlm.serving.image_files import find_images, is_image_file
+from peft_vlm.serving.images import find_images, is_image_file
 
 #: Files to their labels with probabilities, best first.
 Labeller = Callable[[Sequence[Path]], list[list[tuple[str, float]]]]

@@ -53,7 +53,7 @@ def training_class_names(
             why = "no tokenizer beside the base model" if suffix in file.tensors else f"no {suffix!r} in the file"
             file.note(f"No class names: {why}. Name them when predicting, or convert again with class names.")
         return None if class_names is None else list(class_names)
-    rows = _texts(token_ids(file, suffix, base), towers_of(base).end_token_id, words_before, file)
+    rows = _texts(_token_ids(file, suffix, base), towers_of(base).end_token_id, words_before, file)
     if class_names is None:
         return _decoded(rows, tokenizer, file)
     given = [_tokens(name, tokenizer) for name in class_names]
@@ -82,7 +82,7 @@ def word_ids(words: str | None, tokenizer: PreTrainedTokenizerBase | None) -> li
     return None if words is None or tokenizer is None else tokenizer(words, add_special_tokens=False)["input_ids"]
 
 
-def token_ids(file: OfficialFile, name: str, base: CLIPModel) -> Int[Tensor, "classes tokens"]:
+def _token_ids(file: OfficialFile, name: str, base: CLIPModel) -> Int[Tensor, "classes tokens"]:
     """Token ids of stored embeddings.
 
     Args:

@@ -84,7 +84,7 @@ def prompt_buffers(
         config: Configuration of the adapter.
         length: Tokens that the text tower takes.
     """
-    check_template(config)
+    _check_template(config)
     if tokenizer is None or config.class_names is None:
         return {}
     left = (word_ids(config.context_init, tokenizer) or [])[config.num_text_tokens :]
@@ -96,7 +96,7 @@ def prompt_buffers(
     return {"token_prefix": table[ids[:, :1]], "token_suffix": table[ids[:, 1:]]}
 
 
-def check_template(config: Any) -> None:
+def _check_template(config: Any) -> None:
     """Refuse a template that the official codes cannot express: theirs is context, class name, full stop.
 
     Args:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from peft_vlm.data.images import SAMPLE, as_value_range, check_value_range, read_image, top_of
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 from peft_vlm.errors import DataError
-from peft_vlm.shapes import Batch
+from peft_vlm.objective import Batch
 from peft_vlm.text.prompts import check_class_names, readable
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peft_vlm.data.class_names import sort_labels
 from peft_vlm.errors import DataError
-from peft_vlm.serving.image_files import find_images, say_left_out
+from peft_vlm.serving.images import find_images, say_left_out
 
 logger = logging.getLogger(__name__)
 

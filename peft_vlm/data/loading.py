@@ -19,6 +19,7 @@ from peft_vlm.data.folders import (
     LIST_SUFFIXES,
     check_files_exist,
     choose_split,
+    find_images,
     has_split_column,
     in_split_order,
     read_folder,
@@ -27,7 +28,6 @@ from peft_vlm.data.folders import (
 )
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.errors import DataError
-from peft_vlm.serving.image_files import find_images
 
 if TYPE_CHECKING:
     import datasets
@@ -144,7 +144,7 @@ def _open_table(
     opened: Any = source
     if path is not None and (path.is_dir() or path.suffix.lower() == ".parquet"):
         check_exists(path)
-        files = _parquet_files(path) if path.is_dir() else {own_split(path.stem): [str(path)]}
+        files = _parquet_files(path) if path.is_dir() else {_own_split(path.stem): [str(path)]}
         if files:
             return _open_parquet(path, files, split, label_column)
         from datasets import load_from_disk
@@ -157,7 +157,7 @@ def _open_table(
         if isinstance(table.features.get(label_column), ClassLabel):  # one list for all parts
             return table, lambda: [table]
         return table, lambda: _in_order(load_dataset(str(source)))
-    check_tables(opened)
+    _check_tables(opened)
     if isinstance(opened, Mapping):
         name = choose_split(map(str, opened), split, where="The dataset")
         return opened[name], lambda: _in_order(opened)
@@ -177,10 +177,10 @@ def check_own_split(table: Any, split: str | None) -> None:
         split: What it is asked for; None takes it as it is.
     """
     advice = " Leave out `split` to take it as it is, or pass a mapping of splits."
-    choose_split([own_split(str(table.split or "train"))], split, where="The dataset", advice=advice)
+    choose_split([_own_split(str(table.split or "train"))], split, where="The dataset", advice=advice)
 
 
-def own_split(name: str) -> str:
+def _own_split(name: str) -> str:
     """Split of a single table: what it is named after, or `train`.
 
     Args:
@@ -190,7 +190,7 @@ def own_split(name: str) -> str:
     return name if split_of(name) else "train"
 
 
-def check_tables(source: Any) -> None:
+def _check_tables(source: Any) -> None:
     """Refuse what is no `datasets.Dataset` and no mapping of them.
 
     Args:
@@ -347,7 +347,7 @@ def load_unlabelled_images(
         DataError: If the folder does not exist or holds no images.
     """
     if not isinstance(source, str | Path):
-        check_tables(source)
+        _check_tables(source)
         rows: Any = source
     else:
         rows = [{image_column: str(file)} for file in _images_below(Path(source))]

@@ -24,7 +24,7 @@ from peft_vlm.data.loading import check_own_split, load_from_hub
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.distributed import from_main, is_main_process, num_processes
 from peft_vlm.errors import DataError, check_list
-from peft_vlm.shapes import Batch
+from peft_vlm.objective import Batch
 from peft_vlm.text.prompts import check_class_names
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ def _class_labels(source: "datasets.IterableDataset", label_column: str) -> list
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
-def undecoded(source: "datasets.IterableDataset", image_column: str) -> "datasets.IterableDataset":
+def _undecoded(source: "datasets.IterableDataset", image_column: str) -> "datasets.IterableDataset":
     """The stream with image files as bytes, so that skipping a row decodes nothing.
 
     Args:
@@ -379,7 +379,7 @@ def load_image_stream(
     Raises:
         DataError: If a column is missing, there are no class names, or neither number is given.
     """
-    rows = undecoded(open_stream(source, split=split), image_column)
+    rows = _undecoded(open_stream(source, split=split), image_column)
     first = _first_row(rows, (image_column, label_column))
     names = read_class_list(class_names) if isinstance(class_names, str | Path) else class_names
     known = _class_labels(rows, label_column)

@@ -1,15 +1,5 @@
 """Metrics, protocols and reports."""
 
-from peft_vlm.evaluation.answers import (
-    CountScores,
-    YesNoScores,
-    count_scores,
-    exact_match,
-    normalize_answer,
-    parse_count,
-    parse_yes_no,
-    yes_no_scores,
-)
 from peft_vlm.evaluation.classify import (
     EvalResult,
     ImageClassifier,
@@ -28,15 +18,23 @@ from peft_vlm.evaluation.metrics import (
     per_class_accuracy,
 )
 from peft_vlm.evaluation.mllm import (
+    CountScores,
     PromptEffect,
+    YesNoScores,
     classify_answers,
     corruption_robustness,
+    count_scores,
     data_scale_curve,
     evaluate_prompt,
+    exact_match,
     generate_answers,
     generation_accuracy,
     likelihood_accuracy,
     mean_effect,
+    normalize_answer,
+    parse_count,
+    parse_yes_no,
+    yes_no_scores,
 )
 from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png, lines_png
 from peft_vlm.evaluation.protocols import (

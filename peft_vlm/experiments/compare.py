@@ -16,18 +16,16 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PrinterCa
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import all_image_features
 from peft_vlm.data.loading import load_image_dataset
-from peft_vlm.data.overlap import check_not_trained_on, image_sample
-from peft_vlm.data.splits import base_and_new_classes, few_shot
+from peft_vlm.data.splits import base_and_new_classes, check_not_trained_on, few_shot, image_sample
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 from peft_vlm.distributed import is_main_process, local_index
 from peft_vlm.errors import PeftVLMError, check_list
 from peft_vlm.evaluation.classify import evaluate_classifier
 from peft_vlm.evaluation.metrics import harmonic_mean
-from peft_vlm.experiments.peak_memory import PeakMemory
+from peft_vlm.experiments.report import PeakMemory
 from peft_vlm.files import last_part, write_json
 from peft_vlm.models.towers import image_features, text_features, text_length_of, towers_of
-from peft_vlm.objective import Objective, ObjectiveOutput
-from peft_vlm.shapes import Batch
+from peft_vlm.objective import Batch, Objective, ObjectiveOutput
 from peft_vlm.text.class_features import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts, check_same_vocabulary, tokenize_classes
 from peft_vlm.training.arguments import VLMTrainingArguments
@@ -74,7 +72,7 @@ class FullFineTuningObjective(PromptObjective):
         return {"text_tokens": self.prompts.input_ids.shape[1]}
 
 
-class LinearProbe(nn.Module):
+class _LinearProbe(nn.Module):
     """Multinomial logistic regression on frozen image features, fitted by L-BFGS, as in CLIP's linear-probe
     evaluation.
 
@@ -204,7 +202,7 @@ def chosen_learners(learners: Sequence[Learner], names: Sequence[str] | None) ->
     return [learner for learner in learners if not names or learner.name in names]
 
 
-def model_accuracy(model: nn.Module) -> Callable[[ImageClassificationDataset, ClassPrompts], float]:
+def _model_accuracy(model: nn.Module) -> Callable[[ImageClassificationDataset, ClassPrompts], float]:
     """Accuracy function of a CLIP-like model."""
     return lambda dataset, prompts: evaluate_classifier(model, dataset, prompts).accuracy
 
@@ -219,7 +217,7 @@ class ZeroShot:
 
     def fit(self, model: nn.Module, prompts: MakePrompts, split: Split, *, seed: int, folder: Path) -> Fitted:
         """Train nothing."""
-        return Fitted(model_accuracy(model.eval()), 0)
+        return Fitted(_model_accuracy(model.eval()), 0)
 
 
 class LinearProbeLearner:
@@ -240,7 +238,7 @@ class LinearProbeLearner:
         """Extract features once and fit."""
         model.eval()
         features = all_image_features(model, split.train.with_transform(self.transform))
-        probe = LinearProbe(features.shape[1], len(split.train.class_names))
+        probe = _LinearProbe(features.shape[1], len(split.train.class_names))
         probe.fit(features.clone(), torch.tensor(split.train.labels))
 
         def accuracy(dataset: ImageClassificationDataset, names: ClassPrompts) -> float | None:
@@ -293,7 +291,7 @@ class TrainerLearner:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self.after is not None:
             self.after(model.eval(), seed)
-        return Fitted(model_accuracy(model.eval()), trained, self.template)
+        return Fitted(_model_accuracy(model.eval()), trained, self.template)
 
 
 @dataclass(frozen=True)
@@ -338,7 +336,7 @@ def load_task(source: str | Path, protocol: Literal["base_to_new", "few_shot"], 
     return Task(last_part(source), protocol, train, test, template=template, shots=shots)
 
 
-def split_of(task: Task, *, seed: int, train_transform: ImageTransform, test_transform: ImageTransform) -> Split:
+def _split_of(task: Task, *, seed: int, train_transform: ImageTransform, test_transform: ImageTransform) -> Split:
     """Draw the shots of one seed. The halves of the classes do not depend on the seed.
 
     Args:
@@ -432,7 +430,7 @@ class Experiment:
             methods: dict[str, Any] = {}
             known: dict[str, dict[str, Any]] = {}
             for seed in seeds:  # seeds outside: a drift of the machine hits all learners alike
-                split = split_of(
+                split = _split_of(
                     task, seed=seed, train_transform=self.train_transform, test_transform=self.test_transform
                 )
                 for learner in learners:

@@ -1,9 +1,14 @@
-"""Tables and plots of an experiment's `metrics.json`."""
+"""Tables and plots of an experiment's `metrics.json`, and the peak memory that one of its parts needed."""
 
+import ctypes
+import gc
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from peft_vlm.distributed import is_main_process
 from peft_vlm.evaluation.plots import new_figure, save_figure
@@ -13,7 +18,7 @@ SCORES = {"base": "base %", "new": "new %", "h": "H %", "accuracy": "accuracy %"
 COSTS = {"seconds": "seconds", "peak_memory_mb": "peak MB"}
 
 
-def sections(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _sections(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Results by task name, the first task included.
 
     Args:
@@ -32,7 +37,7 @@ def markdown_table(report: Mapping[str, Any]) -> str:
         report: Result of `Experiment.run`.
     """
     parts = []
-    for name, methods in sections(report).items():
+    for name, methods in _sections(report).items():
         scores = [key for key in SCORES if any(row.get(key) for row in methods.values())]
         headline = "base" if "base" in scores else scores[0]
         header = [
@@ -68,20 +73,20 @@ def show_results(report: Mapping[str, Any], folder: Path, *, learner: str) -> No
         return
     table = markdown_table(report)
     (folder / "table.md").write_text(table, encoding="utf-8")
-    results_png(report, folder / "results.png")
+    _results_png(report, folder / "results.png")
     adapter = folder / report["task"] / learner / f"seed{report['seeds'][-1]}"
     print(f"\n{table}\nWritten to {folder}/: metrics.json, table.md, results.png, and each run's adapter.")
     print(f"Use an adapter:  peft-vlm predict {str(adapter)!r} photo.png")
 
 
-def results_png(report: Mapping[str, Any], path: Path) -> None:
+def _results_png(report: Mapping[str, Any], path: Path) -> None:
     """Bars of the scores of every method, one panel per task, every seed as a dot.
 
     Args:
         report: Result of `Experiment.run`.
         path: PNG file to write.
     """
-    tasks = sections(report)
+    tasks = _sections(report)
     figure = new_figure(6 * len(tasks), 4)
     for axes, (name, methods) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
         scores = [key for key in SCORES if any(row.get(key) for row in methods.values())]
@@ -126,3 +131,54 @@ def _gain(values: Sequence[float] | None, baseline: Sequence[float] | None) -> s
     difference = paired_difference(values, baseline)
     spread = "" if difference.std is None else f" +- {difference.std:.1f}"
     return f"{difference.mean:+.1f}{spread}"
+
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Measures the peak between `start` and `stop` in MB (2**20 bytes): on a GPU the allocator's, on Linux the
+    process's.
+
+    Freed memory is returned to the system first, so that what earlier work left in the allocator
+    neither counts nor hides what this one needs.
+
+    Args:
+        device: Device of the work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.baseline: float | None = None
+
+    def start(self) -> None:
+        """Begin: everything in use now is the baseline."""
+        gc.collect()
+        self.baseline = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.baseline = torch.cuda.memory_allocated(self.device) / 2**20
+            return
+        if sys.platform == "linux":
+            try:
+                ctypes.CDLL("libc.so.6").malloc_trim(0)
+                _CLEAR_REFS.write_text("5")  # resets VmHWM to the current resident size
+            except (OSError, AttributeError):  # another C library, or a container that does not let a process reset it
+                return
+            self.baseline = _status_mb("VmRSS")
+
+    def stop(self) -> float | None:
+        """End: megabytes above the baseline; None where the system offers no measure."""
+        if self.baseline is None:
+            return None
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20 - self.baseline
+        return max(0.0, _status_mb("VmHWM") - self.baseline)
+
+
+def _status_mb(key: str) -> float:
+    """A line of /proc/self/status in MB."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1]) / 1024

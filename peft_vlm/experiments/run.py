@@ -25,16 +25,14 @@ from transformers import (
 from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.loading import load_image_dataset
-from peft_vlm.data.overlap import check_not_trained_on, image_sample, is_chosen_on
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
-from peft_vlm.data.splits import base_and_new_classes, few_shot
+from peft_vlm.data.splits import base_and_new_classes, check_not_trained_on, few_shot, image_sample, is_chosen_on
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform, mean_and_std_of
 from peft_vlm.errors import PeftVLMError, PeftVLMWarning, check_choice, check_list
-from peft_vlm.evaluation.loading import load_model
 from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.evaluation.plots import has_matplotlib
 from peft_vlm.evaluation.report import EvalReport
-from peft_vlm.evaluation.run import run_evaluation
+from peft_vlm.evaluation.run import load_model, run_evaluation
 from peft_vlm.experiments.transfer import ImageTextModel
 from peft_vlm.files import BASELINE_NAME
 from peft_vlm.hub.card import write_card
@@ -72,7 +70,7 @@ def named_values(words: Sequence[str], name: str) -> dict[str, Any]:
     return values
 
 
-def accepted(target: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+def _accepted(target: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an offer that a function or class has a parameter for.
 
     Args:
@@ -141,7 +139,7 @@ def preset_of(settings: RunSettings) -> Preset:
     preset_for = METHODS[settings.method].preset_for
     if preset_for is None:
         raise PeftVLMError(f"{settings.method!r} has no presets. Leave out `preset`.")
-    return preset_for(settings.preset, **accepted(preset_for, {"shots": settings.shots}))
+    return preset_for(settings.preset, **_accepted(preset_for, {"shots": settings.shots}))
 
 
 def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str, float]:
@@ -176,7 +174,7 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
     trainer.remove_callback(PrinterCallback)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(OneBar())
+        trainer.add_callback(_OneBar())
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     return parts.evaluate() if settings.evaluate and args.process_index == 0 else {}
 
@@ -198,7 +196,7 @@ def _warn_of_selection(
         )
 
 
-class OneBar(ProgressCallback):
+class _OneBar(ProgressCallback):
     """One bar with the time left and the loss, and a line per validation, in place of a dictionary per step."""
 
     def on_log(
@@ -337,7 +335,7 @@ def _adapted(
     """The model with a new adapter."""
     mean, std = mean_and_std_of(image_processor)
     target = METHODS[method].adapter_type.config
-    known = accepted(target, {"image_mean": list(mean), "image_std": list(std), **offered})
+    known = _accepted(target, {"image_mean": list(mean), "image_std": list(std), **offered})
     return get_peft_model(base, build(target, known | config, name="config", hidden=VLMConfig))
 
 
@@ -356,7 +354,7 @@ def _objective(
     for name in ("teacher", "transductive"):
         if offered.get(name) and name not in inspect.signature(target).parameters:
             raise PeftVLMError(f"{settings.method!r} has no use for `{name}`. Leave it out.")
-    return build(target, accepted(target, offered) | options, classes, name="objective")
+    return build(target, _accepted(target, offered) | options, classes, name="objective")
 
 
 def _report(settings: RunSettings, args: VLMTrainingArguments) -> dict[str, float]:

@@ -2,8 +2,7 @@
 
 from peft_vlm.hub.adapter_folder import AdapterFolder
 from peft_vlm.hub.card import render_card, write_card
-from peft_vlm.hub.peft_push import extend_push_to_hub
-from peft_vlm.hub.publish import Published, publish, write_folder
+from peft_vlm.hub.publish import Published, extend_push_to_hub, publish, write_folder
 
 extend_push_to_hub()
 

@@ -61,14 +61,14 @@ def render_card(
         base_model=base if HUB_ID.fullmatch(base) else None,
         base_model_relation="adapter",
         pipeline_tag=task,
-        tags=tags_of(folder, base),
+        tags=_tags_of(folder, base),
         model_name=name if scores else None,
         eval_results=index_entries(scores, task=task) if scores else None,
     )
     place = f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
     is_recorded = base_model in (None, folder.config.base_model_name_or_path) and folder.config.revision
     base_place = f'"{base}"' + (f', revision="{folder.config.revision}"' if is_recorded else "")
-    snippet = CLASSIFIER_SNIPPET if is_classifier(folder.config) else MODEL_SNIPPET
+    snippet = CLASSIFIER_SNIPPET if _is_classifier(folder.config) else MODEL_SNIPPET
     facts = _facts(folder, base) | {
         "title": title or f"{ADAPTERS[folder.method].title}: {name}",
         "snippet": snippet.format(adapter=place, base=base_place),
@@ -113,7 +113,7 @@ def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
         "prompt_image": PROMPT_IMAGE_NAME if folder.prompt_image else "",
         "classes": _classes(folder.config),
         "data_facts": _data_facts(folder),
-        "settings": [(f"`{name}`", f"`{_shown(value)}`") for name, value in settings_of(folder).items()],
+        "settings": [(f"`{name}`", f"`{_shown(value)}`") for name, value in _settings_of(folder).items()],
         "limits": _limits(folder, base),
         "environment": _environment(folder),
         "method": f"[{about.paper.title}]({about.paper.url}), {about.paper.venue}.",
@@ -121,24 +121,24 @@ def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
     }
 
 
-def is_classifier(config: VLMConfig) -> bool:
+def _is_classifier(config: VLMConfig) -> bool:
     """True for an adapter on a model of two towers, which classifies by itself."""
     return (config.base_architecture or {}).get("model_type") in TWO_TOWERS
 
 
 def pipeline_tag(config: VLMConfig) -> str:
     """The Hub's name of the task of the adapted model."""
-    if not is_classifier(config):
+    if not _is_classifier(config):
         return "image-text-to-text"
-    return "image-classification" if stores_classes(config) else "zero-shot-image-classification"
+    return "image-classification" if _stores_classes(config) else "zero-shot-image-classification"
 
 
-def stores_classes(config: VLMConfig) -> bool:
+def _stores_classes(config: VLMConfig) -> bool:
     """True for an adapter that classifies with stored class vectors instead of reading class names."""
     return bool(config.to_dict().get("num_classes"))
 
 
-def tags_of(folder: AdapterFolder, base: str) -> list[str]:
+def _tags_of(folder: AdapterFolder, base: str) -> list[str]:
     """Tags of the adapter on the Hub.
 
     Args:
@@ -151,7 +151,7 @@ def tags_of(folder: AdapterFolder, base: str) -> list[str]:
     return sorted(tags | ({f"base_model:adapter:{base}"} if HUB_ID.fullmatch(base) else set()))
 
 
-def settings_of(folder: AdapterFolder) -> dict[str, Any]:
+def _settings_of(folder: AdapterFolder) -> dict[str, Any]:
     """Settings of adapter, objective and training that are not None, in this order.
 
     A run is as long as `max_steps` says where that is set, and `num_train_epochs` otherwise; the other is left out.
@@ -170,7 +170,7 @@ def _summary(folder: AdapterFolder, base: str) -> str:
     about, config = ADAPTERS[folder.method], folder.config
     size = f"{folder.num_parameters:,} parameters, {_weights_size(folder)}"
     named = f"[{base}](https://huggingface.co/{base})" if HUB_ID.fullmatch(base) else f"`{base}`"
-    does = "classifies images" if is_classifier(config) else "answers questions about images"
+    does = "classifies images" if _is_classifier(config) else "answers questions about images"
     return (
         f"A {about.title} adapter ({size}) for {named}, made with peft_vlm; the adapted model {does}. "
         f"This adapter holds {about.trained}."
@@ -218,7 +218,7 @@ def _data_facts(folder: AdapterFolder) -> list[str]:
 def _limits(folder: AdapterFolder, base: str) -> list[str]:
     about, config, evaluation = ADAPTERS[folder.method], folder.config, folder.evaluation
     limits = list(about.limits)
-    if not stores_classes(config) and is_classifier(config) and config.class_names:
+    if not _stores_classes(config) and _is_classifier(config) and config.class_names:
         limits.append("Other class names can be given; the scores hold for those of the evaluation only.")
     if evaluation is None:
         limits.append("It was not evaluated.")

@@ -1,10 +1,17 @@
-"""Publish an adapter with everything its users need, in one commit."""
+"""Publish an adapter with everything its users need, in one commit; also by `model.push_to_hub("user/adapter")`.
+
+PEFT's own `push_to_hub` uploads weights and configuration with a template card, "More Information Needed" throughout,
+which it writes after every hook an adapter has, and keeps on the next upload. So the method itself is extended, for
+models whose active adapter is of this package; all others get PEFT's.
+"""
 
 import shutil
 import tempfile
 import warnings
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from peft import PeftModel
@@ -213,3 +220,19 @@ def push_model(
             if (Path(run_folder) / report).is_file():
                 shutil.copyfile(Path(run_folder) / report, folder / report)
         return publish(folder, repo_id, **options)
+
+
+def extend_push_to_hub() -> None:
+    """Extend `PeftModel.push_to_hub`, once."""
+    original = PeftModel.push_to_hub
+    if original.__module__ == __name__:
+        return
+
+    @wraps(original)
+    def push_to_hub(self: PeftModel, repo_id: str, **options: Any) -> Any:
+        if isinstance(self.active_peft_config, VLMConfig):
+            return push_model(self, repo_id, **options)
+        return original(self, repo_id, **options)
+
+    push_to_hub.__module__ = __name__
+    PeftModel.push_to_hub = push_to_hub

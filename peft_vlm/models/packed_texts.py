@@ -24,7 +24,7 @@ passes: Counter[str] = Counter()
 
 
 @runtime_checkable
-class EntersLayer(Protocol):
+class _EntersLayer(Protocol):
     """A wrapper that changes what enters a transformer layer at fixed positions, and nothing else."""
 
     base_layer: nn.Module
@@ -120,7 +120,7 @@ def reason_against(layers: Sequence[nn.Module]) -> str | None:
         layers: The layers that would run.
     """
     for layer in layers:
-        while isinstance(layer, EntersLayer):
+        while isinstance(layer, _EntersLayer):
             layer = layer.base_layer
         if not isinstance(layer, CLIPEncoderLayer):
             return f"a layer is a {type(layer).__name__}"
@@ -141,7 +141,7 @@ def num_required(layers: Sequence[nn.Module]) -> int:
     Args:
         layers: The layers that will run.
     """
-    return 1 + max((layer.num_entering for layer in layers if isinstance(layer, EntersLayer)), default=0)
+    return 1 + max((layer.num_entering for layer in layers if isinstance(layer, _EntersLayer)), default=0)
 
 
 def run_packed(
@@ -164,7 +164,7 @@ def _layer(
 ) -> Float[Tensor, "1 positions width"]:
     """One layer, recomputed in the backward pass where the model's gradient checkpointing says so."""
     inner = layer
-    while isinstance(inner, EntersLayer):
+    while isinstance(inner, _EntersLayer):
         inner = inner.base_layer
     if inner.training and torch.is_grad_enabled() and getattr(inner, "gradient_checkpointing", False):
         return checkpoint(_run_layer, layer, hidden, texts, pooled_only, use_reentrant=False)
@@ -174,8 +174,8 @@ def _layer(
 def _run_layer(
     layer: Any, hidden: Float[Tensor, "1 packed width"], texts: PackedTexts, pooled_only: bool
 ) -> Float[Tensor, "1 positions width"]:
-    is_wrapped = isinstance(layer, EntersLayer)
-    while isinstance(layer, EntersLayer):
+    is_wrapped = isinstance(layer, _EntersLayer)
+    while isinstance(layer, _EntersLayer):
         hidden, layer = layer.enter(hidden), layer.base_layer
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
     keys, values = attention.k_proj(normed)[0], attention.v_proj(normed)[0]

@@ -14,6 +14,7 @@ The whole chain gives the same tensors as the model's own forward. `finish_image
 the rest of the chain in one call, without the part of the last layer that nothing reads.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -27,7 +28,6 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from peft_vlm.errors import UnsupportedModelError
-from peft_vlm.models.cache_name import CACHE_NAME
 from peft_vlm.models.packed_texts import PackedTexts, num_required, passes, reason_against, run_packed
 
 LEAVES_OF_A_LAYER = (
@@ -333,7 +333,7 @@ class Towers:
             return self.model.logit_scale.float().exp() * (image @ text.T)
 
 
-class SiglipTowers(Towers):
+class _SiglipTowers(Towers):
     """SigLIP and SigLIP 2 (fixed resolution): bidirectional text, last token pooled, attention-pooled image."""
 
     takes_learned_tokens = False
@@ -483,7 +483,7 @@ def token_like(module: nn.Module) -> Float[Tensor, "*rows width"]:
     return attention_norm_of(module).weight
 
 
-FAMILIES: dict[type[PreTrainedModel], type[Towers]] = {CLIPModel: Towers, SiglipModel: SiglipTowers}
+FAMILIES: dict[type[PreTrainedModel], type[Towers]] = {CLIPModel: Towers, SiglipModel: _SiglipTowers}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -533,3 +533,8 @@ def similarity_logits(
 ) -> Float[Tensor, "batch classes"]:
     """Logits of the model's family from image and class features (either may already be unit-norm), in float32."""
     return towers_of(model).similarity_logits(image_features, text_features)
+
+
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""Name of the argument that passes the cache to a model or a mask, and of the output that holds it: `cache` from
+transformers 5.24 on, `past_key_values` before, for all architectures at once."""

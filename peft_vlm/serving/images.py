@@ -1,9 +1,11 @@
-"""Read image files and prepare pixels for a classifier, with numpy and Pillow only."""
+"""Find and read image files, and prepare pixels for a classifier, with numpy and Pillow only."""
 
 import io
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,6 +43,78 @@ def is_raster_image(head: bytes) -> bool:
 def raster_suffixes() -> frozenset[str]:
     """File endings of `RASTER_FORMATS`, in lower case."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in RASTER_FORMATS)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
+def say_left_out(root: Path, counts: Mapping[str, int]) -> None:
+    """Log what is left out of a folder, once per process.
+
+    Args:
+        root: The folder.
+        counts: Numbers by what it is.
+    """
+    if counts:
+        listed = ", ".join(f"{number} {what}" for what, number in sorted(counts.items()))
+        _warn_once(f"Left out of {str(root)!r}: {listed}.")
+
+
+def find_images(root: Path, *, read_elsewhere: Collection[str] = ()) -> list[Path]:
+    """Image files below a folder in sorted order: those whose name or content says so.
+
+    Links are followed; hidden files and folders, `__MACOSX`, circles of links, empty folders and other files are left
+    out and counted in the log.
+
+    Args:
+        root: The folder.
+        read_elsewhere: Names of files that are not counted.
+    """
+    left_out: Counter[str] = Counter()
+    files = []
+    for path in sorted(_walk(root, (os.path.realpath(root),), left_out)):
+        if is_image_file(path):
+            files.append(path)
+        elif path.name not in read_elsewhere:
+            left_out[f"files {path.suffix.lower()!r}" if path.suffix else "files without ending"] += 1
+    say_left_out(root, left_out)
+    return files
+
+
+def _walk(folder: Path, above: tuple[str, ...], left_out: Counter[str]) -> Iterator[Path]:
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    if not entries:
+        left_out["empty folders"] += 1
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            left_out["hidden files and folders"] += 1
+        elif entry.is_dir():
+            place = os.path.realpath(entry.path)
+            if place in above:
+                left_out["links in a circle"] += 1
+            else:
+                yield from _walk(folder / entry.name, (*above, place), left_out)
+        else:
+            yield folder / entry.name
+
+
+def is_image_file(path: Path) -> bool:
+    """True if name or content of a file say that it is a raster image; which one, its content decides.
+
+    Args:
+        path: A path; links are followed, and pipes and devices are no files.
+    """
+    if not path.is_file():
+        return False
+    if path.suffix.lower() in raster_suffixes():
+        return True
+    try:
+        with path.open("rb") as file:
+            return is_raster_image(file.read(16))
+    except OSError:
+        return False
 
 
 MAX_ASPECT = 200
@@ -147,7 +221,7 @@ def decode_rgb(image: Image.Image, value_range: tuple[float, float] | None = Non
     upright = ImageOps.exif_transpose(image)
     if 0 in upright.size:
         raise PixelError(f"has no pixels: its size is {upright.size}. Take it out of the dataset.")
-    return to_rgb(upright if white is None else _as_8_bits(upright, white, value_range))
+    return _to_rgb(upright if white is None else _as_8_bits(upright, white, value_range))
 
 
 def _as_8_bits(image: Image.Image, white: float, value_range: tuple[float, float] | None) -> Image.Image:
@@ -182,7 +256,7 @@ def _as_8_bits(image: Image.Image, white: float, value_range: tuple[float, float
     return Image.fromarray((scaled.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """An image with three channels; what was converted is logged once per kind.
 
     Grey and palette images get three channels, transparent ones are laid over white.

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from .card import METADATA_KEY, ClassifierCard, best_labels
-from .checks import expect
+from .card import METADATA_KEY, ClassifierCard, best_labels, expect
 from .errors import ExportedFileError
 from .images import ImageSource, pixels_of
 

@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from .card import METADATA_KEY, ClassifierCard, best_labels
-from .checks import check_architecture, expect
+from .card import METADATA_KEY, ClassifierCard, best_labels, check_architecture, expect
 from .errors import ExportedFileError
 from .images import ImageSource, pixels_of
 from .tower import ImageTower

@@ -19,7 +19,7 @@ HEAD_LAYERS: dict[str, type[nn.Module]] = {
 }
 
 
-class Attention(nn.Module):
+class _Attention(nn.Module):
     """Multi-head attention.
 
     Args:
@@ -75,17 +75,17 @@ class _MLP(nn.Module):
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(tokens)))
 
 
-class Layer(nn.Module):
+class _Layer(nn.Module):
     """A transformer layer.
 
     Args:
         shape: `width`, `heads`, `mlp`, `activation` and `eps` of the tower.
-        slots: See `Attention`.
+        slots: See `_Attention`.
     """
 
     def __init__(self, shape: dict[str, Any], slots: Mapping[str, int] | None = None) -> None:
         super().__init__()
-        self.attention = Attention(shape["width"], shape["heads"], slots)
+        self.attention = _Attention(shape["width"], shape["heads"], slots)
         self.norm1, self.norm2 = (nn.LayerNorm(shape["width"], eps=shape["eps"]) for _ in range(2))
         self.mlp = _MLP(shape["width"], shape["mlp"], shape["activation"])
 
@@ -106,13 +106,13 @@ class _AttentionPool(nn.Module):
     """SigLIP's pooling: a learned query attends to all patches.
 
     Args:
-        shape: As for `Layer`.
+        shape: As for `_Layer`.
     """
 
     def __init__(self, shape: dict[str, Any]) -> None:
         super().__init__()
         self.probe = nn.Parameter(torch.empty(1, 1, shape["width"]))
-        self.attention = Attention(shape["width"], shape["heads"])
+        self.attention = _Attention(shape["width"], shape["heads"])
         self.norm = nn.LayerNorm(shape["width"], eps=shape["eps"])
         self.mlp = _MLP(shape["width"], shape["mlp"], shape["activation"])
 
@@ -177,7 +177,7 @@ class ImageTower(nn.Module):
         # Always last: "input" comes after the patches, a number replaces them at the input of that layer.
         self.tokens = nn.ParameterDict({i: nn.Parameter(torch.empty(n, width)) for i, n in shape["tokens"].items()})
         self.pre_norm = nn.LayerNorm(width, eps=shape["eps"]) if shape["pre_norm"] else nn.Identity()
-        self.layers = nn.ModuleList(Layer(shape, shape["slots"].get(str(i))) for i in range(shape["layers"]))
+        self.layers = nn.ModuleList(_Layer(shape, shape["slots"].get(str(i))) for i in range(shape["layers"]))
         self.post_norm = nn.LayerNorm(width, eps=shape["eps"])
         self.pool = _AttentionPool(shape) if shape["attention_pool"] else None
         self.head = nn.Sequential(*(HEAD_LAYERS[name](*sizes) for name, *sizes in shape["head"]))

@@ -19,8 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from peft_vlm.errors import ClassNameError, DataError, UnsupportedModelError, check_list
-from peft_vlm.models.cache_name import CACHE_NAME
-from peft_vlm.models.towers import unwrap
+from peft_vlm.models.towers import CACHE_NAME, unwrap
 from peft_vlm.text.class_features import evaluation_mode
 
 

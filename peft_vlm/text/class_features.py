@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from peft_vlm.distributed import divided, num_processes
 from peft_vlm.errors import AdapterError
 from peft_vlm.models.towers import device_of, image_features, side_of, towers_of
-from peft_vlm.objective import Objective
-from peft_vlm.shapes import Batch
+from peft_vlm.objective import Batch, Objective
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
 
 _SIGNED_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,19 +1,60 @@
-"""Templates, class names and class prompts as token ids."""
+"""Templates, class names and class prompts as token ids, with slots for learned context vectors."""
 
 import dataclasses
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_vlm.errors import ClassNameError
 from peft_vlm.models.repository import hub_options
 from peft_vlm.models.towers import Towers, towers_of
-from peft_vlm.text.slots import SlotLayer, Slots
+
+POSITIONS = ("end", "middle", "front")
+"""Positions of the class name relative to the context, as CoOp's `CLASS_TOKEN_POSITION`."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Number and position of the places that a prompt reserves.
+
+    A reserved place holds the start-of-text token, which no tokenizer puts anywhere but at position 0: a tokenised
+    prompt says by itself where its slots are, and nothing a user writes is overwritten by accident.
+
+    Args:
+        num_tokens: Context vectors per prompt.
+        placeholder_id: The start-of-text token.
+        position: `"end"`: context, then class name. `"middle"`: half of the context, class name, the other half.
+            `"front"`: class name, then context. The rest of the template follows.
+        initial_ids: Token ids of the words that the context was initialised from. A template that begins with these
+            words gives them up as slots; before any other template the slots are inserted.
+    """
+
+    num_tokens: int
+    placeholder_id: int
+    position: str = "end"
+    initial_ids: tuple[int, ...] | None = None
+
+
+class SlotLayer(ABC):
+    """A layer around the token embedding that fills slots: what texts are made for the model with its adapters."""
+
+    @property
+    @abstractmethod
+    def slots(self) -> Slots | None:
+        """Slots of the active adapter; None where the layer acts as the base layer."""
+
+
+def slot_mask(input_ids: Int[Tensor, "prompts tokens"], placeholder_id: int) -> Bool[Tensor, "prompts tokens"]:
+    """Mask of the slots of tokenised prompts: start-of-text tokens after the first position."""
+    mask = input_ids == placeholder_id
+    mask[:, 0] = False  # the start token itself
+    return mask
 
 
 def has_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -40,7 +40,7 @@ def with_advice(args: Any, settings: dict[str, Any]) -> Iterator[None]:
         first = str(error).partition("\n")[0] or "Out of memory."
         is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if is_memory or any(words in str(error).lower() for words in OUT_OF_MEMORY):
-            raise MemoryError(f"{first} {what_to_lower(args, settings)}") from error
+            raise MemoryError(f"{first} {_what_to_lower(args, settings)}") from error
         if "DataLoader worker" in str(error):
             raise PeftVLMError(
                 f"A process that reads images died: {first} The system usually ends it for want of memory. Lower "
@@ -50,7 +50,7 @@ def with_advice(args: Any, settings: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def what_to_lower(args: Any, settings: dict[str, Any]) -> str:
+def _what_to_lower(args: Any, settings: dict[str, Any]) -> str:
     """How the same training takes less memory.
 
     Args:
@@ -349,7 +349,7 @@ class RunReport(TrainerCallback):
             return
         seconds = (time.monotonic() - self._start) / done
         images = args.per_device_train_batch_size * num_processes() * args.gradient_accumulation_steps / seconds
-        left = duration(seconds * (state.max_steps - state.global_step))
+        left = _duration(seconds * (state.max_steps - state.global_step))
         self._say(
             f"Epoch {state.epoch or 0.0:g} of {state.num_train_epochs}: loss {loss:.4g}, {images:.3g} images/s, "
             f"{left} left{_peak(args.device)}"
@@ -366,7 +366,7 @@ class RunReport(TrainerCallback):
             self._say(line)
 
 
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """A time as people say it.
 
     Args:

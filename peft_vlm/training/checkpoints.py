@@ -192,7 +192,7 @@ def numbered_checkpoints(output_dir: Path) -> dict[int, Path]:
     }
 
 
-def check_whole(folder: Path) -> None:
+def _check_whole(folder: Path) -> None:
     """Refuse a checkpoint that is not whole.
 
     Args:
@@ -367,11 +367,11 @@ class EarlierRun(TrainerCallback):
         if state.global_step != self.trainer.first_step + 1:
             return
         if is_main_process():
-            set_aside(Path(args.output_dir), after=self.trainer.first_step)
+            _set_aside(Path(args.output_dir), after=self.trainer.first_step)
         wait_for_everyone()
 
 
-def set_aside(output_dir: Path, *, after: int) -> None:
+def _set_aside(output_dir: Path, *, after: int) -> None:
     """Rename checkpoints; a warning says so. Those of a run before the earlier one are replaced.
 
     Args:
@@ -467,7 +467,7 @@ def checkpoint_to_resume(choice: str | bool, output_dir: Path) -> Path | None:
         CheckpointError: If the folder is damaged, or True finds no checkpoint.
     """
     if choice is not True and choice != "auto":
-        check_whole(Path(choice))
+        _check_whole(Path(choice))
         return Path(choice)
     found = last_checkpoint(output_dir)
     if found is None and list(output_dir.glob(f"{EARLIER}{PREFIX}*")):

@@ -1,22 +1,32 @@
-"""What a user hands to the trainer: checked, and completed where something has a plain default."""
+"""What a user hands to the trainer, checked and completed, and which of its images a step sees.
+
+A step sees the same images whatever the number of processes, each process its part of them.
+"""
 
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
+import torch
+from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedTokenizerBase
+from transformers.trainer_utils import seed_worker
 
 from peft_vlm.data.dataset import ImageClassificationDataset, RunImages
 from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.data.transforms import EvalTransform, TrainTransform
-from peft_vlm.errors import DataError, PeftVLMError
+from peft_vlm.distributed import num_processes, part_of, process_index
+from peft_vlm.errors import DataError, PeftVLMError, PeftVLMWarning
 from peft_vlm.models.repository import hub_options
 from peft_vlm.models.towers import FAMILIES, unwrap
-from peft_vlm.objective import Objective
+from peft_vlm.objective import EpochBatchSampler, Objective
 from peft_vlm.registry import ADAPTERS, METHODS, TrainingMethod
 from peft_vlm.text.answers import tokenize_candidates
 from peft_vlm.text.prompts import readable, tokenize_for_model, tokenizer_of
@@ -66,7 +76,7 @@ def check_arguments(model: Any, args: Any, objective: Any, refused: Mapping[str,
         raise TypeError(f"Expected `objective` to be an `Objective`, such as `CoOpObjective(prompts)`, got {got}.")
 
 
-def image_processor_of(model: nn.Module, processing_class: Any) -> BaseImageProcessor:
+def _image_processor_of(model: nn.Module, processing_class: Any) -> BaseImageProcessor:
     """The image processor of a processing class, or that beside the model's weights.
 
     Args:
@@ -107,13 +117,13 @@ def run_images(images: Any, model: nn.Module, processing_class: Any, *, name: st
         images = images[part] if part in images else load_image_dataset(images, split=part)
     if isinstance(images, datasets.Dataset):
         if images.format["type"] == "custom":  # `set_transform`: rows come with their pixels
-            return TransformedRows(images)
+            return _TransformedRows(images)
         images = load_image_dataset(images)
     if isinstance(images, ImageClassificationDataset) and not isinstance(images, ImageQuestionDataset):
         makes_pixels = type(images).__getitem__ is not ImageClassificationDataset.__getitem__
         if images.transform is None and not makes_pixels:
             transform = TrainTransform if is_training else EvalTransform
-            images = images.with_transform(transform(image_processor_of(model, processing_class)))
+            images = images.with_transform(transform(_image_processor_of(model, processing_class)))
     if not isinstance(images, RunImages):
         raise TypeError(
             f"Expected `{name}` to be images of `load_image_dataset` or `load_image_stream`, or a `datasets.Dataset` "
@@ -122,7 +132,7 @@ def run_images(images: Any, model: nn.Module, processing_class: Any, *, name: st
     return images
 
 
-class TransformedRows(ImageClassificationDataset):
+class _TransformedRows(ImageClassificationDataset):
     """Rows of a `datasets.Dataset` whose own `set_transform` gives `pixel_values` and the label.
 
     Its transform may be random, so nothing is stored of its pixels.
@@ -358,3 +368,157 @@ def _check_places(objective: Objective, dataset: Any) -> None:
             f"stand elsewhere there: label {label}, {name!r}, is class {places[name]}. Make prompts of the dataset's "
             "`class_names`."
         )
+
+
+FILLER = "is_filler"
+"""Column of a batch that only fills a place: the step has fewer images than processes."""
+
+
+class _ShuffledBatches(EpochBatchSampler):
+    """All images in random order; the last batch may be smaller, or is left out.
+
+    Args:
+        num_images: Images in the dataset.
+        batch_size: Images per batch.
+        seed: Seed of the run; the epoch is added to it.
+        drop_last: Leave out a last batch that is not full.
+    """
+
+    def __init__(self, num_images: int, *, batch_size: int, seed: int, drop_last: bool = False) -> None:
+        super().__init__(batch_size=batch_size, seed=seed)
+        self.num_images, self.drop_last = num_images, drop_last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        for batch in order.split(self.batch_size):
+            if len(batch) == self.batch_size or not self.drop_last:
+                yield batch.tolist()
+
+    def __len__(self) -> int:
+        return (self.num_images + (0 if self.drop_last else self.batch_size - 1)) // self.batch_size
+
+
+class _ProcessShard(EpochBatchSampler):
+    """This process's part of every batch; no image is left out or comes twice.
+
+    The batches are those of all processes together, so a method composes them as it would in one process: a batch of
+    one class has one class on all of them. A process whose part is empty gets an empty list.
+
+    Args:
+        batches: Sampler that draws the same batches on every process.
+    """
+
+    def __init__(self, batches: EpochBatchSampler) -> None:
+        super().__init__(batch_size=batches.batch_size, seed=batches.seed)
+        self.batches = batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.batches.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            part = part_of(len(batch), index=process_index(), parts=num_processes())
+            yield batch[part.start : part.stop]
+
+
+class _FillingCollate:
+    """The dataset's `collate`; for no items, its first one as a filler that counts nowhere.
+
+    Args:
+        dataset: Dataset with a `collate`.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __call__(self, items: Sequence[Any]) -> dict[str, Any]:
+        """A batch."""
+        if items:
+            return self.dataset.collate(items)
+        return {**self.dataset.collate([self.dataset[0]]), FILLER: torch.ones(1, dtype=torch.bool)}
+
+
+def train_loader(images: Any, objective: Objective, args: VLMTrainingArguments, *, batch_size: int) -> DataLoader:
+    """This process's batches, on the device of the run.
+
+    Batches are those that the objective composes, else shuffled; without pixels when the objective stores features.
+
+    Args:
+        images: The run's `RunImages`.
+        objective: Composes batches, and says whether they need pixels.
+        args: Settings of the run.
+        batch_size: Images per process and batch.
+    """
+    if not images.has_positions:
+        return _stream_loader(images, args, batch_size=batch_size)
+    dataset = images if objective.needs_pixels else images.without_pixels()
+    size, seed = batch_size * num_processes(), args.seed if args.data_seed is None else args.data_seed
+    batches = objective.batch_sampler(images.labels, batch_size=size, seed=args.seed)
+    if batches is None:
+        batches = _ShuffledBatches(len(dataset), batch_size=size, seed=seed, drop_last=args.dataloader_drop_last)
+    workers = args.dataloader_num_workers if objective.needs_pixels else 0
+    several = num_processes() > 1
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_ProcessShard(batches) if several else batches,
+        collate_fn=_FillingCollate(dataset) if several else dataset.collate,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        persistent_workers=args.dataloader_persistent_workers and workers > 0,
+        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+    )
+    # already this process's part: accelerator.prepare would divide again and mistreat batches of different sizes
+    return prepare_data_loader(loader, device=args.device, num_processes=1, process_index=0, put_on_device=True)
+
+
+def _stream_loader(stream: Any, args: VLMTrainingArguments, *, batch_size: int) -> DataLoader:
+    """The part of a stream that this process reads."""
+    stream.divide(batch_size=batch_size, rank=args.process_index, world_size=args.world_size)
+    if args.process_index == 0:
+        name_uneven_shards(stream.num_shards, args.world_size, args.dataloader_num_workers)
+    loader = DataLoader(
+        stream,
+        batch_size=batch_size,
+        collate_fn=stream.collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+    )
+    # already divided: by default one process would read for all
+    options = {"num_processes": 1, "process_index": 0, "put_on_device": True, "dispatch_batches": False}
+    return prepare_data_loader(loader, device=args.device, **options)
+
+
+def evaluation_loader(dataset: Any, args: VLMTrainingArguments) -> DataLoader:
+    """All images in their order, with the dataset's own collator; to be divided by `accelerator.prepare`.
+
+    Args:
+        dataset: A dataset with positions.
+        args: Settings of the run; `dataloader_drop_last` is that of the training.
+    """
+    workers = args.dataloader_num_workers
+    return DataLoader(
+        dataset,
+        batch_size=args.eval_batch_size,
+        collate_fn=dataset.collate,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory,
+        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+    )
+
+
+def name_uneven_shards(shards: int, processes: int, workers: int) -> None:
+    """Warn of shards that readers cannot divide: rows are divided then, which costs time, or, by workers, images."""
+    each, rest = divmod(shards, processes)
+    if rest:
+        message = f"{processes} processes cannot divide {shards} shards evenly, so each of them reads every row. "
+    elif workers > 1 and each % workers:
+        message = f"{workers} workers cannot divide {each} shards evenly: some images come twice, others not at all. "
+    else:
+        return
+    advice = "Write another number of shards, or change the number of processes or `dataloader_num_workers`."
+    warnings.warn(message + advice, PeftVLMWarning, stacklevel=3)

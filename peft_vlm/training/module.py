@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from peft_vlm.distributed import left_out, num_processes, share_of
 from peft_vlm.models.towers import unwrap
-from peft_vlm.objective import Objective
-from peft_vlm.shapes import Batch
-from peft_vlm.training.loaders import FILLER
+from peft_vlm.objective import Batch, Objective
+from peft_vlm.training.inputs import FILLER
 from peft_vlm.training.metrics import mean_cross_entropy
 
 

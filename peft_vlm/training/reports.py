@@ -15,7 +15,7 @@ from transformers.utils import PushInProgress
 
 from peft_vlm.adapters.config import installed_version
 from peft_vlm.data.dataset import ImageClassificationDataset, RunImages
-from peft_vlm.data.overlap import image_sample
+from peft_vlm.data.splits import image_sample
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.distributed import wait_for_everyone
@@ -97,7 +97,7 @@ class ArtifactsCallback(TrainerCallback):
         The other processes wait, so that each may read the folder when its `train()` returns. A finished run that is
         started again, and makes no step, leaves its files as they are.
         """
-        if state.global_step > self.trainer.first_step or not was_finished(Path(args.output_dir), state.global_step):
+        if state.global_step > self.trainer.first_step or not _was_finished(Path(args.output_dir), state.global_step):
             self.trainer.save_model(_internal_call=True)
             if args.should_save:
                 self.write_reports(args, state)
@@ -112,7 +112,7 @@ class ArtifactsCallback(TrainerCallback):
         """
         folder = Path(args.output_dir)
         reports = {
-            METRICS_NAME: {"final": final_metrics(state), "history": state.log_history},
+            METRICS_NAME: {"final": _final_metrics(state), "history": state.log_history},
             SUMMARY_NAME: self.summary(args, state),
         }
         for name, report in reports.items():  # a step that was left out logs a gradient that is not finite
@@ -143,7 +143,7 @@ class ArtifactsCallback(TrainerCallback):
             "epochs": state.epoch,
             "selection": self._selection(args),
             "best_checkpoint": state.best_model_checkpoint and Path(state.best_model_checkpoint).name,
-            "metrics": final_metrics(state),
+            "metrics": _final_metrics(state),
             "environment": environment(),
         }
 
@@ -157,7 +157,7 @@ class ArtifactsCallback(TrainerCallback):
         return {"metric": args.metric_for_best_model, "sample": sorted(set().union(*samples))}
 
 
-def was_finished(folder: Path, step: int) -> bool:
+def _was_finished(folder: Path, step: int) -> bool:
     """Whether the reports in a run's folder are those of the run whose last checkpoint lies there: newer than it.
 
     Args:
@@ -170,7 +170,7 @@ def was_finished(folder: Path, step: int) -> bool:
     return summary.stat().st_mtime >= (checkpoint / MANIFEST_NAME).stat().st_mtime
 
 
-def final_metrics(state: TrainerState) -> dict[str, float]:
+def _final_metrics(state: TrainerState) -> dict[str, float]:
     """The last value of every logged quantity.
 
     Args:

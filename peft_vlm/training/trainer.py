@@ -43,9 +43,10 @@ from peft_vlm.training.inputs import (
     check_prediction,
     check_training,
     default_objective,
+    evaluation_loader,
     run_images,
+    train_loader,
 )
-from peft_vlm.training.loaders import evaluation_loader, train_loader
 from peft_vlm.training.metrics import EvaluationMetrics, LossSums
 from peft_vlm.training.module import TrainingModule
 from peft_vlm.training.reports import ArtifactsCallback, describe_adapter, publish_run, push_checkpoint, write_card

@@ -11,7 +11,7 @@ from datasets.data_files import SPLIT_KEYWORDS
 from peft_vlm.data import load_image_dataset, load_unlabelled_images
 from peft_vlm.data.folders import SPLIT_WORDS, split_of
 from peft_vlm.errors import DataError
-from peft_vlm.serving.image_files import find_images
+from peft_vlm.serving.images import find_images
 from tests.data.test_loading import write_csv, write_images
 from tests.tiny import noise_image
 

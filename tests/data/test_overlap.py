@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from peft_vlm.data import ImageClassificationDataset, load_image_dataset
-from peft_vlm.data.overlap import check_not_trained_on, image_sample
+from peft_vlm.data.splits import check_not_trained_on, image_sample
 from peft_vlm.errors import DataError
 from tests.tiny import noise_image
 

@@ -10,7 +10,8 @@ from torch import nn
 from peft_vlm import SkipTuningConfig
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import AdapterError, ClassNameError, DataError, PeftVLMError, UnsupportedModelError
-from peft_vlm.export import export_classifier, files, plain_classifier, save_onnx, save_program, write_export
+from peft_vlm.export import classifier as module
+from peft_vlm.export import export_classifier, plain_classifier, save_onnx, save_program, write_export
 from peft_vlm.export.classifier import preprocessing_of
 from peft_vlm.serving.onnx import OnnxClassifier
 from peft_vlm.serving.plain import load_exported
@@ -184,7 +185,7 @@ def test_missing_parts_are_named(monkeypatch, tmp_path) -> None:
         export_classifier(None)
     classifier = export_classifier(None, base_model=base, class_names=["red", "blue"])
     assert classifier.card.source["base_model"] == str(base)
-    monkeypatch.setattr(files, "find_spec", lambda name: None if name == "onnxscript" else SimpleNamespace())
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "onnxscript" else SimpleNamespace())
     with pytest.raises(PeftVLMError, match=r"needs onnxscript. Install: pip install onnx onnxscript"):
         save_onnx(classifier, tmp_path / "x.onnx")
     processor = clip_processor()

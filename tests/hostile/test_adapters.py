@@ -12,7 +12,7 @@ from peft_vlm.adapters.adapter_files import AdapterSource
 from peft_vlm.adapters.config import check_weights, read_config
 from peft_vlm.classifier import PromptedClassifier
 from peft_vlm.errors import AdapterError, PeftVLMError
-from peft_vlm.evaluation.loading import load_model
+from peft_vlm.evaluation.run import load_model
 from peft_vlm.files import CLASSES_NAME, CONFIG_NAME, WEIGHTS_NAME
 from peft_vlm.registry import ADAPTERS
 from tests import forked

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from peft_vlm.evaluation.loading import load_model
+from peft_vlm.evaluation.run import load_model
 from tests.cases import CASES, logits_of
 from tests.hub.guard import allow_loopback_only
 

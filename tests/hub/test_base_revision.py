@@ -9,8 +9,8 @@ from peft import get_peft_model
 from transformers import CLIPModel
 
 from peft_vlm import CoOpConfig, PromptedClassifier, publish
-from peft_vlm.evaluation.loading import load_model
 from peft_vlm.evaluation.report import EvalReport
+from peft_vlm.evaluation.run import load_model
 from tests.cases import processor
 from tests.hub.adapters import BASE, SKIP_TUNING, evaluate, put_base_model, write_images
 from tests.hub.storage import File

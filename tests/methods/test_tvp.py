@@ -20,7 +20,7 @@ from peft_vlm.methods.tvp import (
     share_prompt,
     without_prompt,
 )
-from peft_vlm.models.patch_embedding import input_size_of, patch_embedding_of
+from peft_vlm.models.vision import input_size_of, patch_embedding_of
 from tests.cases import class_prompts, pixels
 from tests.tiny import clip_processor, siglip_processor, tiny_clip, tiny_siglip
 

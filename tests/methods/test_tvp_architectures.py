@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from peft_vlm.adapters.pixel_prompt import shrink_into_window
 from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.methods.tvp import TVPConfig, prompt_of, set_normalization, without_prompt
-from peft_vlm.models.patch_embedding import patch_embedding_of
+from peft_vlm.models.vision import patch_embedding_of
 from tests.tiny import noise_image
 from tests.tiny_mllm import ARCHITECTURES, TinyMLLM, tiny_mllm
 

@@ -13,7 +13,7 @@ from peft_vlm.errors import AdapterError, DataError
 from peft_vlm.evaluation import evaluate_prompt
 from peft_vlm.methods.tvp import TVPObjective, prompt_layer_of, prompt_of, without_prompt
 from peft_vlm.models.towers import image_features
-from peft_vlm.models.visual_tokens import encode_visual_tokens
+from peft_vlm.models.vision import encode_visual_tokens
 from peft_vlm.text import encode_classes, tokenize_classes
 from tests.cases import class_prompts, images
 from tests.methods.tvp_models import (

@@ -2,7 +2,7 @@
 
 import torch
 
-from peft_vlm.models.cache_name import CACHE_NAME
+from peft_vlm.models.towers import CACHE_NAME
 from tests.source_tree import PACKAGE, python_modules
 from tests.tiny_questions import tiny_llava
 
@@ -22,4 +22,4 @@ def test_no_other_file_spells_the_name() -> None:
     """A second spelling would break with one end of the range of versions, and only there."""
     modules = python_modules(PACKAGE)
     assert len(modules) > 50
-    assert [module.path for module in modules if "past_key_values" in module.text] == ["peft_vlm/models/cache_name.py"]
+    assert [module.path for module in modules if "past_key_values" in module.text] == ["peft_vlm/models/towers.py"]

@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from peft_vlm.errors import UnsupportedModelError
-from peft_vlm.models.visual_tokens import encode_visual_tokens, record_visual_tokens
+from peft_vlm.models.vision import encode_visual_tokens, record_visual_tokens
 from tests.tiny import noise_image
 from tests.tiny_mllm import ARCHITECTURES, tiny_mllm
 

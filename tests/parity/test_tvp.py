@@ -15,7 +15,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from peft_vlm import TVPConfig
 from peft_vlm.methods.tvp import ClipGuide, TVPObjective, preset_for, prompt_layer_of, prompt_of, without_prompt
-from peft_vlm.models.visual_tokens import encode_visual_tokens, record_visual_tokens
+from peft_vlm.models.vision import encode_visual_tokens, record_visual_tokens
 from peft_vlm.text import Candidates, ClassPrompts, candidate_scores
 from tests.parity.recorded import facts, recorded_clip, tensors
 

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from peft_vlm import CoOpConfig, PromptSRCConfig
 from peft_vlm.errors import ClassNameError
 from peft_vlm.text import ClassPrompts, encode_classes, reserve_slots, slots_of, tokenize_classes
-from peft_vlm.text.slots import slot_mask
+from peft_vlm.text.prompts import slot_mask
 from tests.tiny import CONTEXT_LENGTH, tiny_clip, tiny_tokenizer
 
 START, END = 512, 513

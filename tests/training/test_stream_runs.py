@@ -10,8 +10,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from peft_vlm import RPPObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data import ImageStream
 from peft_vlm.errors import DataError, PeftVLMWarning
-from peft_vlm.training.inputs import check_evaluation
-from peft_vlm.training.loaders import name_uneven_shards, train_loader
+from peft_vlm.training.inputs import check_evaluation, name_uneven_shards, train_loader
 from tests.cases import base_model, class_prompts, rpp_config
 from tests.short_run import parts
 from tests.tiny_streams import stream, table, write_shards

@@ -8,7 +8,7 @@ from peft import PeftType
 from peft_vlm.adapters.context import TextContextConfig, check_count
 from peft_vlm.errors import check_choice
 from peft_vlm.registry import extend_peft_type
-from peft_vlm.text.slots import POSITIONS
+from peft_vlm.text.prompts import POSITIONS
 
 extend_peft_type("COOP")
 

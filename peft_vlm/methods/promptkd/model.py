@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from peft_vlm.adapters.context import learned_token_pattern, learned_tokens
-from peft_vlm.adapters.layer import PromptLayer
-from peft_vlm.adapters.layer_copy import LayerCopy
+from peft_vlm.adapters.layer import LayerCopy, PromptLayer
 from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.distributed import is_left_out, num_processes, sum_over_processes
 from peft_vlm.errors import AdapterError, ClassNameError, PeftVLMWarning, UnsupportedModelError, check_list

@@ -19,8 +19,7 @@ from peft_vlm.methods.promptkd.model import check_stored, store_classes
 from peft_vlm.methods.promptkd.teacher import Teacher, Teachers
 from peft_vlm.methods.promptkd.views import ViewCache, align_projector, projector_of, student_features
 from peft_vlm.models.towers import Towers, image_features, towers_of, unwrap
-from peft_vlm.objective import Objective, ObjectiveOutput, Paper, check_other_model
-from peft_vlm.shapes import Batch
+from peft_vlm.objective import Batch, Objective, ObjectiveOutput, Paper, check_other_model
 from peft_vlm.text.prompts import ClassPrompts, readable
 
 PAPER = Paper(

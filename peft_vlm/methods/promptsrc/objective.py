@@ -16,8 +16,7 @@ from peft_vlm.distributed import divided
 from peft_vlm.errors import check_choice
 from peft_vlm.losses import distillation_loss, feature_distance
 from peft_vlm.models.towers import towers_of
-from peft_vlm.objective import ObjectiveOutput, Paper
-from peft_vlm.shapes import Batch
+from peft_vlm.objective import Batch, ObjectiveOutput, Paper
 from peft_vlm.text.class_features import PromptObjective, encode_classes, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
 

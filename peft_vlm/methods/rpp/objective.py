@@ -30,8 +30,7 @@ from peft_vlm.losses import (
 )
 from peft_vlm.methods.rpp.teacher import ZeroShotTeacher, check_same_classes, stream_class_features
 from peft_vlm.models.towers import Towers, side_of, towers_of
-from peft_vlm.objective import EpochBatchSampler, ObjectiveOutput, Paper
-from peft_vlm.shapes import Batch
+from peft_vlm.objective import Batch, EpochBatchSampler, ObjectiveOutput, Paper
 from peft_vlm.text.class_features import CompactPrompts, PromptObjective
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
 

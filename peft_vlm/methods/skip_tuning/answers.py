@@ -24,8 +24,7 @@ from peft_vlm.distributed import from_all, local_place, part_of
 from peft_vlm.errors import AdapterError, UnsupportedModelError, check_choice
 from peft_vlm.methods.skip_tuning.objective import PAPER
 from peft_vlm.models.language_layers import LanguageLayers, language_layers_of
-from peft_vlm.objective import ClassNames, Objective, ObjectiveOutput
-from peft_vlm.shapes import Batch
+from peft_vlm.objective import Batch, ClassNames, Objective, ObjectiveOutput
 from peft_vlm.text.answers import Candidates, candidate_scores
 from peft_vlm.text.class_features import evaluation_mode
 

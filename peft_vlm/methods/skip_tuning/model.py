@@ -7,8 +7,7 @@ import re
 
 from torch import nn
 
-from peft_vlm.adapters.layer import PromptLayer
-from peft_vlm.adapters.layer_copy import LayerCopy
+from peft_vlm.adapters.layer import LayerCopy, PromptLayer
 from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
 from peft_vlm.models.language_layers import is_multimodal, language_layers_of

@@ -21,8 +21,7 @@ from peft_vlm.distributed import divided, gather_rows
 from peft_vlm.errors import DataError, check_choice
 from peft_vlm.losses import num_top_classes, rank_classes, rank_keep_probability, selected_classes
 from peft_vlm.models.towers import Towers, side_of, towers_of
-from peft_vlm.objective import EpochBatchSampler, ObjectiveOutput, Paper
-from peft_vlm.shapes import Batch
+from peft_vlm.objective import Batch, EpochBatchSampler, ObjectiveOutput, Paper
 from peft_vlm.text.class_features import PromptObjective, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts
 

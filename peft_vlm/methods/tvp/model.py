@@ -16,7 +16,7 @@ from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.data.shrink import normalization_of
 from peft_vlm.errors import AdapterError, PeftVLMWarning
 from peft_vlm.methods.tvp.config import TVPConfig
-from peft_vlm.models.patch_embedding import input_size_of, patch_embedding_of
+from peft_vlm.models.vision import input_size_of, patch_embedding_of
 
 
 def _choose_normalization(config: TVPConfig, model: nn.Module, model_config: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_vlm.classification import ClassificationObjective
     from peft_vlm.classifier import PromptedClassifier
     from peft_vlm.hub import publish
     from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from peft_vlm.training import VLMTrainer, VLMTrainingArguments
 
 __all__ = [
+    "ClassificationObjective",
     "CoOpConfig",
     "CoOpModel",
     "CoOpObjective",
@@ -61,6 +63,7 @@ __all__ = [
 
 #: Where the names above are defined: a name of a method stands in the method's folder.
 _HOMES = {
+    "ClassificationObjective": "classification",
     "CoOp": "methods.coop",
     "KgCoOp": "methods.kgcoop",
     "PromptKD": "methods.promptkd",

@@ -1,4 +1,4 @@
-"""Cross-entropy over class prompts, for training methods that learn on the text side alone."""
+"""Cross-entropy over class prompts, for any adapter on a CLIP-like model."""
 
 import logging
 from typing import Any
@@ -11,35 +11,47 @@ from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import all_image_features
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.errors import AdapterError, check_choice
-from peft_vlm.models.towers import device_of, towers_of
+from peft_vlm.models.towers import Side, device_of, towers_of
 from peft_vlm.objective import Batch, ObjectiveOutput
-from peft_vlm.text.class_features import PromptObjective, evaluation_mode
+from peft_vlm.text.class_features import PromptObjective, encode_classes, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
 
 logger = logging.getLogger(__name__)
 
 
 class ClassificationObjective(PromptObjective):
-    """Mean cross-entropy of scaled cosines over all classes; only the text tower runs with autograd.
+    """Mean cross-entropy of scaled cosines over all classes, for any adapter on a CLIP-like model, also PEFT's own.
 
-    Formula: L = mean_i CE(exp(scale) * cos(f(x_i), g(context, name_c)), y_i) over all classes c.
+    Formula: L = mean_i CE(exp(scale) * cos(f(x_i), g(name_c)) + bias, y_i) over all classes c; only SigLIP has a bias.
+
+    What nothing trains on is computed once: image features where the vision side is frozen, class features where the
+    text side is. A full fine-tuning, a LoRA in both towers and a learned context differ only in that.
 
     Methods with further terms override `loss_terms`.
 
     Args:
-        prompts: Plain class prompts with one template. What it says beside the class name stays in the prompt, after
-            the context; a template that begins with the words the context was initialised from gives them up.
-        image_cache: `"ram"`: image features are computed in large batches, once per run when the transform is not
-            random, else once per epoch with that epoch's augmentation; `"none"`: per batch. The same result.
+        prompts: Plain class prompts with one template. With a learned context, what the template says beside the class
+            name stays in the prompt, after the context; one that begins with the words the context was initialised
+            from gives them up.
+        image_cache: Where the vision side is frozen: `"ram"`: image features are computed in large batches, once per
+            run when the transform is not random, else once per epoch with that epoch's augmentation; `"none"`: per
+            batch. The same result.
         cache_batch_size: Images per forward pass while caching.
         num_workers: Processes that decode images while caching.
 
     Requirements:
-        Batches with `index` and `labels` (and `pixel_values` when `image_cache` is `"none"`); a `PeftModel` whose
-        active adapter trains nothing on the vision side.
+        Batches with `labels` and, with stored image features, `index`, else `pixel_values`.
 
     Raises:
         ValueError: If the prompts have more than one template, or `image_cache` is unknown.
+
+    Example:
+        ```python
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(clip, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        trainer = VLMTrainer(model, args, train_dataset=images, objective=ClassificationObjective(prompts))
+        ```
     """
 
     def __init__(
@@ -48,53 +60,58 @@ class ClassificationObjective(PromptObjective):
         if len(prompts.templates) != 1:
             raise ValueError(
                 f"Expected class prompts with one template, got {len(prompts.templates)}: {prompts.templates!r}. "
-                "The learned context takes the place of an ensemble."
+                "What is trained takes the place of an ensemble."
             )
         check_choice("image_cache", image_cache, ("ram", "none"))
         super().__init__(prompts)
         self.needs_pixels = image_cache == "none"
         self.image_cache, self.cache_batch_size, self.num_workers = image_cache, cache_batch_size, num_workers
+        self._trained: set[Side] | None = None
         self._images: Tensor | None = None
         self._input_ids: Tensor | None = None
+        self._text: Tensor | None = None
 
     def config_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
         return {"image_cache": self.image_cache}
 
+    def adapt_to(self, model: nn.Module) -> None:
+        """Look at which sides train: pixels are needed where no image features can be stored.
+
+        Args:
+            model: Model with its adapter.
+        """
+        self._trained = towers_of(model).trained_sides()
+        self.needs_pixels = self.image_cache == "none" or "vision" in self._trained
+
     def check_stream(self) -> None:
         """Accept a stream where no image features are stored."""
-        if self.image_cache != "none":
+        if not self.needs_pixels:
             super().check_stream()
 
     def prepare(self, model: nn.Module, dataset: ImageClassificationDataset | ImageStream) -> None:
-        """Reserve the context's places in the prompts, and drop the image features of an earlier run.
+        """Reserve the places of a learned context in the prompts, or compute class features that stay as they are.
 
         Args:
-            model: `PeftModel` with the active adapter.
+            model: Model with its adapter.
             dataset: Not used; the classes come from the prompts.
-
-        Raises:
-            ValueError: If something on the vision side is to be trained.
         """
-        if "vision" in towers_of(model).trained_sides():
-            raise ValueError(
-                f"Expected nothing to train on the vision side, whose features `{type(self).__name__}` computes "
-                f"without gradients; got `modules_to_save`={model.active_peft_config.modules_to_save!r}. Leave it "
-                "out, or use PromptSRC with all weights 0."
-            )
+        self.adapt_to(model)
+        self._images = self._text = None
         ids = reserve_slots(model, self.prompts).input_ids
         self._input_ids = ids.to(device_of(model))
-        self._images = None
+        if "text" not in (self._trained or ()):
+            self._text = encode_classes(model, self.prompts, divide=True)
 
     def epoch_start(self, model: nn.Module, dataset: ImageClassificationDataset | ImageStream, epoch: int) -> None:
-        """Compute the image features of the epoch.
+        """Compute the image features of the epoch, where the vision side is frozen.
 
         Args:
-            model: `PeftModel` with the active adapter.
+            model: Model with its adapter.
             dataset: Training images; its epoch is already set.
             epoch: Number of the epoch, from 0.
         """
-        if self.image_cache == "none" or (self._images is not None and dataset.has_fixed_pixels):
+        if self.needs_pixels or (self._images is not None and dataset.has_fixed_pixels):
             return
         with evaluation_mode(model):
             self._images = all_image_features(
@@ -107,7 +124,7 @@ class ClassificationObjective(PromptObjective):
         """Compute the loss over all classes.
 
         Args:
-            model: `PeftModel` with the active adapter.
+            model: Model with its adapter.
             batch: `labels`, and `index` into the stored features or `pixel_values`.
 
         Returns:
@@ -118,8 +135,9 @@ class ClassificationObjective(PromptObjective):
         """
         if self._input_ids is None:
             raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
-        towers = towers_of(model)
-        text = towers.finish_text(towers.embed_text(self._input_ids), self._input_ids, 0)
+        towers, text = towers_of(model), self._text
+        if text is None:
+            text = towers.finish_text(towers.embed_text(self._input_ids), self._input_ids, 0)
         logits = towers.similarity_logits(self._image_features(model, batch), text)
         return ObjectiveOutput(self.loss_terms(logits, text, batch["labels"]), logits, batch["labels"])
 
@@ -139,11 +157,11 @@ class ClassificationObjective(PromptObjective):
         return {"cross_entropy": nn.functional.cross_entropy(logits, labels)}
 
     def _image_features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch dim"]:
-        """Frozen image features, stored or computed."""
-        if self.image_cache == "ram":
+        """Image features: stored, computed, or, where the vision side trains, computed with gradients."""
+        if not self.needs_pixels:
             if self._images is None:
                 raise AdapterError("Expected stored image features, got none. Call `epoch_start` before training.")
             return self._images[batch["index"].cpu()].to(batch["labels"].device)
         towers = towers_of(model)
-        with torch.no_grad():
+        with torch.set_grad_enabled("vision" in (self._trained or ()) and torch.is_grad_enabled()):
             return towers.finish_image(towers.embed_image(batch["pixel_values"]), 0)

@@ -28,6 +28,8 @@ PROMPT_IMAGE_NAME = "prompt.png"
 #: What became of each tensor of an official checkpoint that the adapter was converted from.
 CONVERSION_NAME = "conversion.json"
 CLASSES_NAME = "class_names.txt"
+#: What a configuration of this package holds beside its settings, for adapters whose configuration is PEFT's own.
+FACTS_NAME = "peft_vlm.json"
 CARD_NAME = "README.md"
 #: Longest JSON file that is read. Parsed, such a file may take twenty times its size.
 MAX_JSON_BYTES = 2**24

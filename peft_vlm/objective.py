@@ -66,7 +66,7 @@ class Paper:
     Args:
         title: Title of the paper.
         year: Year of publication.
-        arxiv_id: Identifier such as `"2412.11509"`.
+        arxiv_id: Identifier such as `"2412.11509"`; empty where there is none.
         venue: Conference or journal, with its year.
         bibtex: Citation as it is printed on a model card.
     """
@@ -79,8 +79,8 @@ class Paper:
 
     @property
     def url(self) -> str:
-        """Address of the abstract."""
-        return f"https://arxiv.org/abs/{self.arxiv_id}"
+        """Address of the abstract; of the software where there is none."""
+        return f"https://arxiv.org/abs/{self.arxiv_id}" if self.arxiv_id else "https://github.com/huggingface/peft"
 
 
 @dataclass
@@ -141,9 +141,9 @@ class ClassNames:
 class Objective(ABC):
     """Loss and logits of one method, plus the hooks by which it shapes the training run.
 
-    The trainer calls the hooks in this order: `prepare` once, `epoch_start` before each epoch, then the objective
-    itself per batch, and `predict` in evaluation. An objective holds no trainable tensors; a teacher is an argument
-    of its constructor, never a submodule of the trained model.
+    The trainer calls the hooks in this order: `adapt_to` and `prepare` once, `epoch_start` before each epoch, then the
+    objective itself per batch, and `predict` in evaluation. An objective holds no trainable tensors; a teacher is an
+    argument of its constructor, never a submodule of the trained model.
     """
 
     paper: Paper | None = None
@@ -167,6 +167,10 @@ class Objective(ABC):
     @abstractmethod
     def config_dict(self) -> dict[str, Any]:
         """The settings of this objective as JSON values, for the card and the training summary."""
+
+    def adapt_to(self, model: nn.Module) -> None:  # noqa: B027 - an optional hook
+        """Called when the trainer is made, before it asks for batches: what of the model trains may decide what the
+        objective needs of them (`needs_pixels`)."""
 
     def prepare(self, model: nn.Module, dataset: Dataset) -> None:  # noqa: B027 - an optional hook
         """Called once before the first step, with the model on its device and the initial adapter."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from peft import PeftType
+from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 from torch import Tensor
@@ -120,6 +120,36 @@ ADAPTERS: dict[str, AdapterType] = {}
 
 METHODS: dict[str, TrainingMethod] = {}
 """Training methods by name."""
+
+
+PEFT_PAPER = Paper(
+    title="PEFT: State-of-the-art Parameter-Efficient Fine-Tuning methods",
+    year=2022,
+    arxiv_id="",
+    venue="software",
+    bibtex="""@misc{peft,
+  title        = {{PEFT}: State-of-the-art Parameter-Efficient Fine-Tuning methods},
+  author       = {Mangrulkar, Sourab and Gugger, Sylvain and Debut, Lysandre and Belkada, Younes and Paul, Sayak
+                  and Bossan, Benjamin and Tietz, Marian},
+  howpublished = {\\url{https://github.com/huggingface/peft}},
+  year         = {2022}
+}""",
+)
+
+
+def adapter_type_of(config: PeftConfig) -> AdapterType:
+    """The record of an adapter's type; a plain one for types of PEFT that have none here.
+
+    Args:
+        config: Configuration of the adapter.
+    """
+    name = str(config.peft_type.value).lower()
+    if name in ADAPTERS:
+        return ADAPTERS[name]
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    title = name.upper().replace("_", " ")
+    trained = f"the tensors of PEFT's {title}"
+    return AdapterType(name=name, config=type(config), tuner=tuner, title=title, trained=trained, paper=PEFT_PAPER)
 
 
 def extend_peft_type(name: str) -> PeftType:

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from peft_vlm.adapters.adapter_files import AdapterSource, Shape, check_header
 from peft_vlm.errors import AdapterError, PeftVLMWarning, shown
-from peft_vlm.files import CLASSES_NAME, CONFIG_NAME, installed_version, write_class_names
+from peft_vlm.files import (
+    CLASSES_NAME,
+    CONFIG_NAME,
+    FACTS_NAME,
+    installed_version,
+    read_json,
+    write_class_names,
+    write_json,
+)
 
 FORMAT_VERSION = 1
 """Layout of adapter folders that this release writes. Raised when an older release could misread a newer folder."""
@@ -244,6 +252,75 @@ def config_of(source: AdapterSource) -> PeftConfig:
             f"{CONFIG_NAME!r} of {source.name!r} cannot be used: {str(error).rstrip('.')}. It is damaged, or was "
             "edited by hand: get the adapter again."
         ) from error
+
+
+FACTS = (
+    *("class_names", "template", "image_mean", "image_std", "image_size", "value_range"),
+    *("base_architecture", "format_version", "peft_vlm_version"),
+)
+"""Fields of `VLMConfig` that an adapter of PEFT's own types has in a file of its own."""
+
+
+def facts_of(source: AdapterSource, config: PeftConfig) -> VLMConfig:
+    """What an adapter records beside its settings: classes, template, preprocessing, base model.
+
+    Args:
+        source: Where the adapter lies.
+        config: Its configuration, of any type.
+
+    Returns:
+        The configuration itself where it is of this package; else what stands in `peft_vlm.json` beside it, with base
+        model and revision of the configuration. Without that file every field is None.
+
+    Raises:
+        AdapterError: If the file is damaged.
+    """
+    if isinstance(config, VLMConfig):
+        return config
+    path = source.file(FACTS_NAME)
+    values = {} if path is None else read_json(path)
+    base = {name: getattr(config, name) for name in ("peft_type", "base_model_name_or_path", "revision")}
+    try:
+        if not isinstance(values, dict):
+            raise ValueError(f"expected names and values, got {shown(values)}")
+        return VLMConfig(**{name: values[name] for name in FACTS if name in values}, **base)
+    except AdapterError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise AdapterError(
+            f"{FACTS_NAME!r} of {source.name!r} cannot be used: {str(error).rstrip('.')}. It is damaged, or was "
+            "edited by hand: get the adapter again."
+        ) from error
+
+
+def write_facts(facts: VLMConfig, config: PeftConfig, folder: Path) -> None:
+    """Write `peft_vlm.json` beside a configuration that is not of this package; the configuration stays PEFT's.
+
+    Args:
+        facts: What `facts_of` will give.
+        config: Configuration of the adapter.
+        folder: The adapter's folder.
+    """
+    if facts is not config:
+        write_json(folder / FACTS_NAME, {name: getattr(facts, name) for name in FACTS})
+
+
+def adapter_settings(config: PeftConfig) -> dict[str, Any]:
+    """The settings of an adapter of any type that are its own, as JSON values by name.
+
+    Args:
+        config: Its configuration; of one of PEFT's the settings that are not defaults.
+    """
+    if isinstance(config, VLMConfig):
+        return config.method_settings()
+    shared = {f.name for f in fields(PeftConfig)} | {"task_type", "peft_type"}
+    plain = type(config)().to_dict()
+    values = {name: value for name, value in config.to_dict().items() if name not in shared}
+    return {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in values.items()
+        if value != plain.get(name) and not isinstance(value, dict)
+    }
 
 
 def check_weights(source: AdapterSource, config: PeftConfig) -> None:

@@ -93,24 +93,22 @@ def _defaults(target: Callable[..., Any]) -> dict[str, Any]:
 
 def _adapter(adapter: str) -> dict[str, Any]:
     """Facts of an adapter's configuration, and of its folder if it is local."""
-    from peft_vlm.adapters.config import read_config
-    from peft_vlm.registry import ADAPTERS
+    from peft_vlm.adapters.adapter_files import AdapterSource
+    from peft_vlm.adapters.config import adapter_settings, config_of, facts_of
+    from peft_vlm.registry import adapter_type_of
 
     try:
-        config = read_config(adapter)
+        source = AdapterSource.find(adapter)
+        config = config_of(source)
+        values = facts_of(source, config).to_dict()
     except (OSError, ValueError) as error:
         raise PeftVLMError(f"{adapter!r} is no method and no adapter that can be read: {error}") from error
-    kind = ADAPTERS.get(config.peft_type.value.lower())
-    if kind is None:
-        raise PeftVLMError(
-            f"Expected an adapter of {sorted(ADAPTERS)!r}, got one of PEFT's {config.peft_type.value!r}."
-        )
-    values = config.to_dict()
+    kind = adapter_type_of(config)
     facts: dict[str, Any] = {"adapter": adapter, "method": kind.name, "trained": kind.trained}
     facts |= {"paper": _cited(kind.paper), "base model": config.base_model_name_or_path}
     facts |= {"classes": values["class_names"], "template": values["template"]}
     facts["images"] = {name: values[f"image_{name}"] for name in ("size", "mean", "std")}
-    facts["settings"] = {name: value for name, value in values.items() if name not in _shared_fields()}
+    facts["settings"] = adapter_settings(config)
     facts |= {"format version": values["format_version"], "peft_vlm version": values["peft_vlm_version"]}
     return facts | _folder(Path(adapter))
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from peft_vlm.adapters.adapter_files import AdapterSource
-from peft_vlm.adapters.config import VLMConfig, check_weights, config_of
+from peft_vlm.adapters.config import VLMConfig, check_architecture, check_weights, config_of, facts_of
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.folders import split_of
 from peft_vlm.data.images import as_value_range
@@ -113,14 +113,15 @@ def load_model(
         base_revision = config.revision
     model, tokenizer, processor = _load_base(base, dtype, token, base_revision)
     towers_of(model)  # refuses other architectures before an adapter is put onto them
-    if source is not None:
-        _check_processor(config, processor, base)
+    facts = None if source is None or config is None else facts_of(source, config)
+    if source is not None and facts is not None:
+        check_architecture(facts, model.config.to_dict())
+        _check_processor(facts, processor, base)
         model = _with_adapter(model, source)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    recorded = config if isinstance(config, VLMConfig) else None
-    names = None if recorded is None or recorded.class_names is None else tuple(recorded.class_names)
-    template = None if recorded is None else _as_template(recorded.template)
-    value_range = None if recorded is None else as_value_range(recorded.value_range)
+    names = None if facts is None or facts.class_names is None else tuple(facts.class_names)
+    template = None if facts is None else _as_template(facts.template)
+    value_range = None if facts is None else as_value_range(facts.value_range)
     model = model.eval().to(target)
     return LoadedModel(model, tokenizer, processor, base, base_revision, names, template, value_range)
 
@@ -181,8 +182,8 @@ def _check_path(name: str, *, what: str, advice: str) -> None:
         raise AdapterError(f"The {what} {name!r} does not exist (looked in {str(Path.cwd())!r}). {advice}")
 
 
-def _check_processor(config: PeftConfig | None, processor: BaseImageProcessor, base: str) -> None:
-    if not isinstance(config, VLMConfig) or config.image_mean is None:
+def _check_processor(config: VLMConfig, processor: BaseImageProcessor, base: str) -> None:
+    if config.image_mean is None:
         return
     mean, std = mean_and_std_of(processor)
     here = {"image_mean": list(mean), "image_std": list(std), "image_size": list(image_size_of(processor))}

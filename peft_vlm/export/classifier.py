@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
-from peft_vlm.adapters.config import installed_version
+from peft_vlm.adapters.config import VLMConfig, installed_version
 from peft_vlm.data.transforms import image_size_of, mean_and_std_of
 from peft_vlm.errors import ClassNameError, DataError, PeftVLMError, check_list
 from peft_vlm.evaluation.classify import cosine_logits
@@ -59,18 +59,21 @@ def export_classifier(
     if names is None:
         raise ClassNameError("Neither the adapter nor the call names classes. Pass `class_names=`.")
     chosen = template or loaded.template or "a photo of a {}."
-    prompts = tokenize_for_model(loaded.model, loaded.tokenizer, names, template=chosen)
+    model = loaded.model
+    prompts = tokenize_for_model(model, loaded.tokenizer, names, template=chosen)
     source = {
         "adapter": None if adapter is None else str(adapter),
         "base_model": loaded.base_model,
         "template": chosen,
         "peft_vlm_version": installed_version(),
     }
-    if isinstance(loaded.model, PeftModel):
-        source["method"] = loaded.model.active_peft_config.peft_type.value.lower()
-    vectors = encode_classes(loaded.model, prompts)
+    if isinstance(model, PeftModel):
+        source["method"] = model.active_peft_config.peft_type.value.lower()
+        if not isinstance(model.active_peft_config, VLMConfig):  # PEFT's own layers have no plain form but merged
+            model = model.merge_and_unload(safe_merge=True)
+    vectors = encode_classes(model, prompts)
     options = {"image_processor": loaded.image_processor, "source": source, "value_range": loaded.value_range}
-    return plain_classifier(loaded.model, vectors, names, **options)
+    return plain_classifier(model, vectors, names, **options)
 
 
 def plain_classifier(

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from PIL import Image
 from safetensors.torch import load_file
 
-from peft_vlm.adapters.config import VLMConfig, check_adapter_file, read_config
+from peft_vlm.adapters.adapter_files import AdapterSource
+from peft_vlm.adapters.config import VLMConfig, check_adapter_file, config_of, facts_of
 from peft_vlm.errors import AdapterError
 from peft_vlm.files import (
     CONFIG_NAME,
+    FACTS_NAME,
     REPORT_NAME,
     SUMMARY_NAME,
     TRANSFER_NAME,
@@ -21,6 +24,7 @@ from peft_vlm.files import (
     weights_sha256,
 )
 from peft_vlm.hub.scores import Evaluation, read_evaluation
+from peft_vlm.registry import AdapterType, adapter_type_of
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -31,7 +35,8 @@ class AdapterFolder:
 
     Args:
         path: The folder.
-        config: Configuration.
+        config: Configuration, or, where that is of one of PEFT's own types, what is recorded beside it.
+        peft_config: Configuration.
         num_parameters: Parameters in the weights file.
         finite: True if all of them are finite.
         prompt_image: The adapter as an image; None where there is nothing to see.
@@ -42,6 +47,7 @@ class AdapterFolder:
 
     path: Path
     config: VLMConfig
+    peft_config: PeftConfig
     num_parameters: int
     finite: bool
     prompt_image: Image.Image | None
@@ -67,11 +73,13 @@ class AdapterFolder:
                     "trainer wrote; an adapter that is not called `default` is in a subfolder of its name."
                 )
         check_adapter_file(path)
-        config = read_config(path)
-        if not isinstance(config, VLMConfig):
+        source = AdapterSource.find(path)
+        peft_config = config_of(source)
+        config = facts_of(source, peft_config)
+        if config is not peft_config and not (path / FACTS_NAME).is_file():
             raise AdapterError(
-                f"Expected an adapter of peft_vlm in {str(folder)!r}, got one of PEFT's {config.peft_type.value!r}. "
-                "Publish it with PEFT's own `push_to_hub`."
+                f"Expected an adapter that peft_vlm has trained in {str(folder)!r}, got one of PEFT's "
+                f"{peft_config.peft_type.value!r} without {FACTS_NAME!r}. Publish it with PEFT's own `push_to_hub`."
             )
         tensors = load_file(path / WEIGHTS_NAME)
         summary, evaluation = path / SUMMARY_NAME, read_evaluation(path)
@@ -79,6 +87,7 @@ class AdapterFolder:
         return cls(
             path,
             config,
+            peft_config,
             sum(tensor.numel() for tensor in tensors.values()),
             all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()),
             config.prompt_image(tensors),
@@ -89,8 +98,13 @@ class AdapterFolder:
 
     @property
     def method(self) -> str:
-        """Registered name of the method."""
-        return self.config.peft_type.value.lower()
+        """Name of the adapter type."""
+        return self.kind.name
+
+    @property
+    def kind(self) -> AdapterType:
+        """Facts of the adapter type."""
+        return adapter_type_of(self.peft_config)
 
     def obstacles(self, *, base_model: str | None) -> list[str]:
         """Parts without which nobody could use the adapter, as ends of the sentence "Expected ...".

@@ -6,11 +6,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from peft_vlm.adapters.config import VLMConfig
-from peft_vlm.files import CARD_NAME, CURVE_NAME, PROMPT_IMAGE_NAME, WEIGHTS_NAME, last_part
+from peft_vlm.adapters.config import VLMConfig, adapter_settings, read_config
+from peft_vlm.files import CARD_NAME, CURVE_NAME, FACTS_NAME, PROMPT_IMAGE_NAME, WEIGHTS_NAME, last_part
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.scores import index_entries, score_table
-from peft_vlm.registry import ADAPTERS
 
 TEMPLATE = resources.files("peft_vlm.hub").joinpath("card_template.md")
 #: To be changed here and in the README when the package is on an index.
@@ -70,7 +69,7 @@ def render_card(
     base_place = f'"{base}"' + (f', revision="{folder.config.revision}"' if is_recorded else "")
     snippet = CLASSIFIER_SNIPPET if _is_classifier(folder.config) else MODEL_SNIPPET
     facts = _facts(folder, base) | {
-        "title": title or f"{ADAPTERS[folder.method].title}: {name}",
+        "title": title or f"{folder.kind.title}: {name}",
         "snippet": snippet.format(adapter=place, base=base_place),
         "note": note,
         "licence": license or "The publisher gave none: ask before use.",
@@ -81,13 +80,16 @@ def render_card(
 def write_card(folder: Path, *, license: str | None = None) -> None:
     """Write the card of a local adapter folder again, from what lies in it by now.
 
-    It names no folder of this computer but the adapter's own.
+    It names no folder of this computer but the adapter's own. An adapter of PEFT's own types that this package has not
+    trained keeps the card it has.
 
     Args:
         folder: The adapter.
         license: Identifier of its licence; None for the one of the card that is there.
     """
     card = folder / CARD_NAME
+    if not isinstance(read_config(folder), VLMConfig) and not (folder / FACTS_NAME).is_file():
+        return
     if license is None and card.is_file():
         license = ModelCard.load(card, ignore_metadata_errors=True).data.license
     name = folder.resolve().name
@@ -102,7 +104,7 @@ def _portable(text: str) -> str:
 
 def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
     """Facts of the folder for the template."""
-    about, evaluation = ADAPTERS[folder.method], folder.evaluation
+    about, evaluation = folder.kind, folder.evaluation
     return {
         "install": INSTALL,
         "summary": _summary(folder, base),
@@ -147,7 +149,8 @@ def _tags_of(folder: AdapterFolder, base: str) -> list[str]:
     """
     tags = {"peft", "peft_vlm", "vision-language", folder.method.replace("_", "-")}
     tags.add((folder.config.base_architecture or {}).get("model_type") or "vision")
-    tags |= {"parameter-efficient-fine-tuning", f"arxiv:{ADAPTERS[folder.method].paper.arxiv_id}"}
+    tags |= {"parameter-efficient-fine-tuning"}
+    tags |= {f"arxiv:{folder.kind.paper.arxiv_id}"} if folder.kind.paper.arxiv_id else set()
     return sorted(tags | ({f"base_model:adapter:{base}"} if HUB_ID.fullmatch(base) else set()))
 
 
@@ -159,7 +162,7 @@ def _settings_of(folder: AdapterFolder) -> dict[str, Any]:
     Args:
         folder: The adapter folder.
     """
-    settings = folder.config.method_settings()
+    settings = adapter_settings(folder.peft_config)
     for part in ("objective", "training"):
         settings |= {k: v for k, v in ((folder.summary or {}).get(part) or {}).items() if k not in settings}
     settings.pop("num_train_epochs" if settings.get("max_steps", -1) > 0 else "max_steps", None)
@@ -167,7 +170,7 @@ def _settings_of(folder: AdapterFolder) -> dict[str, Any]:
 
 
 def _summary(folder: AdapterFolder, base: str) -> str:
-    about, config = ADAPTERS[folder.method], folder.config
+    about, config = folder.kind, folder.config
     size = f"{folder.num_parameters:,} parameters, {_weights_size(folder)}"
     named = f"[{base}](https://huggingface.co/{base})" if HUB_ID.fullmatch(base) else f"`{base}`"
     does = "classifies images" if _is_classifier(config) else "answers questions about images"
@@ -216,7 +219,7 @@ def _data_facts(folder: AdapterFolder) -> list[str]:
 
 
 def _limits(folder: AdapterFolder, base: str) -> list[str]:
-    about, config, evaluation = ADAPTERS[folder.method], folder.config, folder.evaluation
+    about, config, evaluation = folder.kind, folder.config, folder.evaluation
     limits = list(about.limits)
     if not _stores_classes(config) and _is_classifier(config) and config.class_names:
         limits.append("Other class names can be given; the scores hold for those of the evaluation only.")
@@ -225,7 +228,10 @@ def _limits(folder: AdapterFolder, base: str) -> list[str]:
     else:
         limits.append("One run, one test set: how results vary with seeds and data is not known from this card.")
     limits.append(f"The adapter keeps the errors and biases of `{base}`.")
-    return limits + [f"Needs peft_vlm: format version {config.format_version}, written by {config.peft_vlm_version}."]
+    written = f"format version {config.format_version}, written by {config.peft_vlm_version}."
+    if config is not folder.peft_config:
+        return [*limits, f"PEFT alone loads it; classes and template are in `{FACTS_NAME}`, {written}"]
+    return [*limits, f"Needs peft_vlm: {written}"]
 
 
 def _environment(folder: AdapterFolder) -> str:

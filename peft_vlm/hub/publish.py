@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 
-from peft_vlm.adapters.config import VLMConfig
+from peft_vlm.adapters.config import write_facts
 from peft_vlm.errors import AdapterError, HubError, PeftVLMWarning, explained
 from peft_vlm.files import (
     BASELINE_NAME,
@@ -61,13 +61,13 @@ class Published:
 
 
 def saved_adapter(model: nn.Module, folder: str | Path) -> Path | None:
-    """Path at which `save_pretrained` puts the active adapter of a model; None if it has none of this package.
+    """Path at which `save_pretrained` puts the active adapter of a model; None if it has none.
 
     Args:
         model: Any model.
         folder: Target of `save_pretrained`.
     """
-    if not isinstance(model, PeftModel) or not isinstance(model.active_peft_config, VLMConfig):
+    if not isinstance(model, PeftModel):
         return None
     (name,) = model.active_adapters
     return Path(folder) if name == "default" else Path(folder) / name
@@ -103,8 +103,10 @@ def write_folder(
             shutil.copyfile(source, target / name)
     config = folder.config
     if base_model is not None and base_model != config.base_model_name_or_path:
-        config.base_model_name_or_path, config.revision = base_model, None  # a revision of the other model
-    config.save_pretrained(str(target))
+        for one in (config, folder.peft_config):
+            one.base_model_name_or_path, one.revision = base_model, None  # a revision of the other model
+    folder.peft_config.save_pretrained(str(target))
+    write_facts(config, folder.peft_config, target)
     if config.class_names:
         write_class_names(target / CLASSES_NAME, config.class_names)
     if folder.prompt_image is not None:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
 
-from peft_vlm.adapters.config import VLMConfig, check_adapter_file
+from peft_vlm.adapters.config import VLMConfig, adapter_settings, check_adapter_file, write_facts
 from peft_vlm.distributed import all_agree, from_main, is_main_process, wait_for_everyone
 from peft_vlm.errors import AdapterError, CheckpointError, PeftVLMWarning
 from peft_vlm.files import read_json, write_json
+from peft_vlm.hub.publish import saved_adapter
 from peft_vlm.objective import Objective
 from peft_vlm.settings import RETIRED_SETTINGS
 from peft_vlm.training.module import TrainingModule
@@ -269,16 +270,19 @@ def _sync_folder(path: Path) -> None:
 OBJECTIVE_STATE_NAME = "objective_state.safetensors"
 
 
-def save_weights(module: TrainingModule, folder: Path) -> None:
+def save_weights(module: TrainingModule, folder: Path, facts: VLMConfig | None = None) -> None:
     """Save the active adapter, or the whole model when nothing is wrapped, as safetensors.
 
     Args:
         module: Model and objective.
         folder: Target; PEFT puts an adapter that is not named `default` into a subfolder of its name.
+        facts: What an adapter of PEFT's own types has beside its configuration.
     """
     model = module.model
     if isinstance(model, PeftModel):
         model.save_pretrained(folder, selected_adapters=list(model.active_adapters))
+        if facts is not None:
+            write_facts(facts, model.active_peft_config, saved_adapter(model, folder) or folder)
     else:
         model.save_pretrained(folder)
 
@@ -424,8 +428,7 @@ def settings_of(model: nn.Module, objective: Objective) -> dict[str, Any]:
         model: `PeftModel`, or a plain model.
         objective: What is minimised.
     """
-    config = getattr(model, "active_peft_config", None)
-    own = config.method_settings() if isinstance(config, VLMConfig) else {}
+    own = adapter_settings(model.active_peft_config) if isinstance(model, PeftModel) else {}
     return json.loads(json.dumps(own | objective.config_dict(), default=str))
 
 

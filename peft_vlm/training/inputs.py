@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedTokenizerBase
 from transformers.trainer_utils import seed_worker
 
+from peft_vlm.adapters.config import VLMConfig
+from peft_vlm.classification import ClassificationObjective
 from peft_vlm.data.dataset import ImageClassificationDataset, RunImages
 from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.questions import ImageQuestionDataset
@@ -27,7 +29,7 @@ from peft_vlm.errors import DataError, PeftVLMError, PeftVLMWarning
 from peft_vlm.models.repository import hub_options
 from peft_vlm.models.towers import FAMILIES, unwrap
 from peft_vlm.objective import EpochBatchSampler, Objective
-from peft_vlm.registry import ADAPTERS, METHODS, TrainingMethod
+from peft_vlm.registry import ADAPTERS, METHODS, TrainingMethod, adapter_type_of
 from peft_vlm.text.answers import tokenize_candidates
 from peft_vlm.text.prompts import readable, tokenize_for_model, tokenizer_of
 from peft_vlm.training.arguments import VLMTrainingArguments
@@ -179,7 +181,7 @@ def default_objective(
         processor: Processor or tokenizer; None: the tokenizer beside the model's weights.
 
     Raises:
-        PeftVLMError: If the model has no adapter of this package, or its method needs more than class names.
+        PeftVLMError: If the model has no adapter, or its method needs more than class names.
     """
     method = _method_of(model)
     config: Any = model.active_peft_config  # type: ignore[union-attr] - a `PeftModel`, as `_method_of` has found
@@ -192,7 +194,7 @@ def default_objective(
                 "Expected a tokenizer for the class prompts, got none beside the model's weights. Pass "
                 "`processing_class=AutoProcessor.from_pretrained(...)`, or an `objective`."
             )
-        text = template or config.template or TEMPLATE
+        text = template or getattr(config, "template", None) or TEMPLATE  # PEFT's own types have none
         classes: Any = tokenize_for_model(model, tokenizer, images.class_names, template=text)
         target = method.objective
     else:
@@ -224,13 +226,18 @@ def default_objective(
 
 
 def _method_of(model: nn.Module) -> TrainingMethod:
-    """The training method that has the name of the active adapter's type."""
+    """The training method that has the name of the active adapter's type; cross-entropy for PEFT's own on a CLIP."""
     if not isinstance(model, PeftModel):
         raise PeftVLMError(
             f"Expected a model with an adapter, got `{type(model).__name__}`. Call `get_peft_model(model, "
             "SkipTuningConfig(...))` first; a whole model is trained with an `objective` of your own."
         )
-    name = str(model.active_peft_config.peft_type.value).lower()
+    config = model.active_peft_config
+    kind = adapter_type_of(config)
+    name = kind.name
+    if not isinstance(config, VLMConfig) and isinstance(unwrap(model), tuple(FAMILIES)):
+        facts = {"name": name, "title": kind.title, "adapter": name, "paper": kind.paper}
+        return TrainingMethod(**facts, objective=ClassificationObjective)
     if name not in ADAPTERS or name not in METHODS:
         raise PeftVLMError(
             f"Expected an `objective` for an adapter of type {name!r}, which has none itself, got None. Types with "
@@ -265,6 +272,7 @@ def check_training(model: nn.Module, objective: Objective, train_dataset: RunIma
             "if it is large."
         )
     _check_adapter(model, objective)
+    objective.adapt_to(model)
     if not train_dataset.has_positions:
         objective.check_stream()
     train_dataset.check_pixels()

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from peft_vlm.adapters.config import installed_version
+from peft_vlm.adapters.config import VLMConfig, architecture_of, installed_version
 from peft_vlm.data.dataset import ImageClassificationDataset, RunImages
 from peft_vlm.data.splits import image_sample
 from peft_vlm.data.streaming import ImageStream
@@ -23,6 +23,7 @@ from peft_vlm.evaluation.plots import has_matplotlib, new_figure, save_figure
 from peft_vlm.files import CARD_NAME, CURVE_NAME, METRICS_NAME, SUMMARY_NAME, finite_or_null, write_json
 from peft_vlm.hub.card import write_card
 from peft_vlm.hub.publish import Published, publish, saved_adapter
+from peft_vlm.models.towers import unwrap
 from peft_vlm.objective import Objective
 from peft_vlm.training.arguments import VLMTrainingArguments
 from peft_vlm.training.checkpoints import MANIFEST_NAME, numbered_checkpoints
@@ -187,18 +188,25 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def describe_adapter(model: nn.Module, objective: Objective, dataset: RunImages) -> None:
+def describe_adapter(model: nn.Module, objective: Objective, dataset: RunImages) -> VLMConfig | None:
     """Write classes, template and preprocessing into the adapter's configuration, so that its folder is enough to
     predict.
+
+    A configuration of PEFT's own gets no foreign fields: what is to be written beside it is returned.
 
     Args:
         model: `PeftModel`; other models are left alone.
         objective: Its class prompts, if it has any, name classes and template.
         dataset: Its transform holds mean, standard deviation and size.
+
+    Returns:
+        The configuration itself where it is of this package, else a record for `write_facts`; None without an adapter.
     """
     if not isinstance(model, PeftModel):
-        return
+        return None
     config = model.active_peft_config
+    if not isinstance(config, VLMConfig):
+        config = VLMConfig(base_architecture=architecture_of(unwrap(model).config.to_dict()))
     prompts = objective.prompts
     if prompts is not None:
         if not getattr(config, "num_classes", 0):  # stored class vectors name their classes themselves
@@ -211,6 +219,7 @@ def describe_adapter(model: nn.Module, objective: Objective, dataset: RunImages)
         config.image_size = list(transform.image_size)
     if isinstance(dataset, ImageClassificationDataset | ImageStream) and dataset.value_range is not None:
         config.value_range = list(dataset.value_range)
+    return config
 
 
 def publish_run(folder: Path, args: VLMTrainingArguments, repo_id: str, **options: Any) -> Published:

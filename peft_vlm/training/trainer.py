@@ -270,11 +270,11 @@ class VLMTrainer(Trainer):
             output_dir: Target; the run's folder by default.
             _internal_call: Of the base class: False also pushes, where the arguments say so.
         """
-        describe_adapter(self.model.model, self.objective, self.train_dataset)
+        facts = describe_adapter(self.model.model, self.objective, self.train_dataset)
         state = self.objective.state_dict()  # all processes take part
         if self.args.should_save:
             with moved_into(Path(output_dir or self.args.output_dir)) as partial:
-                save_weights(self.model, partial)
+                save_weights(self.model, partial, facts)
                 save_objective_state(state, partial)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")

@@ -142,11 +142,15 @@ def test_an_ensemble_an_unknown_cache_and_calls_out_of_order_are_refused():
         objective(model, collate([dataset[0]]))
 
 
-def test_training_the_vision_side_is_refused():
-    """Its features are computed without gradients, so nothing there would ever learn."""
-    model = get_peft_model(tiny_clip(), CASE.config(modules_to_save=["visual_projection"]))
-    with pytest.raises(ValueError, match=r"got `modules_to_save`=\['visual_projection'\]"):
-        CoOpObjective(class_prompts()).prepare(model, images())
+def test_what_else_trains_on_the_vision_side_learns_too():
+    """Stored image features would be those of the start: nothing there would ever learn."""
+    model, dataset = get_peft_model(tiny_clip(), CASE.config(modules_to_save=["visual_projection"])), images()
+    objective = prepared(CASE, model, dataset)
+    assert objective.needs_pixels
+    objective(model, collate([dataset[i] for i in (0, 7, 14)])).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert len(gradients) == 2
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
 
 
 @pytest.mark.parametrize("position", ["end", "middle", "front"])

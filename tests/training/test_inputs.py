@@ -82,6 +82,9 @@ def test_the_answers_of_a_multimodal_model_are_the_class_names(tmp_path) -> None
     trainer.train()
     with pytest.raises(PeftVLMError, match="Expected an `ImageQuestionDataset` with a collator"):
         VLMTrainer(model, arguments(tmp_path), train_dataset=images(), processing_class=clip_processor())
+    lora = get_peft_model(tiny_llava(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(PeftVLMError, match="an `objective` for an adapter of type 'lora'"):
+        VLMTrainer(lora, arguments(tmp_path), train_dataset=data)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,6 @@ def test_the_answers_of_a_multimodal_model_are_the_class_names(tmp_path) -> None
         (PromptKDConfig(class_dim=8, vision_depth=1), "PromptKD needs more than class names: `teacher`. Pass `obj"),
         (RPPConfig(text_depth=1, vision_depth=1, context_init=None), "RPP needs more than class names.*a teacher for"),
         (TVPConfig.for_processor(clip_processor(), border=5), "TVP needs more than class names.*TVPObjective"),
-        (LoraConfig(target_modules=["q_proj"]), "an `objective` for an adapter of type 'lora'"),
         (None, "Expected a model with an adapter, got `CLIPModel`. Call `get_peft_model"),
     ],
 )

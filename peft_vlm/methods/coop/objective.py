@@ -24,7 +24,7 @@ class CoOpObjective(ClassificationObjective):
     """Cross-entropy over all classes with a learned context: `ClassificationObjective` as it is.
 
     Requirements:
-        A `PeftModel` with an active CoOp adapter and nothing else that trains; the rest as for its base.
+        A `PeftModel` with an active CoOp adapter; the rest as for its base.
 
     Relations:
         PromptSRC with `num_vision_tokens=0`, `text_depth=1` and all weights 0; KgCoOp with weight 0.

@@ -47,7 +47,7 @@ class Batch(TypedDict, total=False):
 
     Batches of questions about images also hold token ids of question and answer, `token_labels` (the answer's ids,
     -100 elsewhere), whatever columns the model's processor makes beside `pixel_values`, which then may have another
-    shape, and the picture for a second model, a CLIP, normalised for that one.
+    shape, and the image for a second model, a CLIP, normalised for that one.
     """
 
     pixel_values: Float[Tensor, "batch channels rows cols"]

@@ -166,7 +166,7 @@ class LearnedPrompt(DelegatingLayer):
         return own_module(self, self.adapter_layer_names[0])
 
 
-def replaced(parameter: torch.Tensor, *, init_weights: bool, dtype: torch.dtype | None) -> nn.Parameter:
+def _trainable_copy(parameter: torch.Tensor, *, init_weights: bool, dtype: torch.dtype | None) -> nn.Parameter:
     """A trainable copy of a frozen tensor.
 
     Args:
@@ -238,9 +238,9 @@ class LayerCopy(PromptLayer):
         """
         dtype = DTYPES[config.adapter_dtype] if config.adapter_dtype else None
         layer = self.get_base_layer()
-        self.tuned_weight[adapter_name] = replaced(layer.weight, init_weights=config.init_weights, dtype=dtype)
+        self.tuned_weight[adapter_name] = _trainable_copy(layer.weight, init_weights=config.init_weights, dtype=dtype)
         if not _is_rms_norm(layer) and layer.bias is not None:
-            self.tuned_bias[adapter_name] = replaced(layer.bias, init_weights=config.init_weights, dtype=dtype)
+            self.tuned_bias[adapter_name] = _trainable_copy(layer.bias, init_weights=config.init_weights, dtype=dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The layer's output with the active adapter's tensors, in the dtype of the input."""

@@ -12,8 +12,8 @@ from peft_vlm.models.towers import Side, split_at_prompts, token_like
 from peft_vlm.text.prompts import SlotLayer, Slots, slot_mask
 
 
-class TextSlots(DelegatingLayer, SlotLayer):
-    """CLIP's token embedding whose reserved slots hold fixed vectors: the embeddings of the initial words, or zeros.
+class _ContextLayer(DelegatingLayer, SlotLayer):
+    """CLIP's token embedding with slots per adapter.
 
     Args:
         base_layer: `nn.Embedding` of the text tower.
@@ -26,9 +26,17 @@ class TextSlots(DelegatingLayer, SlotLayer):
 
     @property
     def slots(self) -> Slots | None:
-        """Slots of the active adapter; None when the layer must act as the base layer."""
+        """Slots that prompts reserve for the active adapter; None when the layer must act as the base layer."""
         name = self.current_adapter
         return None if name is None else self.context_slots[name]
+
+
+class TextSlots(_ContextLayer):
+    """CLIP's token embedding whose reserved slots hold fixed vectors: the embeddings of the initial words, or zeros.
+
+    Args:
+        base_layer: `nn.Embedding` of the text tower.
+    """
 
     def add_adapter(self, adapter_name: str, config: Any) -> None:
         """Note an adapter's slots.
@@ -101,24 +109,13 @@ class LearnedTokens(LearnedPrompt):
         return nn.Parameter((INIT_STD * torch.randn(tokens, like.shape[-1])).to(like))
 
 
-class TextContext(LearnedTokens, SlotLayer):
+class TextContext(LearnedTokens, _ContextLayer):
     """CLIP's token embedding whose reserved slots are filled with learned context vectors, before positions are added.
 
     Args:
         base_layer: `nn.Embedding` of the text tower.
         prefix: The method's parameter prefix.
     """
-
-    def __init__(self, base_layer: nn.Module, *, prefix: str) -> None:
-        super().__init__(base_layer, prefix=prefix)
-        self.context_slots: dict[str, Slots] = {}
-        self.other_param_names = ("context_slots",)  # PEFT forgets an entry together with its adapter
-
-    @property
-    def slots(self) -> Slots | None:
-        """Slots that prompts reserve for the active adapter; None when there is none."""
-        name = self.current_adapter
-        return None if name is None else self.context_slots[name]
 
     def add_adapter(self, adapter_name: str, config: Any) -> None:
         """Context from the embeddings of `context_init_ids`, or random.

@@ -220,7 +220,7 @@ class ImageClassificationDataset(Dataset):
 
     Images are opened when they are asked for and nothing is kept, so memory does not grow with the dataset. What a
     random transform draws depends on (`seed`, `epoch`, position) alone: the number of workers changes nothing, and a
-    resumed run sees the pictures of the run it continues.
+    resumed run sees the images of the run it continues.
 
     Args:
         source: A `datasets.Dataset`, or a sequence of mappings, with an image and a label column. Images may be
@@ -323,7 +323,7 @@ class ImageClassificationDataset(Dataset):
         return len(self._rows)
 
     def image(self, index: int) -> Image.Image:
-        """The picture at a position, in RGB and without the transform.
+        """The image at a position, in RGB and without the transform.
 
         Args:
             index: Position in this dataset.
@@ -360,7 +360,7 @@ class ImageClassificationDataset(Dataset):
         return {"pixel_values": pixels, "labels": self.labels[position], "index": index}
 
     def _readable(self, index: int) -> tuple[int, Image.Image]:
-        """The picture at a position; in place of one that cannot be read, where this is allowed, the next of its class
+        """The image at a position; in place of one that cannot be read, where this is allowed, the next of its class
         and its position.
         """
         if not self.unreadable.are_skipped:

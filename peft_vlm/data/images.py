@@ -155,8 +155,8 @@ def _open(value: Any) -> Image.Image:
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    is_picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
-    if array.dtype != np.uint8 or not is_picture:
+    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
+    if array.dtype != np.uint8 or not is_image:
         raise DataError(
             "Expected a uint8 array of shape (rows, cols) or (rows, cols, 1, 3 or 4), "
             f"got {array.dtype} of shape {array.shape}. Scale to 0..255 and put the channels last."

@@ -180,7 +180,7 @@ class SkipTuningAnswerObjective(Objective):
     Formula: L = mean over all answer tokens of the batch of -log p(token | image, question, tokens before it).
 
     LSkip carries over: vision side and lower language layers are frozen, so their output is stored per row, once per
-    run when the pictures stay the same, else once per epoch with that epoch's augmentation. CSkip does not: there are
+    run when the images stay the same, else once per epoch with that epoch's augmentation. CSkip does not: there are
     no class prompts to leave out.
 
     Args:
@@ -256,7 +256,7 @@ class SkipTuningAnswerObjective(Objective):
         self._states.check(model, batch)
 
     def epoch_start(self, model: nn.Module, dataset: ImageQuestionDataset, epoch: int) -> None:
-        """Store the states of the epoch, unless the pictures are those of the epoch before.
+        """Store the states of the epoch, unless the images are those of the epoch before.
 
         Args:
             model: `PeftModel` with the active adapter.

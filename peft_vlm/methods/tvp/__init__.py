@@ -1,4 +1,4 @@
-"""TVP (CVPR 2024): one learned picture on every image, trained on one multimodal model, used on others."""
+"""TVP (CVPR 2024): one learned pixel prompt on every image, trained on one multimodal model, used on others."""
 
 from peft_vlm.adapters.pixel_prompt import prompt_layer_of, prompt_of, render_prompt, show_prompted, without_prompt
 from peft_vlm.methods.tvp.config import TVPConfig

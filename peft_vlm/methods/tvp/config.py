@@ -21,7 +21,7 @@ extend_peft_type("TVP")
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too
 @dataclass
 class TVPConfig(VLMConfig):
-    """A learned picture in [0, 1] pixel units that is added to every image; the adapter is this picture.
+    """A pixel prompt in [0, 1] units that is added to every image; the adapter is this prompt.
 
     Make one with `TVPConfig.for_processor(processor)`, which reads `image_mean` and `image_std`. Loaded onto another
     model, the prompt is resized to what that model looks at.

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from peft_vlm.serving.errors import ExportedFileError, ImageError, PeftVLMError  # noqa: F401 - one place to look
+from peft_vlm.serving.escape import one_line
 
 
 class AdapterError(PeftVLMError):
@@ -46,7 +47,11 @@ class HubError(PeftVLMError):
 
 
 class PeftVLMWarning(UserWarning):
-    """Something the user asked for is not done, or not done as asked."""
+    """Something the user asked for is not done, or not done as asked; its message is one line, as that of an error."""
+
+    def __str__(self) -> str:
+        """The message, in one line."""
+        return one_line(super().__str__())
 
 
 def check_choice(name: str, value: object, choices: Collection[str | None]) -> None:

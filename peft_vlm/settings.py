@@ -120,7 +120,12 @@ class EvaluationArguments:
         default=False,
         metadata={"help": "Evaluate the base model alone as well: zero_shot.json, for the card."},
     )
-    save_predictions: bool = field(default=False, metadata={"help": "Write predictions.csv, one row per image."})
+    save_predictions: bool = field(
+        default=False,
+        metadata={
+            "help": "Write predictions.csv, one row per image; names that a spreadsheet would run begin with '."
+        },
+    )
     plots: bool = field(default=True, metadata={"help": "Write the PNG files."})
 
     def check(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 
 from peft_vlm.errors import PeftVLMError
+from peft_vlm.serving.escape import printable, printable_json
 from peft_vlm.settings import RETIRED_SETTINGS
 
 Settings = TypeVar("Settings")
@@ -207,4 +208,13 @@ def print_json(value: Any) -> None:
     Args:
         value: Dictionaries, lists, numbers and text.
     """
-    print(json.dumps(value, default=str, ensure_ascii=False, indent=2))
+    print(printable_json(json.dumps(value, default=str, ensure_ascii=False, indent=2)))
+
+
+def print_line(text: object) -> None:
+    """Print a line that may hold names of strangers.
+
+    Args:
+        text: Anything.
+    """
+    print(printable(text), flush=True)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_vlm.cli.command import add_command, print_json
+from peft_vlm.cli.command import add_command, print_json, print_line
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.files import CONVERSION_NAME, read_class_names_file
 
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
         _print_report(facts)
     else:
         for name, value in facts.items():
-            print(f"{name:20}{value}")
+            print_line(f"{name:20}{value}")
 
 
 def _to_official(adapter: str, path: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,18 +184,18 @@ def _check_flags(given: Mapping[str, Any], known: tuple[str, ...], what: str) ->
 def _print_report(report: dict[str, Any]) -> None:
     """Print the report, tensors with the same result on one line."""
     classes = report["class_names"]
-    print(f"{report['source']} ({report['kind']}) -> {report['written']} (method {report['method']})")
-    print(f"  classes: {'none recorded' if classes is None else f'{len(classes)} ({_some(classes)})'}")
-    print(f"  used: {len(report['used'])} ({_some(report['used'])})")
+    print_line(f"{report['source']} ({report['kind']}) -> {report['written']} (method {report['method']})")
+    print_line(f"  classes: {'none recorded' if classes is None else f'{len(classes)} ({_some(classes)})'}")
+    print_line(f"  used: {len(report['used'])} ({_some(report['used'])})")
     for part in ("unused", "missing"):
         fates: dict[str, list[str]] = {}
         for name, fate in report[part].items():
             fates.setdefault(fate, []).append(name)
         for fate, names in fates.items():
-            print(f"  {part}: {len(names)}, {fate} ({_some(names)})")
+            print_line(f"  {part}: {len(names)}, {fate} ({_some(names)})")
     for note in report["notes"]:
-        print(f"  {note}")
-    print(f"  Every tensor by name: {Path(report['written']) / CONVERSION_NAME}")
+        print_line(f"  {note}")
+    print_line(f"  Every tensor by name: {Path(report['written']) / CONVERSION_NAME}")
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.cli.command import add_command, calm, print_json, read_settings
+from peft_vlm.cli.command import add_command, calm, print_json, print_line, read_settings
 from peft_vlm.settings import EvaluationArguments
 
 EXAMPLES = """
@@ -52,5 +52,5 @@ def run(arguments: argparse.Namespace) -> None:
         zero_shot = EvalReport.load(folder / BASELINE_NAME).scores
         scores |= {f"zero_shot_{name}": score for name, score in zero_shot.items()}
     for name, score in scores.items():
-        print(f"{name:24}{score:7.2f} %")
-    print(f"Written to {settings.output_dir}")
+        print_line(f"{name:24}{score:7.2f} %")
+    print_line(f"Written to {settings.output_dir}")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.cli.command import add_command, calm, print_json
+from peft_vlm.cli.command import add_command, calm, print_json, print_line
 
 #: Of `peft_vlm.export.FORMATS`.
 FORMATS = ("onnx", "pt2", "safetensors")
@@ -56,5 +56,5 @@ def run(arguments: argparse.Namespace) -> None:
         print_json({"classes": len(classifier.card.class_names), "files": sizes})
         return
     for path, size in sizes.items():
-        print(f"{path:48}{size / 1e6:9.3f} MB")
-    print(f"{len(classifier.card.class_names)} classes. Use it:  peft-vlm predict {str(files[0])!r} photo.png")
+        print_line(f"{path:48}{size / 1e6:9.3f} MB")
+    print_line(f"{len(classifier.card.class_names)} classes. Use it:  peft-vlm predict {str(files[0])!r} photo.png")

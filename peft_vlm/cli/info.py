@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_vlm.cli.command import add_command, print_json
+from peft_vlm.cli.command import add_command, print_json, print_line
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.files import BASELINE_NAME, REPORT_NAME, SUMMARY_NAME, WEIGHTS_NAME
 
@@ -132,11 +132,11 @@ def _print(facts: Mapping[str, Any], indent: str = "") -> None:
     """Print names and values in two columns; nested values are indented below their name."""
     for name, value in facts.items():
         if isinstance(value, Mapping):
-            print(f"{indent}{name}")
+            print_line(f"{indent}{name}")
             _print(value, indent + "  ")
             continue
         if isinstance(value, list | tuple) and len(value) > 8:
             value = f"{len(value)}: {', '.join(map(str, value[:6]))}, ..."
         elif isinstance(value, float):
             value = f"{value:.6g}"
-        print(f"{indent + name:28}{value}")
+        print_line(f"{indent + name:28}{value}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.cli.command import add_command, calm, print_json
+from peft_vlm.cli.command import add_command, calm, print_json, print_line
 from peft_vlm.errors import DataError, PeftVLMError
 from peft_vlm.serving.images import find_images, is_image_file
 
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
         rows += batch
         for row in () if arguments.json else batch:
             text = ", ".join(f"{p['label']} {100 * p['probability']:.1f} %" for p in row["labels"])
-            print(f"{row['file']}: {row.get('error', text)}", flush=True)
+            print_line(f"{row['file']}: {row.get('error', text)}")
     if arguments.json:
         print_json(rows)
     if unread := [row["file"] for row in rows if "error" in row]:

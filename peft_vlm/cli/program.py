@@ -20,6 +20,7 @@ from peft_vlm.cli import convert, evaluate, export, info, predict, publish, trai
 from peft_vlm.cli.command import file_as_flags, part_flags
 from peft_vlm.errors import PeftVLMError, PeftVLMWarning
 from peft_vlm.files import installed_version
+from peft_vlm.serving.escape import one_line, printable
 
 #: In the order of the help text.
 COMMANDS = (train, evaluate, predict, convert, publish, export, info)
@@ -58,15 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         words, more = _expanded(words, commands.choices)
         arguments, rest = parser.parse_known_args(words)
         if rest:
-            commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(rest)}")
+            commands.choices[arguments.command].error(printable(f"unrecognized arguments: {' '.join(rest)}"))
         arguments.more = more
         with _quiet(lambda text: _in_flags(text, commands.choices[arguments.command])):
             arguments.run(arguments)
     except (PeftVLMError, ValueError) as error:
-        print(f"peft-vlm {words[0]}: {_in_flags(str(error), commands.choices.get(words[0]))}", file=sys.stderr)
+        message = _in_flags(str(error), commands.choices.get(words[0]))
+        print(one_line(f"peft-vlm {words[0]}: {message}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"\npeft-vlm {words[0]}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        print("\n" + one_line(f"peft-vlm {words[0]}: {str(stop) or 'interrupted'}"), file=sys.stderr)
         return 130
     return 0
 
@@ -110,7 +112,7 @@ def _quiet(as_said: Callable[[str], str]) -> Iterator[None]:
     """
     format_before = warnings.formatwarning
 
-    def one_line(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+    def as_line(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
         is_ours = issubclass(category, PeftVLMWarning)
         return f"Warning: {as_said(str(message))}\n" if is_ours else format_before(message, category, *place, **line)
 
@@ -121,7 +123,7 @@ def _quiet(as_said: Callable[[str], str]) -> Iterator[None]:
     try:
         if logging:
             logging.set_verbosity_error()
-        warnings.formatwarning = one_line
+        warnings.formatwarning = as_line
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
             yield

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from peft_vlm.cli.command import add_command, calm, print_json
+from peft_vlm.cli.command import add_command, calm, print_json, print_line
 from peft_vlm.settings import PROTOCOLS, EvaluationArguments
 
 EXAMPLES = """
@@ -67,4 +67,4 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json(asdict(published))
         return
-    print(published.url if published.changed else f"{published.url} has the same files already: no new commit.")
+    print_line(published.url if published.changed else f"{published.url} has the same files already: no new commit.")

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.cli.command import add_command, as_flags, calm, print_json, read_settings
+from peft_vlm.cli.command import add_command, as_flags, calm, print_json, print_line, read_settings
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.settings import RunSettings
 
@@ -103,8 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
         print_json({"adapter": args.output_dir, "scores": scores})
         return
     for name, score in scores.items():
-        print(f"{name:24}{score:7.2f} %")
-    print(f"Written to {args.output_dir}. Use it:  peft-vlm predict {args.output_dir!r} photo.png")
+        print_line(f"{name:24}{score:7.2f} %")
+    print_line(f"Written to {args.output_dir}. Use it:  peft-vlm predict {args.output_dir!r} photo.png")
 
 
 def _check_training_flags(words: Sequence[str]) -> None:

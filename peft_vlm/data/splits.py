@@ -30,6 +30,7 @@ from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.folders import check_files_exist
 from peft_vlm.errors import DataError
 from peft_vlm.objective import EpochBatchSampler
+from peft_vlm.serving.escape import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def few_shot_indices(
             fewest = min(short.values())
             advice = f"Use at most {fewest} shots" if fewest else "Leave out the classes without images"
             raise DataError(f"{message}. {advice}, or `strict=False` to take them all.")
-        logger.warning("%s; all of their images are used.", message)
+        logger.warning("%s; all of their images are used.", one_line(message))
     generator = seed if isinstance(seed, random.Random) else random.Random(seed)
     chosen = (items if label in short else generator.sample(items, shots) for label, items in positions.items())
     return [position for items in chosen for position in items]

@@ -56,6 +56,8 @@ def save_figure(figure: Any, path: str | Path) -> None:
     from matplotlib.text import Text
 
     texts = figure.findobj(Text)
+    for text in texts:
+        text.set_parse_math(False)  # names with two dollar signs are no formulas
     families = font_families("".join(text.get_text() for text in texts))
     if len(families) > 1:
         for text in texts:
@@ -98,6 +100,8 @@ def _letters(font: str) -> set[int]:
 #: Beyond this many classes neither names nor counts can be read, and only the matrix is drawn.
 MAX_NAMED_CLASSES = 120
 MAX_COUNTED_CLASSES = 12
+#: Letters of a class name that are drawn: the figure is as wide as the longest.
+MAX_NAME = 80
 
 
 def _set_title(axes: Any, title: str) -> None:
@@ -121,6 +125,7 @@ def confusion_matrix_png(
     number = len(class_names)
     is_named = number <= MAX_NAMED_CLASSES
     cells = max(3.0, (0.4 if number <= MAX_COUNTED_CLASSES else 0.17) * number) if is_named else 8.0
+    class_names = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..." for name in class_names]
     names = 0.085 * max(len(name) for name in class_names) if is_named else 0.3
     figure = new_figure(cells + names + 1.6, cells + names + 0.8)
     from matplotlib.colors import PowerNorm

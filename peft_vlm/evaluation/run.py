@@ -44,6 +44,7 @@ from peft_vlm.files import (
 )
 from peft_vlm.models.repository import hub_options, is_local, why_cache_only
 from peft_vlm.models.towers import towers_of
+from peft_vlm.serving.escape import spreadsheet_cell
 from peft_vlm.settings import EvaluationArguments
 from peft_vlm.text.prompts import readable
 
@@ -354,4 +355,4 @@ def _write_predictions(parts: dict[str, EvalResult], path: Path) -> None:
             rows = zip(result.labels.tolist(), result.predicted.tolist(), result.confidence.tolist(), strict=True)
             for position, (label, predicted, confidence) in enumerate(rows):
                 names = result.class_names[label], result.class_names[predicted]
-                writer.writerow([part, position, *names, f"{confidence:.6f}"])
+                writer.writerow([*map(spreadsheet_cell, (part, position, *names)), f"{confidence:.6f}"])

@@ -17,6 +17,7 @@ from peft_vlm.evaluation.mllm import PromptEffect
 from peft_vlm.evaluation.plots import bars_png
 from peft_vlm.evaluation.report import summarize
 from peft_vlm.files import write_json
+from peft_vlm.serving.escape import markdown
 
 #: Conditions of `PromptEffect` as tables and plots name them.
 CONDITIONS = {"full_size": "full size", "shrunken": "shrunken, no prompt", "prompted": "prompted"}
@@ -138,12 +139,12 @@ def transfer_table(reports: Sequence[TransferReport]) -> str:
         effects = [report.effects[name] for report in reports]
         gains = [gain([e.gain for e in effects]), gain([e.gain_over_full_size for e in effects])]
         role = "source" if name in first.sources else "unseen"
-        rows.append(f"| {name} ({role}) | " + " | ".join(cells + gains) + " |")
+        rows.append(f"| {markdown(name)} ({role}) | " + " | ".join(cells + gains) + " |")
     if first.unseen:
         gains = [gain(_column(reports, f"unseen_gain_over_{over}")) for over in ("shrunken", "full_size")]
         rows.append(f"| mean of {len(first.unseen)} unseen | | | | " + " | ".join(gains) + " |")
     seeds = "1 seed" if len(reports) == 1 else f"{len(reports)} seeds, mean +- standard deviation"
-    return "\n".join([*rows, "", f"{first.task}; {seeds}; percent."])
+    return "\n".join([*rows, "", f"{markdown(first.task)}; {seeds}; percent."])
 
 
 def comparison_table(variants: Mapping[str, Sequence[TransferReport]]) -> str:
@@ -163,7 +164,7 @@ def comparison_table(variants: Mapping[str, Sequence[TransferReport]]) -> str:
         source = [statistics.fmean(r.effects[model].gain for model in r.sources) for r in reports]
         unseen = _column(reports, "unseen_gain_over_shrunken")
         means = f"{statistics.fmean(source):+.1f} | {statistics.fmean(unseen):+.1f} | {min(unseen):+.1f}"
-        rows.append(f"| {name} | {means} | {len(reports)} |")
+        rows.append(f"| {markdown(name)} | {means} | {len(reports)} |")
     return "\n".join(rows)
 
 

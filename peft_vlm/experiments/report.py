@@ -13,6 +13,7 @@ import torch
 from peft_vlm.distributed import is_main_process
 from peft_vlm.evaluation.plots import new_figure, save_figure
 from peft_vlm.evaluation.report import paired_difference
+from peft_vlm.serving.escape import markdown, printable
 
 SCORES = {"base": "base %", "new": "new %", "h": "H %", "accuracy": "accuracy %"}
 COSTS = {"seconds": "seconds", "peak_memory_mb": "peak MB"}
@@ -47,11 +48,11 @@ def markdown_table(report: Mapping[str, Any]) -> str:
             "trainable parameters",
             *COSTS.values(),
         ]
-        lines = [f"### {name}, {_seeds(report)}", "", _row(header), _row(["---"] * len(header))]
+        lines = [f"### {markdown(name)}, {_seeds(report)}", "", _row(header), _row(["---"] * len(header))]
         untrained = next((row for row in methods.values() if not row["trainable_parameters"]), {})
         for method, row in methods.items():
             cells = [
-                method.replace("_", " ") + (" (transductive)" if row.get("transductive") else ""),
+                markdown(method.replace("_", " ")) + (" (transductive)" if row.get("transductive") else ""),
                 *(_mean_std(row.get(key)) for key in scores),
             ]
             cells += [_gain(row.get(headline), untrained.get(headline))]
@@ -75,7 +76,8 @@ def show_results(report: Mapping[str, Any], folder: Path, *, learner: str) -> No
     (folder / "table.md").write_text(table, encoding="utf-8")
     _results_png(report, folder / "results.png")
     adapter = folder / report["task"] / learner / f"seed{report['seeds'][-1]}"
-    print(f"\n{table}\nWritten to {folder}/: metrics.json, table.md, results.png, and each run's adapter.")
+    print(f"\n{table}")
+    print(printable(f"Written to {folder}/: metrics.json, table.md, results.png, and each run's adapter."))
     print(f"Use an adapter:  peft-vlm predict {str(adapter)!r} photo.png")
 
 

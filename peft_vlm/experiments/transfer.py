@@ -27,6 +27,7 @@ from peft_vlm.evaluation.transfer import (
 from peft_vlm.files import TRANSFER_NAME, write_json
 from peft_vlm.hub.card import write_card
 from peft_vlm.objective import Objective
+from peft_vlm.serving.escape import markdown
 from peft_vlm.text.answers import Candidates, tokenize_candidates
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
 
@@ -245,7 +246,7 @@ def write_transfer_results(variants: Mapping[str, Sequence[TransferReport]], fol
         "versions": first[0].versions,
         "variants": {name: _columns(reports) for name, reports in variants.items()},
     }
-    parts = [f"### {name}\n\n{transfer_table(reports)}" for name, reports in variants.items()]
+    parts = [f"### {markdown(name)}\n\n{transfer_table(reports)}" for name, reports in variants.items()]
     if len(variants) > 1 and all(report.unseen for reports in variants.values() for report in reports):
         parts.append(f"### comparison\n\n{comparison_table(variants)}")
     if not is_main_process():

@@ -10,6 +10,7 @@ from peft_vlm.adapters.config import VLMConfig, adapter_settings, read_config
 from peft_vlm.files import CARD_NAME, CURVE_NAME, FACTS_NAME, PROMPT_IMAGE_NAME, WEIGHTS_NAME, last_part
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.scores import index_entries, score_table
+from peft_vlm.serving.escape import code_span, markdown, printable, python_string
 
 TEMPLATE = resources.files("peft_vlm.hub").joinpath("card_template.md")
 #: To be changed here and in the README when the package is on an index.
@@ -55,24 +56,24 @@ def render_card(
     scores = folder.evaluation.scores if folder.evaluation else ()
     task, name = pipeline_tag(folder.config), repo_id.rpartition("/")[2]
     data = ModelCardData(
-        license=license,
+        license=license and printable(license),
         library_name="peft",
         base_model=base if HUB_ID.fullmatch(base) else None,
         base_model_relation="adapter",
         pipeline_tag=task,
         tags=_tags_of(folder, base),
-        model_name=name if scores else None,
+        model_name=printable(name) if scores else None,
         eval_results=index_entries(scores, task=task) if scores else None,
     )
-    place = f'"{repo_id}"' + (f', subfolder="{subfolder}"' if subfolder else "")
+    place = python_string(repo_id) + (f", subfolder={python_string(subfolder)}" if subfolder else "")
     is_recorded = base_model in (None, folder.config.base_model_name_or_path) and folder.config.revision
-    base_place = f'"{base}"' + (f', revision="{folder.config.revision}"' if is_recorded else "")
+    base_place = python_string(base) + (f", revision={python_string(folder.config.revision)}" if is_recorded else "")
     snippet = CLASSIFIER_SNIPPET if _is_classifier(folder.config) else MODEL_SNIPPET
     facts = _facts(folder, base) | {
-        "title": title or f"{folder.kind.title}: {name}",
+        "title": markdown(title or f"{folder.kind.title}: {name}"),
         "snippet": snippet.format(adapter=place, base=base_place),
         "note": note,
-        "licence": license or "The publisher gave none: ask before use.",
+        "licence": markdown(license or "The publisher gave none: ask before use."),
     }
     return ModelCard.from_template(data, template_str=TEMPLATE.read_text("utf-8"), **facts)
 
@@ -115,7 +116,7 @@ def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
         "prompt_image": PROMPT_IMAGE_NAME if folder.prompt_image else "",
         "classes": _classes(folder.config),
         "data_facts": _data_facts(folder),
-        "settings": [(f"`{name}`", f"`{_shown(value)}`") for name, value in _settings_of(folder).items()],
+        "settings": _setting_cells(folder),
         "limits": _limits(folder, base),
         "environment": _environment(folder),
         "method": f"[{about.paper.title}]({about.paper.url}), {about.paper.venue}.",
@@ -148,7 +149,7 @@ def _tags_of(folder: AdapterFolder, base: str) -> list[str]:
         base: The base model.
     """
     tags = {"peft", "peft_vlm", "vision-language", folder.method.replace("_", "-")}
-    tags.add((folder.config.base_architecture or {}).get("model_type") or "vision")
+    tags.add(printable((folder.config.base_architecture or {}).get("model_type") or "vision"))
     tags |= {"parameter-efficient-fine-tuning"}
     tags |= {f"arxiv:{folder.kind.paper.arxiv_id}"} if folder.kind.paper.arxiv_id else set()
     return sorted(tags | ({f"base_model:adapter:{base}"} if HUB_ID.fullmatch(base) else set()))
@@ -169,10 +170,14 @@ def _settings_of(folder: AdapterFolder) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
+def _setting_cells(folder: AdapterFolder) -> list[tuple[str, str]]:
+    return [(code_span(name), code_span(_portable(str(value)), 120)) for name, value in _settings_of(folder).items()]
+
+
 def _summary(folder: AdapterFolder, base: str) -> str:
     about, config = folder.kind, folder.config
     size = f"{folder.num_parameters:,} parameters, {_weights_size(folder)}"
-    named = f"[{base}](https://huggingface.co/{base})" if HUB_ID.fullmatch(base) else f"`{base}`"
+    named = f"[{markdown(base)}](https://huggingface.co/{base})" if HUB_ID.fullmatch(base) else code_span(base)
     does = "classifies images" if _is_classifier(config) else "answers questions about images"
     return (
         f"A {about.title} adapter ({size}) for {named}, made with peft_vlm; the adapted model {does}. "
@@ -191,10 +196,10 @@ def _classes(config: VLMConfig) -> str:
     names = config.class_names
     if not names:
         return "None recorded: the adapter is not tied to classes."
-    shown = ", ".join(f"`{' '.join(name.replace('`', ' ').split())}`" for name in names[:SHOWN_CLASSES])
+    shown = ", ".join(map(code_span, names[:SHOWN_CLASSES]))
     more = f" and {len(names) - SHOWN_CLASSES:,} more in `class_names.txt`" if len(names) > SHOWN_CLASSES else ""
     template = config.template if isinstance(config.template, str) or not config.template else config.template[0]
-    prompt = f" Class prompt: `{template}`." if template else ""
+    prompt = f" Class prompt: {code_span(template)}." if template else ""
     return f"{len(names):,} classes: {shown}{more}.{prompt}"
 
 
@@ -212,7 +217,7 @@ def _data_facts(folder: AdapterFolder) -> list[str]:
         facts.append("Inductive: only images of these classes were seen in training.")
     epochs = folder.summary.get("epochs")
     length = "" if epochs is None else f" in {epochs:.3g} epochs"
-    facts.append(f"Seed {training.get('seed')}, one run; {folder.summary.get('steps')} steps{length}.")
+    facts.append(markdown(f"Seed {training.get('seed')}, one run; {folder.summary.get('steps')} steps{length}."))
     metrics = folder.summary.get("metrics") or {}
     shown = {name: metrics.get(name) for name in ("train_loss", "eval_accuracy")}
     return facts + [f"`{name}`: {value:.4g}." for name, value in shown.items() if value is not None]
@@ -227,8 +232,8 @@ def _limits(folder: AdapterFolder, base: str) -> list[str]:
         limits.append("It was not evaluated.")
     else:
         limits.append("One run, one test set: how results vary with seeds and data is not known from this card.")
-    limits.append(f"The adapter keeps the errors and biases of `{base}`.")
-    written = f"format version {config.format_version}, written by {config.peft_vlm_version}."
+    limits.append(f"The adapter keeps the errors and biases of {code_span(base)}.")
+    written = markdown(f"format version {config.format_version}, written by {config.peft_vlm_version}.")
     if config is not folder.peft_config:
         return [*limits, f"PEFT alone loads it; classes and template are in `{FACTS_NAME}`, {written}"]
     return [*limits, f"Needs peft_vlm: {written}"]
@@ -236,9 +241,4 @@ def _limits(folder: AdapterFolder, base: str) -> list[str]:
 
 def _environment(folder: AdapterFolder) -> str:
     versions = (folder.summary or {}).get("environment") or {"peft_vlm": folder.config.peft_vlm_version}
-    return ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
-
-
-def _shown(value: Any, limit: int = 120) -> str:
-    text = _portable(str(value)).replace("|", "\\|").replace("`", " ").replace("\n", " ")
-    return text if len(text) <= limit else text[:limit] + " ..."
+    return markdown(", ".join(f"{name} {version}" for name, version in versions.items()) + ".")

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.evaluation.transfer import TransferReport
 from peft_vlm.files import BASELINE_NAME, REPORT_NAME, TRANSFER_NAME, last_part
+from peft_vlm.serving.escape import code_span, markdown, printable
 
 TITLES = {"accuracy": "accuracy", "base": "base accuracy", "new": "new accuracy", "h": "harmonic mean"}
 
@@ -38,7 +39,7 @@ class Evaluation:
 
     Args:
         scores: Scores.
-        facts: How they were measured, a line each.
+        facts: How they were measured, a line of Markdown each.
         shots: Training images per class, where known.
         weights_sha256: The weights that were evaluated; None where the report does not say.
     """
@@ -78,14 +79,14 @@ def _of_report(report: EvalReport, baseline: EvalReport | None) -> Evaluation:
         scores.append(Score(dataset, split or "", title, value, alone))
     images = {part: f"{facts['num_images']:,} images" for part, facts in report.parts.items()}
     counted = "; ".join(f"{part}: {text}" if len(images) > 1 else text for part, text in images.items())
-    facts = [f"Protocol: {report.protocol}; {counted}.", f"Class prompts: {_quoted(report.template)}."]
+    facts = [markdown(f"Protocol: {report.protocol}; {counted}."), f"Class prompts: {_quoted(report.template)}."]
     if report.selected_on_test:
         facts.append("**The checkpoint was chosen on these test images: expect lower scores on new ones.**")
     if not zero_shot:
         facts.append(
             "Not compared with zero-shot: the base model alone was not evaluated on the same images and texts."
         )
-    facts += [report.note] if report.note else []
+    facts += [markdown(report.note)] if report.note else []
     return Evaluation(tuple(scores), tuple(facts), report.shots, report.adapter_sha256)
 
 
@@ -97,7 +98,7 @@ def _of_transfer(report: TransferReport) -> Evaluation:
         scores.append(Score(report.task, "", title, effect.prompted, baselines))
     gain = report.mean_gain(over="full_size")
     facts = [] if gain is None else [f"Mean gain on unseen models over no adapter: {gain:+.2f} points."]
-    return Evaluation(tuple(scores), tuple(facts + ([report.note] if report.note else [])))
+    return Evaluation(tuple(scores), tuple(facts + ([markdown(report.note)] if report.note else [])))
 
 
 def score_table(scores: tuple[Score, ...]) -> str:
@@ -108,14 +109,15 @@ def score_table(scores: tuple[Score, ...]) -> str:
     """
     baselines = list(scores[0].baselines)
     gain = len(baselines) == 1
-    head = ["data", "metric", "this adapter %", *(f"{name} %" for name in baselines), *(["gain"] if gain else [])]
+    head = ["data", "metric", "this adapter %", *(f"{markdown(name)} %" for name in baselines)]
+    head += ["gain"] if gain else []
     rows = [head, ["---"] * len(head)]
     for score in scores:
         data = f"{score.dataset}, {score.split}" if score.split else score.dataset
         values = [score.value, *(score.baselines[name] for name in baselines)]
         gains = [f"{values[0] - values[1]:+.2f}"] if gain else []
-        rows.append([data, score.title, *(f"{value:.2f}" for value in values), *gains])
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
+        rows.append([markdown(data), markdown(score.title), *(f"{value:.2f}" for value in values), *gains])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def index_entries(scores: tuple[Score, ...], *, task: str) -> list[EvalResult]:
@@ -129,10 +131,10 @@ def index_entries(scores: tuple[Score, ...], *, task: str) -> list[EvalResult]:
         EvalResult(
             task_type=task,
             dataset_type=re.sub(r"[^\w.-]+", "-", score.dataset).strip("-") or "images",
-            dataset_name=score.dataset,
-            dataset_split=score.split or None,
+            dataset_name=printable(score.dataset),
+            dataset_split=printable(score.split) or None,
             metric_type="accuracy",
-            metric_name=f"{score.title} %",
+            metric_name=printable(f"{score.title} %"),
             metric_value=score.value,
         )
         for score in scores
@@ -140,4 +142,4 @@ def index_entries(scores: tuple[Score, ...], *, task: str) -> list[EvalResult]:
 
 
 def _quoted(texts: tuple[str, ...]) -> str:
-    return ", ".join(f"`{text}`" for text in texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
+    return ", ".join(map(code_span, texts[:3])) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .errors import ImageError
+from .escape import one_line
 
 logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -47,7 +48,7 @@ def raster_suffixes() -> frozenset[str]:
 
 @cache
 def _warn_once(message: str) -> None:
-    logger.warning("%s", message)
+    logger.warning("%s", one_line(message))
 
 
 def say_left_out(root: Path, counts: Mapping[str, int]) -> None:
@@ -278,7 +279,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
-        logger.info("%s (said once)", message)
+        logger.info("%s (said once)", one_line(message))
 
 
 #: What is opened as an image: a path, the content of a file, or a PIL image.

@@ -14,7 +14,7 @@ from peft_vlm.adapters.layer import PromptLayer
 from peft_vlm.adapters.pixel_prompt import PackedPixelPrompt, PixelPrompt, active_name, prompt_layer_of
 from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.data.shrink import normalization_of
-from peft_vlm.errors import AdapterError, PeftVLMWarning
+from peft_vlm.errors import AdapterError, PeftVLMWarning, shown
 from peft_vlm.methods.tvp.config import TVPConfig
 from peft_vlm.models.vision import input_size_of, patch_embedding_of
 
@@ -140,7 +140,7 @@ class TVPModel(VLMTuner):
         else:
             target = "the size of each image" if size is None else f"inputs of {size[0]}x{size[1]} px"
             resized = f"its canvas of {canvas} px is resized to {target}"
-        logger.warning("Prompt made for %s on %s: %s.", made_for, model_config.get("model_type"), resized)
+        logger.warning("Prompt made for %s on %s: %s.", shown(made_for), model_config.get("model_type"), resized)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

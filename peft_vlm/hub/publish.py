@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
 
-from peft_vlm.adapters.config import write_facts
+from peft_vlm.adapters.config import VLMConfig, write_facts
 from peft_vlm.errors import AdapterError, HubError, PeftVLMWarning, explained
 from peft_vlm.files import (
     BASELINE_NAME,

@@ -101,7 +101,7 @@ CASES = [
         saved_module="visual_projection",
         bad_settings=(
             ({"num_text_tokens": 0}, "1 or more, got 0"),
-            ({"num_text_tokens": 1.5}, "integer, got 1.5"),
+            ({"num_text_tokens": 1.5}, "integer or None, got 1.5"),
             ({"class_position": "behind"}, "('end', 'middle', 'front'), got 'behind'"),
             ({"class_specific": True}, "nothing to say about new classes"),
             ({"context_init_ids": None, "context_init": "a photo"}, "has no tokenizer to read them"),
@@ -193,7 +193,7 @@ CASES = [
         bad_settings=(
             ({"start_layer": -1}, "0 or more, got -1"),
             ({"start_layer": 3}, "from 0 to 2"),
-            ({"start_layer": 1.5}, "integer, got 1.5"),
+            ({"start_layer": 1.5}, "integer or None, got 1.5"),
             ({"text_start_layer": 7}, "`text_start_layer` from 0 to 2"),
             ({"adapter_dtype": "int8"}, "got 'int8'"),
             ({"target_modules": "q_proj"}, "chooses its modules"),

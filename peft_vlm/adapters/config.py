@@ -1,13 +1,15 @@
 """The part of an adapter's configuration that every method shares, and the checks made when an adapter is loaded."""
 
 import hashlib
+import logging
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, no_type_check
+from typing import Any, ClassVar, get_args, get_origin, no_type_check
 
 import torch
 from peft import PeftConfig
@@ -26,6 +28,8 @@ from peft_vlm.files import (
     write_class_names,
     write_json,
 )
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 """Layout of adapter folders that this release writes. Raised when an older release could misread a newer folder."""
@@ -48,6 +52,9 @@ IN_WORDS = {
     **{int: "an integer", float: "a finite number", str: "text", bool: "True or False", NoneType: "None"},
     **{dict: "names and values"},
 }
+
+#: Layers of each tower of the model that official settings are for, CLIP's ViT-B/16.
+OFFICIAL_LAYERS = 12
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -110,6 +117,9 @@ class VLMConfig(PeftConfig):
     format_version: int = field(default=FORMAT_VERSION)
     peft_vlm_version: str = field(default_factory=installed_version)
 
+    #: Settings that are None until the adapter is put on a model.
+    fits_model: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self) -> None:
         self._check_types()
         super().__post_init__()
@@ -119,6 +129,9 @@ class VLMConfig(PeftConfig):
                 f"{shown(self.format_version)}, written by peft_vlm {shown(self.peft_vlm_version)}. "
                 "Install a newer release of peft_vlm."
             )
+        for name in self.fits_model if self.base_architecture is not None else ():
+            if getattr(self, name) is None:
+                raise ValueError(f"Expected `{name}` to be an integer in an adapter that has a base model, got None.")
         if self.task_type is not None:
             raise ValueError(
                 f"Expected `task_type`=None, got {self.task_type!r}. PEFT's task wrappers pass arguments that "
@@ -162,6 +175,17 @@ class VLMConfig(PeftConfig):
         check_weights(source, config)
         return config
 
+    def fit(self, layers: Mapping[str, int], length: int | None) -> None:
+        """Give settings that are None, which nobody asked for, values that fit the base model.
+
+        Called when the adapter is put on the model, so that `adapter_config.json` holds numbers. Methods whose
+        settings depend on the model override it, and name them in `fits_model`.
+
+        Args:
+            layers: Layers of the `"text"` and the `"vision"` tower, where the model has them.
+            length: Positions of the text tower; None where it has no such limit.
+        """
+
     def file_shapes(self) -> dict[str, Shape]:
         """Shapes that the settings give to tensors of the weights file, by regular expressions over whole names.
 
@@ -201,6 +225,35 @@ class VLMConfig(PeftConfig):
             tensors: The weights file.
         """
         return None
+
+
+def fitted(official: int, layers: int | None, *, least: int = 1) -> int:
+    """A number of layers for a tower: the official one for 12 layers or more, the same share of a smaller tower.
+
+    Args:
+        official: The number for a tower of 12 layers, ViT-B's.
+        layers: Layers of the tower; None where they are not known.
+        least: Smallest result.
+    """
+    return (
+        official if layers is None or layers >= OFFICIAL_LAYERS else max(least, official * layers // OFFICIAL_LAYERS)
+    )
+
+
+def fit_fields(config: VLMConfig, official: Mapping[str, int], fits: Mapping[str, int]) -> None:
+    """Set the fields of a configuration that are None, and log those that differ from the official numbers.
+
+    Args:
+        config: Configuration of a new adapter.
+        official: Numbers for ViT-B/16, by field.
+        fits: Those for the model at hand.
+    """
+    found = {name: value for name, value in fits.items() if getattr(config, name) is None}
+    for name, value in found.items():
+        setattr(config, name, value)
+    small = ", ".join(f"`{name}`={v} ({official[name]})" for name, v in found.items() if v != official[name])
+    if small:
+        logger.warning("The base model is smaller than ViT-B/16, so these settings fit it (official): %s.", small)
 
 
 def read_config(

@@ -1,13 +1,14 @@
 """The learned text context of an adapter's configuration, and where learned tokens go in CLIP's towers."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, no_type_check
 
 from torch import nn
 
 from peft_vlm.adapters.adapter_files import Shape
-from peft_vlm.adapters.config import VLMConfig
+from peft_vlm.adapters.config import VLMConfig, fit_fields, fitted
 from peft_vlm.adapters.learned_tokens import DeepTokens, LearnedTokens, TextContext, VisionTokens
 from peft_vlm.errors import AdapterError, UnsupportedModelError, shown
 from peft_vlm.models.towers import Side, towers_of
@@ -61,19 +62,35 @@ class TextContextConfig(VLMConfig):
         return Slots(self.num_text_tokens, self.placeholder_id, self.text_position, ids)
 
 
-def check_count(config: Any, name: str, *, minimum: int = 0) -> None:
+def fit_depths(config: VLMConfig, layers: Mapping[str, int], *, official: int = 9) -> None:
+    """Fill in `text_depth` and `vision_depth` where they are None: three quarters of a tower, at most the official 9.
+
+    Args:
+        config: Configuration of a new adapter.
+        layers: Layers by tower.
+        official: Depth in a tower of 12 layers.
+    """
+    names = [f"{tower}_depth" for tower in ("text", "vision") if hasattr(config, f"{tower}_depth")]
+    fits = {name: fitted(official, layers.get(name.removesuffix("_depth"))) for name in names}
+    fit_fields(config, dict.fromkeys(names, official), fits)
+
+
+def check_count(config: Any, name: str, *, minimum: int = 0, optional: bool = False) -> None:
     """Refuse a field that is not a whole number of some size.
 
     Args:
         config: Configuration with the field.
         name: Name of the field.
         minimum: Smallest allowed value.
+        optional: Allow None, which is replaced when the adapter is put on a model.
 
     Raises:
         TypeError: If it is no integer.
         ValueError: If it is too small.
     """
     value = getattr(config, name)
+    if value is None and optional:
+        return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"Expected `{name}` to be an integer, got {value!r}.")
     if value < minimum:

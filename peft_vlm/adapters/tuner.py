@@ -69,6 +69,10 @@ class VLMTuner(BaseTuner):
         """Fill `target_modules` and record, or check, what the base model is made of."""
         is_new = peft_config.base_architecture is None
         check_architecture(peft_config, model_config)
+        facts = architecture_of(model_config)
+        layers = {side: facts.get(f"{side}_num_hidden_layers") for side in ("text", "vision")}
+        known = {side: count for side, count in layers.items() if count is not None}
+        peft_config.fit(known, facts.get("text_max_position_embeddings"))
         pattern = self.target_pattern(peft_config)
         if peft_config.target_modules not in (None, pattern):
             raise ValueError(
@@ -76,7 +80,7 @@ class VLMTuner(BaseTuner):
                 "chooses its modules from its own settings."
             )
         peft_config.target_modules = pattern
-        peft_config.base_architecture = architecture_of(model_config)
+        peft_config.base_architecture = facts
         digest = self._base_digest(peft_config)
         if is_new:
             peft_config.base_digest = digest

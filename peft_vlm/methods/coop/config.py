@@ -1,16 +1,21 @@
 """Configuration of a CoOp adapter."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import no_type_check
+from typing import ClassVar, no_type_check
 
 from peft import PeftType
 
+from peft_vlm.adapters.config import fit_fields
 from peft_vlm.adapters.context import TextContextConfig, check_count
 from peft_vlm.errors import check_choice
 from peft_vlm.registry import extend_peft_type
 from peft_vlm.text.prompts import POSITIONS
 
 extend_peft_type("COOP")
+
+NUM_TOKENS = 16
+"""Official `N_CTX`."""
 
 
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too
@@ -20,7 +25,8 @@ class CoOpConfig(TextContextConfig):
 
     Args:
         num_text_tokens: Context vectors per prompt. Paper: M; official `N_CTX`, 16. With `context_init` it becomes the
-            number of the words' tokens, as in the official code.
+            number of the words' tokens, as in the official code. None: 16, at most a quarter of what the text tower
+            reads.
         context_init: Words whose embeddings the context starts from, such as `"a photo of a"`. None: N(0, 0.02).
         class_position: Where the class name stands: `"end"`: behind the context, `"middle"`: between its halves,
             `"front"`: before it. Official `CLASS_TOKEN_POSITION`.
@@ -30,15 +36,17 @@ class CoOpConfig(TextContextConfig):
         Learning to Prompt for Vision-Language Models, 2022, arXiv 2109.01134, Sec. 3.2.
     """
 
-    num_text_tokens: int = field(default=16)
+    num_text_tokens: int | None = field(default=None)
     context_init: str | None = field(default=None)
     class_position: str = field(default="end")
     class_specific: bool = field(default=False)
 
+    fits_model: ClassVar[tuple[str, ...]] = ("num_text_tokens",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["COOP"]
-        check_count(self, "num_text_tokens", minimum=1)
+        check_count(self, "num_text_tokens", minimum=1, optional=True)
         check_choice("class_position", self.class_position, POSITIONS)
         if self.class_specific:
             raise ValueError(
@@ -46,6 +54,17 @@ class CoOpConfig(TextContextConfig):
                 "class list: it has nothing to say about new classes, and its size grows with their number. Use the "
                 "shared context."
             )
+
+    def fit(self, layers: Mapping[str, int], length: int | None) -> None:
+        """Fill in a number of context vectors that is None.
+
+        Args:
+            layers: Not used.
+            length: Positions of the text tower.
+        """
+        is_counted = self.context_init is not None or self.context_init_ids is not None
+        count = NUM_TOKENS if length is None or is_counted else min(NUM_TOKENS, max(1, length // 4))
+        fit_fields(self, {"num_text_tokens": NUM_TOKENS}, {"num_text_tokens": count})
 
     @property
     def text_position(self) -> str:

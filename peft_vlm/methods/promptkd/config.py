@@ -1,13 +1,14 @@
 """Configuration of a PromptKD student."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import no_type_check
+from typing import ClassVar, no_type_check
 
 from peft import PeftType
 
 from peft_vlm.adapters.adapter_files import Shape
 from peft_vlm.adapters.config import VLMConfig
-from peft_vlm.adapters.context import check_count
+from peft_vlm.adapters.context import check_count, fit_depths
 from peft_vlm.errors import AdapterError, check_choice
 from peft_vlm.registry import extend_peft_type
 
@@ -27,7 +28,8 @@ class PromptKDConfig(VLMConfig):
             `teacher.config.projection_dim`. Also the hidden width of the projector.
         num_vision_tokens: Learned tokens in the vision tower. Official `N_CTX_VISION`, 4.
         vision_depth: Layers whose input has learned tokens; 0 trains the projector alone. Official
-            `PROMPT_DEPTH_VISION`: 9 of 12 for base-to-new, 3 across datasets.
+            `PROMPT_DEPTH_VISION`: 9 of 12 for base-to-new, 3 across datasets. None: 9, in a smaller tower three
+            quarters of its layers, and 0 with `tune_vision`.
         projector_depth: Linear layers of the projector, 1 to 3; normalisation and ReLU between them. Official: 2.
         projector_norm: `"batchnorm"` (official), `"layernorm"` or `"none"`.
         tune_vision: Train a copy of every vision layer and norm instead of visual prompts (the paper's "full
@@ -43,7 +45,7 @@ class PromptKDConfig(VLMConfig):
 
     class_dim: int | None = field(default=None)
     num_vision_tokens: int = field(default=4)
-    vision_depth: int = field(default=9)
+    vision_depth: int | None = field(default=None)
     projector_depth: int = field(default=2)
     projector_norm: str = field(default="batchnorm")
     tune_vision: bool = field(default=False)
@@ -66,13 +68,26 @@ class PromptKDConfig(VLMConfig):
             shapes[r".*\.promptkd_prompt"] = (self.num_vision_tokens, None)
         return shapes
 
+    def fit(self, layers: Mapping[str, int], length: int | None) -> None:
+        """Fill in a depth that is None.
+
+        Args:
+            layers: Layers by tower.
+            length: Not used.
+        """
+        if self.tune_vision and self.vision_depth is None:
+            self.vision_depth = 0
+        fit_depths(self, layers)
+
+    fits_model: ClassVar[tuple[str, ...]] = ("vision_depth",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["PROMPTKD"]
         if self.class_dim is not None:
             check_count(self, "class_dim", minimum=1)
         check_count(self, "num_vision_tokens", minimum=1)
-        check_count(self, "vision_depth")
+        check_count(self, "vision_depth", optional=True)
         check_count(self, "num_classes")
         check_count(self, "projector_depth", minimum=1)
         if self.projector_depth > MAX_PROJECTOR_DEPTH:

@@ -1,12 +1,13 @@
 """Configuration of an RPP adapter: separate prompts for queries, keys and values in both towers of a CLIP."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import no_type_check
+from typing import ClassVar, no_type_check
 
 from peft import PeftType
 
-from peft_vlm.adapters.context import TextContextConfig, check_count
+from peft_vlm.adapters.context import TextContextConfig, check_count, fit_depths
 from peft_vlm.adapters.qkv_prompt import RESIDUALS, SHARING, dead_queries
 from peft_vlm.errors import PeftVLMWarning, check_choice
 from peft_vlm.registry import extend_peft_type
@@ -29,7 +30,8 @@ class RPPConfig(TextContextConfig):
             places, so that an untrained text tower is that of the base model with these words, up to a norm's epsilon
             (see `word_start`). Ours: "a photo of a"; None: N(0, 0.02) in front of the template. Vision prompts always
             start there.
-        text_depth: Text layers with prompts, from the first on. Ours: 9 of 12.
+        text_depth: Text layers with prompts, from the first on. Ours: 9 of 12. None: 9, in a smaller tower three
+            quarters of its layers.
         num_vision_tokens: Slots behind the image patches. Ours: 4.
         vision_depth: The same as `text_depth` for the vision tower. Ours: 9.
         share_qkv: `"none"`: the paper's separate prompts; `"all"`: one prompt for all three, as in POMP and deep
@@ -43,20 +45,33 @@ class RPPConfig(TextContextConfig):
         Revisiting Prompt Pretraining of Vision-Language Models, 2024, arXiv 2409.06166.
     """
 
-    text_depth: int = field(default=9)
+    text_depth: int | None = field(default=None)
     num_vision_tokens: int = field(default=4)
-    vision_depth: int = field(default=9)
+    vision_depth: int | None = field(default=None)
     share_qkv: str = field(default="none")
     slot_residual: str = field(default="stream")
     dead_prompts: str = field(default="refuse")
 
+    fits_model: ClassVar[tuple[str, ...]] = ("text_depth", "vision_depth")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["RPP"]
-        for name in ("num_text_tokens", "text_depth", "num_vision_tokens", "vision_depth"):
+        for name in ("num_text_tokens", "num_vision_tokens"):
             check_count(self, name)
+        for name in ("text_depth", "vision_depth"):
+            check_count(self, name, optional=True)
         for name, known in (("share_qkv", SHARING), ("slot_residual", RESIDUALS), ("dead_prompts", DEAD_PROMPTS)):
             check_choice(name, getattr(self, name), known)
+
+    def fit(self, layers: Mapping[str, int], length: int | None) -> None:
+        """Fill in depths that are None.
+
+        Args:
+            layers: Layers by tower.
+            length: Not used.
+        """
+        fit_depths(self, layers)
 
     @property
     def depths(self) -> dict[str, int]:

@@ -1,15 +1,19 @@
 """Configuration of a Skip Tuning adapter."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import no_type_check
+from typing import ClassVar, no_type_check
 
 from peft import PeftType
 
-from peft_vlm.adapters.config import DTYPES, VLMConfig
+from peft_vlm.adapters.config import DTYPES, VLMConfig, fit_fields, fitted
 from peft_vlm.errors import check_choice
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("SKIP_TUNING")
+
+START_LAYER = 6
+"""Official `START_LAYER`, for 12 layers."""
 
 
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too
@@ -24,8 +28,9 @@ class SkipTuningConfig(VLMConfig):
 
     Args:
         start_layer: First tuned layer, counted from 0; also the number of layers whose output can be cached. Paper:
-            omega; official flag `START_LAYER`, default 6 of 12 layers.
-        text_start_layer: First tuned text layer where the towers differ in depth; None means `start_layer`.
+            omega; official flag `START_LAYER`, 6 of 12 layers. None: 6, in a smaller tower half of its layers.
+        text_start_layer: First tuned text layer where the towers differ in depth; None means `start_layer`, and where
+            that is None too, it fits the text tower.
         adapter_dtype: dtype in which the tuned tensors are kept and saved: `"float32"`, `"float16"`, `"bfloat16"`.
             None follows PEFT: the base model's dtype, raised to float32 while training a half-precision base.
 
@@ -34,9 +39,11 @@ class SkipTuningConfig(VLMConfig):
         arXiv 2412.11509, Sec. 4.
     """
 
-    start_layer: int = field(default=6)
+    start_layer: int | None = field(default=None)
     text_start_layer: int | None = field(default=None)
     adapter_dtype: str | None = field(default=None)
+
+    fits_model: ClassVar[tuple[str, ...]] = ("start_layer",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,12 +51,25 @@ class SkipTuningConfig(VLMConfig):
         check_choice("adapter_dtype", self.adapter_dtype, (None, *DTYPES))
         for name in ("start_layer", "text_start_layer"):
             value = getattr(self, name)
-            if value is None and name == "text_start_layer":
+            if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"Expected `{name}` to be an integer, got {value!r}.")
             if value < 0:
                 raise ValueError(f"Expected `{name}` to be 0 or more, got {value!r}.")
+
+    def fit(self, layers: Mapping[str, int], length: int | None) -> None:
+        """Fill in start layers that are None.
+
+        Args:
+            layers: Layers by tower; those of a language model count as text.
+            length: Not used.
+        """
+        if self.start_layer is not None:
+            return
+        vision, text = (fitted(START_LAYER, layers.get(tower), least=0) for tower in ("vision", "text"))
+        fits = {"start_layer": vision} | ({} if text == vision else {"text_start_layer": text})
+        fit_fields(self, dict.fromkeys(fits, START_LAYER), fits)
 
     @property
     def start_layers(self) -> tuple[int, int]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peft_vlm.classification import ClassificationObjective
     from peft_vlm.classifier import PromptedClassifier
     from peft_vlm.hub import publish
+    from peft_vlm.methods.clip_lora import CLIPLoRAObjective
     from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
     from peft_vlm.methods.kgcoop import KgCoOpObjective
     from peft_vlm.methods.promptkd import PromptKDConfig, PromptKDModel, PromptKDObjective
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from peft_vlm.training import VLMTrainer, VLMTrainingArguments
 
 __all__ = [
+    "CLIPLoRAObjective",
     "ClassificationObjective",
     "CoOpConfig",
     "CoOpModel",
@@ -63,6 +65,7 @@ __all__ = [
 
 #: Where the names above are defined: a name of a method stands in the method's folder.
 _HOMES = {
+    "CLIPLoRA": "methods.clip_lora",
     "ClassificationObjective": "classification",
     "CoOp": "methods.coop",
     "KgCoOp": "methods.kgcoop",

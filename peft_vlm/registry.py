@@ -99,6 +99,7 @@ class TrainingMethod:
         objective: Objective on a CLIP-like model, from class prompts; None where the method trains none.
         answer_objective: Objective on a model that writes text, from candidate answers; None where it trains none.
         preset_for: Gives an official configuration by its name.
+        defaults: Settings of a new adapter where they differ from those of its type.
     """
 
     name: str
@@ -108,6 +109,7 @@ class TrainingMethod:
     objective: Callable[..., Any] | None = None
     answer_objective: Callable[..., Any] | None = None
     preset_for: Callable[..., Preset] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def adapter_type(self) -> AdapterType:

@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from peft_vlm.adapters.config import VLMConfig
 from peft_vlm.objective import Objective
 from peft_vlm.registry import METHODS
 
@@ -46,3 +47,8 @@ class Case:
     def adapter(self) -> str:
         """Name of the adapter type that the method trains."""
         return METHODS[self.method].adapter
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the adapter type is of this package, not of PEFT."""
+        return issubclass(METHODS[self.method].adapter_type.config, VLMConfig)

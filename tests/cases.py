@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import CLIPProcessor
 
 from peft_vlm import (
+    CLIPLoRAObjective,
     CoOpConfig,
     CoOpObjective,
     KgCoOpObjective,
@@ -44,6 +46,12 @@ def skip_tuning_config(**settings: Any) -> SkipTuningConfig:
 def skip_tuning_objective(prompts: ClassPrompts, **settings: Any) -> SkipTuningObjective:
     """Random batches, so that a batch has several classes."""
     return SkipTuningObjective(prompts, **({"batch_composition": "random", "top_ratio": 0.5} | settings))
+
+
+def lora_config(*, init_weights: bool = True, **settings: Any) -> LoraConfig:
+    """Query, key and value of both towers; PEFT calls `init_weights` otherwise."""
+    own = {"r": 2, "target_modules": ["q_proj", "k_proj", "v_proj"], "init_lora_weights": init_weights}
+    return LoraConfig(**(own | settings))
 
 
 def coop_config(**settings: Any) -> CoOpConfig:
@@ -93,6 +101,16 @@ def tvp_objective(prompts: ClassPrompts, **settings: Any) -> TVPObjective:
 
 
 CASES = [
+    Case(
+        method="clip_lora",
+        config=lora_config,
+        objective=CLIPLoRAObjective,
+        other_shape={"r": 4},
+        bad_settings=(
+            ({"r": 0}, "`r` should be a positive integer value but the value passed is 0"),
+            ({"target_modules": "no_such_module"}, "not found in the base model"),
+        ),
+    ),
     Case(
         method="coop",
         config=coop_config,
@@ -230,7 +248,9 @@ CASES = [
 ]
 
 #: The first row of each adapter type, for promises that do not depend on how an adapter was trained.
-ADAPTER_CASES = list({case.adapter: case for case in reversed(CASES)}.values())[::-1]
+ALL_ADAPTER_CASES = list({case.adapter: case for case in reversed(CASES)}.values())[::-1]
+#: Those of this package, for promises that PEFT does not make for its own types.
+ADAPTER_CASES = [case for case in ALL_ADAPTER_CASES if case.is_own]
 
 
 def class_prompts(names: Sequence[str] | None = None) -> ClassPrompts:

@@ -8,6 +8,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 from peft_vlm import VLMTrainer, VLMTrainingArguments
+from peft_vlm.adapters.adapter_files import AdapterSource
+from peft_vlm.adapters.config import facts_of
 from tests.cases import CASES, Case, base_model, class_prompts, images, logits_of
 
 
@@ -76,7 +78,7 @@ def test_a_finished_run_leaves_what_a_person_wants(straight):
     summary = json.loads((folder / "training_summary.json").read_text())
     assert summary["steps"] == 12
     assert summary["objective"]
-    config = PeftConfig.from_pretrained(folder)
+    config = facts_of(AdapterSource.find(folder), PeftConfig.from_pretrained(folder))
     assert config.class_names == list(class_prompts().class_names)
     assert config.template == "a {}."
     assert config.image_size == [16, 16]

@@ -74,9 +74,9 @@ def reload_a_method() -> None:
 
 def test_a_name_that_peft_owns_is_refused():
     """What a later PEFT with a method of the same name would look like."""
-    with pytest.raises(PeftVLMError, match=r"'lora': the name belongs to `peft\..*Use the method of that package"):
-        register_adapter(dataclasses.replace(ADAPTERS["skip_tuning"], name="lora"))
-    assert "lora" not in ADAPTERS
+    with pytest.raises(PeftVLMError, match=r"'ia3': the name belongs to `peft\..*Use the method of that package"):
+        register_adapter(dataclasses.replace(ADAPTERS["skip_tuning"], name="ia3"))
+    assert "ia3" not in ADAPTERS
 
 
 def test_a_type_of_peft_itself_can_be_an_adapter_type(monkeypatch):

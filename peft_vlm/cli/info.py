@@ -66,7 +66,7 @@ def _installed() -> dict[str, Any]:
 def _method(method: "TrainingMethod") -> dict[str, Any]:
     """Settings of a method with their defaults."""
     facts = {"method": method.name, "adapter": method.adapter, "trained": method.adapter_type.trained}
-    facts |= {"paper": _cited(method.paper), "config": _defaults(method.adapter_type.config)}
+    facts |= {"paper": _cited(method.paper), "config": _defaults(method.adapter_type.config) | method.defaults}
     targets = (("objective", method.objective), ("objective on text models", method.answer_objective))
     facts |= {key: _defaults(target) for key, target in targets if target is not None}
     return facts | {"page": f"docs/methods/{method.name}.md"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -158,7 +158,7 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
     """
     settings.check()
     preset = preset_of(settings)
-    config = preset.config | named_values(settings.config, "config")
+    config = METHODS[settings.method].defaults | preset.config | named_values(settings.config, "config")
     options = preset.objective | named_values(settings.objective, "objective")
     build = _classifier if _is_clip_like(settings.model) else _answerer
     # A missing split is better found before the training.
@@ -336,7 +336,8 @@ def _adapted(
     mean, std = mean_and_std_of(image_processor)
     target = METHODS[method].adapter_type.config
     known = _accepted(target, {"image_mean": list(mean), "image_std": list(std), **offered})
-    return get_peft_model(base, build(target, known | config, name="config", hidden=VLMConfig))
+    hidden = VLMConfig if issubclass(target, VLMConfig) else PeftConfig
+    return get_peft_model(base, build(target, known | config, name="config", hidden=hidden))
 
 
 def _objective(

@@ -23,6 +23,7 @@ from tests.tiny_questions import llava_processor, tiny_llava
 
 #: Words that each method needs on a CLIP of three layers.
 WORDS = {
+    "clip_lora": ["--config", "r=4"],
     "coop": ["--config", "context_init=a"],
     "kgcoop": ["--config", "context_init=a"],
     "promptkd": ["--config", "vision_depth=2", "projector_depth=1", "--teacher", "TEACHER", "--transductive"],
@@ -76,7 +77,8 @@ def test_every_method_is_trained_by_its_name(method, words, tmp_path, capsys) ->
     assert main(["train", "--method", method, *flags, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["scores"] == {}
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
-    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    name = "peft_vlm.json" if method == "clip_lora" else "adapter_config.json"
+    config = json.loads((tmp_path / "run" / name).read_text())
     assert config["class_names"] == sorted(colour_names(4))
 
 
@@ -302,7 +304,7 @@ def test_wrong_files_are_named(tmp_path, capsys) -> None:
 def test_presets_are_the_methods_own() -> None:
     """Each method's official configuration by its name; the command line passes the number of shots."""
     names = {"coop": "random", "promptkd": "base_to_new", "promptsrc": "base_to_new", "skip_tuning": "few_shot"}
-    names |= {"kgcoop": "base_to_new", "tvp": "cifar10", "rpp": "imagenet21k"}
+    names |= {"clip_lora": "few_shot", "kgcoop": "base_to_new", "tvp": "cifar10", "rpp": "imagenet21k"}
     for method in METHODS:
         if METHODS[method].preset_for is not None:
             preset = preset_of(RunSettings(method=method, model="m", dataset="d", shots=1, preset=names[method]))

@@ -1,0 +1,35 @@
+"""Hyper-parameters of the official CLIP-LoRA runs (MaxZanella/CLIP-LoRA, commit 358f0d7)."""
+
+from typing import Any
+
+from peft_vlm.errors import check_choice
+from peft_vlm.registry import Preset
+
+#: Query, key and value of both towers; the scale is alpha / sqrt(r), which PEFT calls rank-stabilised.
+CONFIG: dict[str, Any] = {
+    "r": 2,
+    "lora_alpha": 1,
+    "use_rslora": True,
+    "lora_dropout": 0.25,
+    "target_modules": ["q_proj", "k_proj", "v_proj"],
+}
+
+
+def preset_for(protocol: str = "few_shot", *, shots: int) -> Preset:
+    """Return the official preset: AdamW at 2e-4, weight decay 0.01, batch 32, 500 steps per shot, cosine to 1e-6.
+
+    Args:
+        protocol: `"few_shot"`, the protocol of the official scripts, 1 to 16 shots.
+        shots: Images per class.
+
+    Raises:
+        ValueError: If there is no shot.
+    """
+    check_choice("protocol", protocol, ("few_shot",))
+    if shots < 1:
+        raise ValueError(f"Expected `shots` of 1 or more, got {shots!r}.")
+    training = {"optim": "adamw_torch", "learning_rate": 2e-4, "weight_decay": 0.01, "max_grad_norm": 0.0}
+    training |= {"per_device_train_batch_size": 32, "max_steps": 500 * shots, "warmup_epochs": 0}
+    training |= {"lr_schedule": "transformers", "lr_scheduler_type": "cosine_with_min_lr"}
+    training |= {"lr_scheduler_kwargs": {"min_lr": 1e-6}}
+    return Preset(config=dict(CONFIG), training=training)

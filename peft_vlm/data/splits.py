@@ -26,9 +26,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.dataset import ImageClassificationDataset, is_hf_dataset
 from peft_vlm.data.folders import check_files_exist
 from peft_vlm.errors import DataError
+from peft_vlm.files import last_part
 from peft_vlm.objective import EpochBatchSampler
 from peft_vlm.serving.escape import one_line
 
@@ -248,6 +249,27 @@ def image_sample(images: ImageClassificationDataset) -> list[str]:
     """
     cells = images.some_images(SAMPLE)
     return sorted({print_ for cell in cells if (print_ := _fingerprint(cell, None)) is not None})
+
+
+def content_digest(images: ImageClassificationDataset) -> str:
+    """Digest of what an epoch shows, in its order: all labels and file names, the content of some images.
+
+    The folder of the files does not count, so that a dataset may be moved. Names inside a `datasets.Dataset` are not
+    read, since its rows bring their images along.
+
+    Args:
+        images: Training images.
+    """
+    digest = hashlib.blake2b(np.asarray(images.labels, dtype=np.int64).tobytes(), digest_size=8)
+    cells = images.some_images(SAMPLE)
+    names = cells if is_hf_dataset(images.source) else images.some_images(len(images))
+    for cell in names:
+        path = cell.get("path") if isinstance(cell, dict) else cell
+        if isinstance(path, str | Path):
+            digest.update(f"{last_part(path)}\n".encode(errors="surrogatepass"))
+    for cell in cells:
+        digest.update(str(_fingerprint(cell, None)).encode())
+    return digest.hexdigest()
 
 
 def check_not_trained_on(

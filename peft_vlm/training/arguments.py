@@ -13,6 +13,7 @@ CHOICES = {
     "lr_schedule": ("epoch_cosine", "transformers"),
     "non_finite": ("error", "skip"),
     "unreadable_images": ("error", "skip"),
+    "resume_changes": ("error", "warn"),
     "train_sampling_strategy": ("random",),  # objectives and processes share the batches, see `batches.py`
 }
 
@@ -39,6 +40,8 @@ class VLMTrainingArguments(TrainingArguments):
             leaves the update out and counts it.
         unreadable_images: Training images that cannot be read: `"error"` stops, `"skip"` takes the next image of the
             class in their place and counts them.
+        resume_changes: A resume as another run, with other classes, images, transform, settings of the method or
+            optimizer: `"error"` refuses it, `"warn"` goes on and records what has changed.
         hub_license: Licence of the published adapter, as the Hub spells it.
         hub_strategy: `"end"` publishes when `push_to_hub` or `save_model` is called after training; `"checkpoint"` and
             `"all_checkpoints"` upload unfinished checkpoints as well, into folders of their own.
@@ -54,6 +57,8 @@ class VLMTrainingArguments(TrainingArguments):
     hub_strategy: str = field(default="end", metadata={"help": "'end', 'checkpoint' or 'all_checkpoints'."})
     non_finite: str = field(default="error", metadata={"help": "Non-finite steps: 'error' or 'skip'."})
     unreadable_images: str = field(default="error", metadata={"help": "Damaged images: 'error' or 'skip'."})
+
+    resume_changes: str = field(default="error", metadata={"help": "A resume as another run: 'error' or 'warn'."})
 
     optim: str = field(default="sgd", metadata={"help": "Optimizer, any that transformers knows."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Initial learning rate."})

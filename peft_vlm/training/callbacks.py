@@ -95,6 +95,7 @@ class ObjectiveCallback(TrainerCallback):
 
         The checkpoint of the last step of an epoch is written before the epoch ends.
         """
+        self.trainer.record.use_own_rates()
         module = self.trainer.model
         with self.trainer.accelerator.autocast():
             module.objective.prepare(module.model, self.trainer.images)

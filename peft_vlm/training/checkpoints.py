@@ -2,32 +2,30 @@
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME
 
-from peft_vlm.adapters.config import VLMConfig, adapter_settings, check_adapter_file, write_facts
+from peft_vlm.adapters.config import VLMConfig, check_adapter_file, write_facts
 from peft_vlm.distributed import all_agree, from_main, is_main_process, wait_for_everyone
-from peft_vlm.errors import AdapterError, CheckpointError, PeftVLMWarning
+from peft_vlm.errors import AdapterError, CheckpointError, PeftVLMWarning, shown
 from peft_vlm.files import read_json, write_json
 from peft_vlm.hub.publish import saved_adapter
 from peft_vlm.objective import Objective
-from peft_vlm.settings import RETIRED_SETTINGS
 from peft_vlm.training.module import TrainingModule
 
 MANIFEST_NAME = "manifest.json"
+STATE_NAME = "trainer_state.json"
 PREFIX = "checkpoint-"
 
 
@@ -117,30 +115,115 @@ def _finish(partial: Path, folder: Path, facts: dict[str, Any]) -> None:
     _sync_folder(folder.parent)
 
 
+#: Entries of a manifest that hold names and values; checkpoints of earlier versions lack some.
+_FACTS = ("order", "settings", "settings_found", "identity", "rates", "precision")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the list of a checkpoint's files and the facts about its run, which may come from anybody.
+
+    Args:
+        folder: Checkpoint.
+
+    Returns:
+        `files` by their path in the folder, each with `bytes` and `sha256`; `step`, if it is known; and further facts.
+
+    Raises:
+        CheckpointError: If it is missing, no JSON, or of other types.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST_NAME)
+    except AdapterError as error:
+        raise CheckpointError(str(error)) from error
+
+    def refuse(where: str, expected: str, value: Any) -> None:
+        raise CheckpointError(
+            f"Expected {expected} as {where} in {str(folder / MANIFEST_NAME)!r}, got {shown(value)}. The file is "
+            "damaged: resume from another checkpoint."
+        )
+
+    if not isinstance(manifest, dict):
+        refuse("the content", "names and values", manifest)
+    if not isinstance(manifest.get("files"), dict):
+        refuse("`files`", "names and values", manifest.get("files"))
+    for name, entry in manifest["files"].items():
+        path = PurePosixPath(name)
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name or "\\" in name:
+            refuse("the name of a file", "a path inside the checkpoint", name)
+        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or size < 0 or not isinstance(digest, str):
+            refuse(f"the entry of {shown(name)}", "`bytes` and `sha256`", entry)
+    if "step" in manifest and (type(manifest["step"]) is not int or manifest["step"] < 0):
+        refuse("`step`", "a number of steps", manifest["step"])
+    if not isinstance(manifest.get("changes", []), list):
+        refuse("`changes`", "a list", manifest["changes"])
+    for name in _FACTS:
+        if not isinstance(manifest.get(name, {}), dict):
+            refuse(f"`{name}`", "names and values", manifest[name])
+    return manifest
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the steps that a checkpoint's run had made.
+
+    Args:
+        checkpoint: Checkpoint.
+
+    Raises:
+        CheckpointError: If its trainer state does not say.
+    """
+    try:
+        state = read_json(checkpoint / STATE_NAME)
+    except AdapterError as error:
+        raise CheckpointError(str(error)) from error
+    step = state.get("global_step") if isinstance(state, dict) else None
+    if type(step) is not int or step < 0:
+        raise CheckpointError(
+            f"Expected a number of steps as `global_step` in {str(checkpoint / STATE_NAME)!r}, got {shown(step)}. The "
+            "file is damaged: resume from another checkpoint."
+        )
+    return step
+
+
 def damage(folder: Path) -> list[str]:
     """What is wrong with a checkpoint; empty when it is whole.
 
     Args:
         folder: Checkpoint.
     """
-    try:
-        files = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
-        listed = [(name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
-    except FileNotFoundError:
+    if not (folder / MANIFEST_NAME).exists():
         return [f"no {MANIFEST_NAME}, which is written last"]
-    except (ValueError, KeyError, TypeError, AttributeError):  # JSON may be damaged and still be JSON
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError:  # JSON may be damaged and still be JSON
         return [f"{MANIFEST_NAME} is cut off or damaged"]
     found = []
-    for name, expected, digest in listed:
-        path = folder / name
+    for name, entry in manifest["files"].items():
+        path, expected = folder / name, entry["bytes"]
         size = path.stat().st_size if path.is_file() else None
         if size is None:
             found.append(f"{name} is missing")
         elif size != expected:
             found.append(f"{name} is cut off or damaged ({size} of {expected} bytes)")
-        elif _hash(path) != digest:
+        elif _hash(path) != entry["sha256"]:
             found.append(f"{name} is cut off or damaged (other content than was written)")
-    return found
+    return found or _other_steps(folder, manifest)
+
+
+def _other_steps(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Say so where trainer state, manifest and name of a checkpoint are of different steps."""
+    try:
+        steps = {STATE_NAME: step_of(folder)}
+    except CheckpointError:
+        return [f"{STATE_NAME} has no number of steps"]
+    if "step" in manifest:
+        steps[MANIFEST_NAME] = manifest["step"]
+    named = folder.name.removeprefix(PREFIX)
+    if folder.name.startswith(PREFIX) and named.isdigit():
+        steps["its name"] = int(named)
+    if len(set(steps.values())) == 1:
+        return []
+    return [f"it is put together from several: {', '.join(f'{what} says step {n}' for what, n in steps.items())}"]
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -193,20 +276,21 @@ def numbered_checkpoints(output_dir: Path) -> dict[int, Path]:
     }
 
 
-def _check_whole(folder: Path) -> None:
+def check_whole(folder: Path, *, advice: str = "") -> None:
     """Refuse a checkpoint that is not whole.
 
     Args:
         folder: Checkpoint.
+        advice: What to do about it; empty: take another one.
 
     Raises:
         CheckpointError: Naming what is wrong.
     """
     found = from_main(damage(folder) if is_main_process() else None)
     if found:
+        other = "Resume from an earlier one, or let `resume_from_checkpoint='auto'` choose the newest whole one."
         raise CheckpointError(
-            f"Expected a whole checkpoint, got {str(folder)!r}: {', '.join(found)}. Resume from an earlier one, or "
-            "let `resume_from_checkpoint='auto'` choose the newest whole one."
+            f"Expected a whole checkpoint, got {str(folder)!r}: {', '.join(found)}. {advice or other}"
         )
 
 
@@ -401,63 +485,6 @@ def _set_aside(output_dir: Path, *, after: int) -> None:
     warnings.warn(message, PeftVLMWarning, stacklevel=2)
 
 
-STATE_NAME = "trainer_state.json"
-#: Settings that decide which images a step sees, and in which order.
-ORDER = (
-    *("seed", "data_seed", "world_size", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    "dataloader_drop_last",
-)
-
-
-def order_of(images: Any, args: Any) -> dict[str, Any]:
-    """What decides which images a step sees, and in which order.
-
-    Args:
-        images: Training images.
-        args: Settings of the run.
-    """
-    # the workers of a stream divide its rows
-    names = ORDER if images.has_positions else (*ORDER, "dataloader_num_workers")
-    return {name: getattr(args, name) for name in names} | images.order_facts()
-
-
-def settings_of(model: nn.Module, objective: Objective) -> dict[str, Any]:
-    """Settings of adapter and objective as JSON values.
-
-    Args:
-        model: `PeftModel`, or a plain model.
-        objective: What is minimised.
-    """
-    own = adapter_settings(model.active_peft_config) if isinstance(model, PeftModel) else {}
-    return json.loads(json.dumps(own | objective.config_dict(), default=str))
-
-
-def warn_of_changes(checkpoint: Path, *, order: dict[str, Any], settings: dict[str, Any], has_optimizer: bool) -> None:
-    """Say so where the resumed run is not the interrupted one.
-
-    Args:
-        checkpoint: What the run continues from.
-        order: Of `order_of`, for this run.
-        settings: Of `settings_of`, as they are before training fills in what it finds.
-        has_optimizer: Whether the checkpoint holds an optimizer that this run can read.
-    """
-    manifest, problems = read_json(checkpoint / MANIFEST_NAME), []
-    found = manifest.get("settings_found", {})  # what training had filled in: an objective may be used again
-    for name, now, what in (
-        ("order", order, "sees other batches than it would have"),
-        ("settings", settings, "has other settings"),
-    ):
-        saved = {key: value for key, value in manifest.get(name, {}).items() if key not in RETIRED_SETTINGS}
-        changed = sorted(key for key in saved if now.get(key) not in (saved[key], found.get(key, saved[key])))
-        text = ", ".join(f"{key} was {saved[key]!r} and is {now.get(key)!r}" for key in changed)
-        problems += [f"{what}: {text}"] if changed else []
-    if not has_optimizer:
-        problems.append(f"begins with a new optimizer and schedule: the checkpoint has no {OPTIMIZER_NAME}")
-    if problems:
-        message = f"The run goes on from {checkpoint.name}, but {'; and it '.join(problems)}."
-        warnings.warn(message, PeftVLMWarning, stacklevel=3)
-
-
 def checkpoint_to_resume(choice: str | bool, output_dir: Path) -> Path | None:
     """The checkpoint that a run continues from; None where it starts from the beginning.
 
@@ -470,7 +497,7 @@ def checkpoint_to_resume(choice: str | bool, output_dir: Path) -> Path | None:
         CheckpointError: If the folder is damaged, or True finds no checkpoint.
     """
     if choice is not True and choice != "auto":
-        _check_whole(Path(choice))
+        check_whole(Path(choice))
         return Path(choice)
     found = last_checkpoint(output_dir)
     if found is None and list(output_dir.glob(f"{EARLIER}{PREFIX}*")):

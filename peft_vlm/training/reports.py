@@ -98,7 +98,7 @@ class ArtifactsCallback(TrainerCallback):
         The other processes wait, so that each may read the folder when its `train()` returns. A finished run that is
         started again, and makes no step, leaves its files as they are.
         """
-        if state.global_step > self.trainer.first_step or not _was_finished(Path(args.output_dir), state.global_step):
+        if state.global_step > self.trainer.first_step or not was_finished(Path(args.output_dir), state.global_step):
             self.trainer.save_model(_internal_call=True)
             if args.should_save:
                 self.write_reports(args, state)
@@ -141,6 +141,7 @@ class ArtifactsCallback(TrainerCallback):
             "data": {"num_images": len(dataset), "num_classes": len(dataset.class_names)},
             "training_images": {"count": len(dataset), "sample": sample},
             "steps": state.global_step,
+            "changes": self.trainer.record.changes,
             "epochs": state.epoch,
             "selection": self._selection(args),
             "best_checkpoint": state.best_model_checkpoint and Path(state.best_model_checkpoint).name,
@@ -158,7 +159,7 @@ class ArtifactsCallback(TrainerCallback):
         return {"metric": args.metric_for_best_model, "sample": sorted(set().union(*samples))}
 
 
-def _was_finished(folder: Path, step: int) -> bool:
+def was_finished(folder: Path, step: int) -> bool:
     """Whether the reports in a run's folder are those of the run whose last checkpoint lies there: newer than it.
 
     Args:

@@ -15,27 +15,24 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from peft_vlm.adapters.config import installed_version
 from peft_vlm.data.dataset import RunImages
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.files import read_json
+from peft_vlm.files import installed_version, last_part
 from peft_vlm.hub.publish import Published, saved_adapter
 from peft_vlm.training.callbacks import FiniteSteps, Interrupt, ObjectiveCallback, RunReport, with_advice
 from peft_vlm.training.checkpoints import (
-    OPTIMIZER_NAME,
     PREFIX,
     STATE_NAME,
     EarlierRun,
     atomic_folder,
+    check_whole,
     checkpoint_to_resume,
     load_objective_state,
     load_weights,
     moved_into,
-    order_of,
     save_objective_state,
     save_weights,
-    settings_of,
-    warn_of_changes,
+    step_of,
 )
 from peft_vlm.training.inputs import (
     check_arguments,
@@ -49,7 +46,14 @@ from peft_vlm.training.inputs import (
 )
 from peft_vlm.training.metrics import EvaluationMetrics, LossSums
 from peft_vlm.training.module import TrainingModule
-from peft_vlm.training.reports import ArtifactsCallback, describe_adapter, publish_run, push_checkpoint, write_card
+from peft_vlm.training.reports import (
+    ArtifactsCallback,
+    describe_adapter,
+    publish_run,
+    push_checkpoint,
+    write_card,
+)
+from peft_vlm.training.resume import RunRecord, name_of_optimizer, settings_of, without_optimizer
 from peft_vlm.training.schedule import build_optimizer, epoch_cosine_scheduler
 
 #: Names of `transformers.Trainer` that begin with an underscore and are overridden or set here, each with what for.
@@ -126,6 +130,7 @@ class VLMTrainer(Trainer):
         if compute_metrics is None:
             args = copy.copy(args)
             args.batch_eval_metrics = True  # memory does not grow with images times classes; `predict` still gathers
+        self.record = RunRecord(self, optimizer=name_of_optimizer(args, optimizers[0], optimizer_cls_and_kwargs))
         if optimizers[0] is None:
             optimizer_cls_and_kwargs = (lambda: build_optimizer, {"args": args, "given": optimizer_cls_and_kwargs})
         self.losses, self.interrupt = LossSums(), Interrupt()
@@ -149,10 +154,9 @@ class VLMTrainer(Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.model.register_forward_hook(self.losses.record, with_kwargs=True)
-        self.settings = settings_of(model, objective)
         self.callback_handler.callbacks[:0] = [RunReport(self), ObjectiveCallback(self)]
-        own = (EarlierRun(self), self.interrupt, ArtifactsCallback(self))
-        for callback in (FiniteSteps(self, args.non_finite), *objective.callbacks(model), *own):
+        last = (EarlierRun(self), self.interrupt, ArtifactsCallback(self))
+        for callback in (FiniteSteps(self, args.non_finite), *objective.callbacks(model), *last):
             self.add_callback(callback)
 
     def _evaluation_images(self, images: Any) -> Any:
@@ -179,19 +183,21 @@ class VLMTrainer(Trainer):
             ignore_keys_for_eval: Of `transformers.Trainer.train`.
         """
         checkpoint, self.first_step = None, 0
+        self.record.start()
         if resume_from_checkpoint:
             checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir))
         if checkpoint is not None:
-            self.first_step = read_json(checkpoint / STATE_NAME)["global_step"]
-            has_optimizer = self.is_deepspeed_enabled or (checkpoint / OPTIMIZER_NAME).is_file()
-            order = order_of(self.train_dataset, self.args)
-            warn_of_changes(checkpoint, order=order, settings=self.settings, has_optimizer=has_optimizer)
+            self.first_step = step_of(checkpoint)
+            self.record.compare(checkpoint)
             if self.is_deepspeed_enabled:  # the base class then leaves out `_load_from_checkpoint`
                 load_objective_state(self.objective, checkpoint)
         self.images = self._view()
         with self.interrupt.watched(), with_advice(self.args, self.objective.config_dict()):
-            resumed = None if checkpoint is None else str(checkpoint)
-            output = super().train(resumed, trial, ignore_keys_for_eval)
+            if checkpoint is None:
+                output = super().train(None, trial, ignore_keys_for_eval)
+            else:
+                with without_optimizer(checkpoint, leave_out=self.record.has_new_optimizer) as folder:
+                    output = super().train(str(folder), trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 
     def _view(self) -> RunImages:
@@ -227,9 +233,10 @@ class VLMTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """The per-epoch cosine, or transformers' scheduler where `lr_schedule` says so."""
+        own: Any = self.optimizer if optimizer is None else optimizer
         if self.args.lr_schedule == "transformers":
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
+            super().create_scheduler(num_training_steps, own)
+        elif self.lr_scheduler is None:
             num_epochs = math.ceil(num_training_steps / self.steps_per_epoch)
             if self.args.warmup_epochs >= num_epochs and not self.control.should_training_stop:
                 raise PeftVLMError(
@@ -238,13 +245,14 @@ class VLMTrainer(Trainer):
                     f"{self.args.warmup_learning_rate:g}. Train longer, or set `warmup_epochs` to 0."
                 )
             self.lr_scheduler = epoch_cosine_scheduler(
-                optimizer or self.optimizer,
+                own,
                 steps_per_epoch=self.steps_per_epoch,
                 num_epochs=num_epochs,
                 warmup_epochs=self.args.warmup_epochs,
                 warmup_rate=self.args.warmup_learning_rate,
             )
             self._created_lr_scheduler = True
+        self.record.note_rates(own)
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -283,8 +291,13 @@ class VLMTrainer(Trainer):
         """Let the base class write a checkpoint aside, and rename it when all of it is on disk."""
         run, step = Path(self.args.output_dir), self.state.global_step
         folder, best = run / f"{PREFIX}{step}", run / f"{PREFIX}{self.state.best_global_step}"
-        facts = {"peft_vlm": installed_version(), "step": step, "order": order_of(self.train_dataset, self.args)}
-        facts |= {"settings": self.settings, "settings_found": settings_of(self.model.model, self.objective)}
+        facts = {
+            "peft_vlm": installed_version(),
+            "step": step,
+            "last_step": self.state.max_steps,
+            **self.record.facts(),
+        }
+        facts |= {"settings_found": settings_of(self.model.model, self.objective), "changes": self.record.changes}
         with atomic_folder(folder, facts=facts) as partial:
             with self._arguments(output_dir=str(partial.parent), push_to_hub=False, save_total_limit=None):
                 self._note_callbacks()
@@ -329,7 +342,15 @@ class VLMTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint's adapter under its own name; the base class would always load `default`."""
-        load_weights(self.model, Path(self.state.best_model_checkpoint))
+        best = Path(self.state.best_model_checkpoint)
+        moved = Path(self.args.output_dir) / last_part(best)  # the run may go on in another place
+        best = moved if moved.is_dir() else best
+        check_whole(
+            best,
+            advice="It is the best of the run, which has ended: go on from the last one with "
+            "`load_best_model_at_end=False`, or remove the damaged one.",
+        )
+        load_weights(self.model, best)
 
     def push_to_hub(self, commit_message: str | None = None, **options: Any) -> Published | None:
         """Save and publish the adapter with its reports and a card; see `peft_vlm.publish`.

@@ -1,6 +1,7 @@
 """A damaged checkpoint is named, and the one before it is used; a full disk leaves nothing half-written."""
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from peft_vlm.errors import CheckpointError, PeftVLMWarning
 from peft_vlm.training import checkpoints
-from peft_vlm.training.checkpoints import MANIFEST_NAME, damage, last_checkpoint, moved_into
+from peft_vlm.training.checkpoints import MANIFEST_NAME, damage, last_checkpoint, moved_into, read_manifest
 from tests import forked
 from tests.short_run import train
 
@@ -69,6 +70,44 @@ def test_a_manifest_that_is_still_json_is_named_too(tmp_path: Path, finished: Pa
     (tmp_path / "checkpoint-12" / MANIFEST_NAME).write_text(text)
     with pytest.warns(PeftVLMWarning, match=f"checkpoint-12: {MANIFEST_NAME} is cut off or damaged. The run"):
         assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+WRONG_TYPES = {
+    "files": [None, [], {"../a": {"bytes": 1, "sha256": ""}}, {"/etc/passwd": {"bytes": 1, "sha256": ""}}],
+    "step": ["4", 4.0, True, -1, None],
+    "order": [[], "x", 3],
+    "settings": [None],
+    "settings_found": [[["a", 1]]],
+    "identity": ["x"],
+    "rates": [0.1],
+    "changes": [{"a": 1}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values]
+)
+def test_wrong_types_in_a_manifest_are_one_line(tmp_path: Path, finished: Path, name: str, value: object) -> None:
+    """A checkpoint may come from anybody; a traceback of ours says nothing to who was given it."""
+    folder = shutil.copytree(finished / "checkpoint-4", tmp_path / "checkpoint-4")
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(CheckpointError, match=r"^Expected .* in '.*manifest.json', got .* The file is damaged[^\n]*$"):
+        read_manifest(folder)
+    assert damage(folder) == [f"{MANIFEST_NAME} is cut off or damaged"]
+
+
+def test_a_checkpoint_put_together_from_two_is_named(tmp_path: Path, finished: Path) -> None:
+    """Weights of one step with the counts of another pass every check of single files."""
+    folder = shutil.copytree(finished / "checkpoint-4", tmp_path / "checkpoint-8")
+    steps = "trainer_state.json says step {}, manifest.json says step {}"
+    assert damage(folder) == [f"it is put together from several: {steps.format(4, 4)}, its name says step 8"]
+    state = (finished / "checkpoint-8" / "trainer_state.json").read_bytes()
+    (folder / "trainer_state.json").write_bytes(state)
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    manifest["files"]["trainer_state.json"] = {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert steps.format(8, 4) in damage(folder)[0]
 
 
 def test_a_new_run_sets_the_checkpoints_of_an_earlier_one_aside(tmp_path: Path, finished: Path) -> None:

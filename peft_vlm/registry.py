@@ -31,11 +31,13 @@ class OfficialFormat:
         name: What its makers call it.
         recognises: Whether tensors are of this kind, by their names.
         convert: Writes an adapter: `convert(file, folder, **settings)`. None: known, and refused by name.
+        reason: Why such a file is refused, from its tensors, without a full stop.
     """
 
     name: str
     recognises: Callable[[Mapping[str, Tensor]], bool]
     convert: Callable[..., Any] | None
+    reason: Callable[[Mapping[str, Tensor]], str] | None = None
 
     def settings(self) -> dict[str, bool]:
         """What the converter takes beside file and folder: name, and whether it must be given."""

@@ -6,6 +6,7 @@ embedding table they give the token ids back, hence the names, and they show whe
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from peft_vlm.conversion.official_file import FROZEN_TOLERANCE, OfficialFile
-from peft_vlm.errors import AdapterError, ClassNameError, check_list
+from peft_vlm.errors import AdapterError, ClassNameError, PeftVLMWarning, check_list
 from peft_vlm.models.towers import towers_of
 
 ROWS_AT_A_TIME = 512
@@ -137,15 +138,38 @@ def _decoded(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, file: Of
     names: list[str] = []
     for row in rows:
         text = tokenizer.decode(row)
-        spelled = text.strip().removesuffix(".").strip()
-        # CLIP splits at hyphens, apostrophes and digits, so that the shorter spelling has the same tokens
-        short = re.sub(r"(?<=\d) (?=\d)", "", re.sub(r"\s*([-'/]+)\s*", r"\1", spelled))
-        same = [name for name in (short, spelled) if _tokens(name, tokenizer) == row]
+        same = [name for name in _spellings(text) if _tokens(name, tokenizer) == row]
         if not same:
             raise ClassNameError(
                 f"The class names of {str(file.path)!r} cannot be read off it: {text!r} gives other tokens than the "
                 "file has. Pass the class names of the training."
             )
         names.append(same[0])
+    guessed = [name for name in names if re.search(r"[^a-z ]", name)]
     file.note(f"{len(names)} class names were read off the file, in lower case.")
+    if guessed:
+        warnings.warn(
+            f"Class names were read off {str(file.path)!r}, which does not hold capitals and the spaces around digits "
+            f"and punctuation: {len(guessed)} of {len(names)} may be spelled otherwise, such as {guessed[0]!r}. Pass "
+            "the class names of the training for their own spelling.",
+            PeftVLMWarning,
+            stacklevel=2,
+        )
     return names
+
+
+def _spellings(text: str) -> list[str]:
+    """Spellings of decoded tokens, the most likely first.
+
+    CLIP's tokenizer splits off every digit and all punctuation, so that a file holds neither capitals nor the spaces
+    around them.
+
+    Args:
+        text: Tokens with a space between any two, and the full stop of the prompt at the end.
+    """
+    plain = text.strip().removesuffix(".").strip()
+    joined = re.sub(r"(?<=\d) (?=\d)", "", re.sub(r"\s*([-'/]+)\s*", r"\1", plain))  # 7 4 7 - 4 0 0: 747-400
+    closed = re.sub(r"\s+([.,:;!?)\]%]+)", r"\1", joined)  # dr . no !: dr. no!
+    closed = re.sub(r"([(\[#$]+)\s+", r"\1", re.sub(r"(?<=\d\.) (?=\d)", "", closed))
+    letters = re.sub(r"(?<=\d) (?=[a-z](\b|\d))", "", re.sub(r"\b([a-z]) (?=\d)", r"\1", closed))  # a 300 b 4: a300b4
+    return [letters, closed, joined, plain]

@@ -29,12 +29,13 @@ def recognise(file: OfficialFile) -> OfficialFormat:
     """
     names = ", ".join(official.name for official in known_formats())
     found = [o for adapter in ADAPTERS.values() for o in adapter.formats if o.recognises(file.tensors)]
-    refused = [official.name for official in found if official.convert is None]
-    if refused:
-        raise AdapterError(
-            f"{str(file.path)!r} is a checkpoint of {refused[0]}, which is no method of this package: no adapter "
-            f"could give its outputs. Kinds that can be converted: {names}."
-        )
+    for official in found:
+        if official.convert is None:
+            reason = ", which is no method of this package: no adapter could give its outputs"
+            reason = reason if official.reason is None else f": {official.reason(file.tensors)}"
+            raise AdapterError(
+                f"{str(file.path)!r} is a checkpoint of {official.name}{reason}. Kinds that can be converted: {names}."
+            )
     if is_clip(file.tensors):
         raise AdapterError(
             f"{str(file.path)!r} is a complete CLIP and no adapter. `convert_clip` (and `peft-vlm convert` without "

@@ -19,7 +19,7 @@ from peft_vlm.data.images import SAMPLE, as_value_range, check_value_range, read
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 from peft_vlm.errors import DataError
 from peft_vlm.objective import Batch
-from peft_vlm.text.prompts import check_class_names, readable
+from peft_vlm.text.prompts import check_class_names, places_of
 
 if TYPE_CHECKING:
     import datasets
@@ -421,20 +421,19 @@ class ImageClassificationDataset(Dataset):
         """The same images with labels among another list of classes, matched by name.
 
         Args:
-            class_names: Names of all classes that have images, `_` and spaces alike, in any order, and others.
+            class_names: Names of all classes that have images, found by `places_of`, in any order, and others.
 
         Raises:
             DataError: If a class is not among them.
         """
-        places = {readable(name): place for place, name in enumerate(check_class_names(class_names))}
-        missing = [name for name in self.class_names if readable(name) not in places]
+        places = places_of(self.class_names, check_class_names(class_names))
+        missing = [name for name, place in zip(self.class_names, places, strict=True) if place is None]
         if missing:
             raise DataError(
                 f"{len(missing)} of {len(self.class_names)} classes of the images are not among the "
-                f"{len(places)} class names, the first is {missing[0]!r}."
+                f"{len(class_names)} class names, the first is {missing[0]!r}."
             )
-        new_label = [places[readable(name)] for name in self.class_names]
-        labels = [new_label[label] if label >= 0 else label for label in self.labels]
+        labels = [places[label] if label >= 0 else label for label in self.labels]
         return self._subset(range(len(self)), labels, tuple(class_names))
 
     def group_by(self, column: str) -> dict[str, "ImageClassificationDataset"]:

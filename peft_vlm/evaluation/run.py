@@ -46,7 +46,7 @@ from peft_vlm.models.repository import hub_options, is_local, why_cache_only
 from peft_vlm.models.towers import towers_of
 from peft_vlm.serving.escape import spreadsheet_cell
 from peft_vlm.settings import EvaluationArguments
-from peft_vlm.text.prompts import readable
+from peft_vlm.text.prompts import places_of
 
 
 @dataclass(frozen=True)
@@ -318,8 +318,8 @@ def _with_trained_classes(
     if trained is None or protocol not in ("few-shot", "base-to-new"):
         return datasets, None
     ((name, dataset),) = datasets.items()
-    known = {readable(class_name) for class_name in trained}
-    others = [class_name for class_name in dataset.class_names if readable(class_name) not in known]
+    places = places_of(dataset.class_names, trained)
+    others = [class_name for class_name, place in zip(dataset.class_names, places, strict=True) if place is None]
     if others and (protocol == "few-shot" or len(others) == len(dataset.class_names)):
         raise ClassNameError(
             f"Expected images of the {len(trained)} classes that the adapter was trained on, got {len(others)} other "

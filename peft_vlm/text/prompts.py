@@ -1,6 +1,7 @@
 """Templates, class names and class prompts as token ids, with slots for learned context vectors."""
 
 import dataclasses
+import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -116,6 +117,40 @@ def check_template(template: str) -> None:
 def readable(class_name: str) -> str:
     """The class name as a text shows it: underscores become spaces, outer and doubled spaces go away."""
     return " ".join(class_name.replace("_", " ").split())
+
+
+def places_of(class_names: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    """Find classes in another class list: by `readable`, else by what CLIP's tokenizer makes of the name.
+
+    It lowers capitals and splits off every digit and all punctuation, so `"Dr. No!"` and `"dr . no !"` are one class
+    for a model, and names that were read off a file's tokens are found under their proper spelling.
+
+    Args:
+        class_names: Names that are looked for.
+        known: Names among which they are.
+
+    Returns:
+        Position of each; None where there is none, where two known names have these tokens, or where another of
+        `class_names` has that place already.
+    """
+    exact = {readable(name): place for place, name in enumerate(known)}
+    found: list[int | None] = [exact.get(readable(name)) for name in class_names]
+    taken: set[int | None] = set(found)
+    by_tokens: dict[tuple[str, ...], list[int]] = {}
+    for place, name in enumerate(known):
+        by_tokens.setdefault(_tokens_of(name), []).append(place)
+    for index, name in enumerate(class_names):
+        candidates = by_tokens.get(_tokens_of(name), [])
+        if found[index] is None and len(candidates) == 1 and candidates[0] not in taken:
+            found[index] = candidates[0]
+            taken.add(candidates[0])
+    return found
+
+
+def _tokens_of(class_name: str) -> tuple[str, ...]:
+    """Pieces that CLIP's tokenizer splits a name into before it merges letters."""
+    pieces = re.findall(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|[^\s\w]+", readable(class_name).lower())
+    return tuple(pieces)
 
 
 def fill(template: str, class_name: str) -> str:

@@ -45,7 +45,7 @@ def convert_checkpoint(
         class_names: Classes of the training; by default read off the file.
 
     Raises:
-        AdapterError: If the words are not as many tokens as there are context vectors, or contexts are class-specific.
+        AdapterError: If the words are not as many tokens as there are context vectors.
     """
     file = OfficialFile.open(source)
     kind, prefix = _kind(file.tensors), "prompt_learner." if "prompt_learner.ctx" in file.tensors else ""
@@ -98,12 +98,6 @@ def _convert_kgcoop(
 def _context(file: OfficialFile, name: str) -> Tensor:
     """The context vectors, shared by all classes."""
     shape = tuple(file.tensors[name].shape)
-    if len(shape) == 3:
-        raise AdapterError(
-            f"{str(file.path)!r} is a CoOp checkpoint with class-specific contexts (`CSC`): {shape[1]} vectors for "
-            f"each of {shape[0]} classes. They fit that one class list and have nothing to say about others, so "
-            "there is no adapter for them. Train with the shared context (`CSC False`)."
-        )
     if len(shape) != 2:
         raise AdapterError(f"Expected {name!r} of shape (tokens, width), got {shape} in {str(file.path)!r}.")
     return file.take(name)
@@ -142,7 +136,21 @@ def export_checkpoint(
 def _is_coop(tensors: Mapping[str, Tensor]) -> bool:
     """Recognise a file of CoOp: a context, and at most the buffers beside it."""
     names = {name.removeprefix("prompt_learner.") for name in tensors}
-    return "ctx" in names <= COOP_TENSORS
+    return "ctx" in names <= COOP_TENSORS and not _is_class_specific(tensors)
+
+
+def _is_class_specific(tensors: Mapping[str, Tensor]) -> bool:
+    """Recognise a context of its own for each class."""
+    return any(tensors[name].ndim == 3 for name in ("ctx", "prompt_learner.ctx") if name in tensors)
+
+
+def _why_not(tensors: Mapping[str, Tensor]) -> str:
+    """Reason against contexts per class, with their numbers."""
+    classes, count, _ = (tensors["ctx"] if "ctx" in tensors else tensors["prompt_learner.ctx"]).shape
+    return (
+        f"{count} vectors for each of {classes} classes, which fit that one class list and have nothing to say about "
+        "others, so there is no adapter for them. Train with the shared context (`CSC False`)"
+    )
 
 
 def _is_kgcoop(tensors: Mapping[str, Tensor]) -> bool:
@@ -165,4 +173,5 @@ OFFICIAL_FORMATS = (
     OfficialFormat("KgCoOp", _is_kgcoop, _convert_kgcoop),
     OfficialFormat("POMP", _is_pomp, convert_checkpoint),
     OfficialFormat("CoCoOp", _is_cocoop, None),
+    OfficialFormat("CoOp with class-specific contexts (`CSC`)", _is_class_specific, None, _why_not),
 )

@@ -16,7 +16,7 @@ from peft_vlm.errors import AdapterError, ClassNameError, check_list
 from peft_vlm.methods.promptkd.config import PromptKDConfig
 from peft_vlm.models.towers import device_of, towers_of
 from peft_vlm.text.class_features import StoredFeaturesLayer
-from peft_vlm.text.prompts import check_class_names, readable
+from peft_vlm.text.prompts import check_class_names, places_of
 
 
 class StoredClassText(DelegatingLayer):
@@ -164,7 +164,7 @@ class StoredClasses(PromptLayer, StoredFeaturesLayer):
         return vectors.float()[self.rows_of(class_names, names)]
 
     def rows_of(self, class_names: Sequence[str], stored: Sequence[str]) -> list[int]:
-        """Positions of classes by name; `_` counts as a space.
+        """Positions of classes by name, as `places_of` finds them.
 
         Args:
             class_names: Classes that are wanted.
@@ -174,8 +174,8 @@ class StoredClasses(PromptLayer, StoredFeaturesLayer):
             ClassNameError: If one is missing.
         """
         check_list("class_names", class_names)
-        rows = {readable(name): row for row, name in enumerate(stored)}
-        unknown = [name for name in class_names if readable(name) not in rows]
+        rows = places_of(class_names, stored)
+        unknown = [name for name, row in zip(class_names, rows, strict=True) if row is None]
         if unknown:
             raise ClassNameError(
                 f"The adapter stores no class vector for {len(unknown)} of {len(class_names)} classes, the first is "
@@ -183,7 +183,7 @@ class StoredClasses(PromptLayer, StoredFeaturesLayer):
                 "cannot make vectors from text: `model.add_classes(names, teacher=..., tokenizer=..., template=...)` "
                 "adds them."
             )
-        return [rows[readable(name)] for name in class_names]
+        return [row for row in rows if row is not None]
 
     def store(self, adapter_name: str, class_names: Sequence[str], vectors: Float[Tensor, "classes dim"]) -> None:
         """Replace an adapter's classes.

@@ -87,9 +87,9 @@ def test_wrong_input_is_one_line_and_exit_code_two(student_folder, tmp_path, cap
 
     base = ("--base_model", student_folder)
     refused("is a checkpoint of CoCoOp, which is no method", official("F_cocoop"), *base, *target)
-    refused("Missing: `base_model`, `class_position`", official("E1_coop_words4_end"), *target)
+    refused("Missing: `--base_model`, `--class_position`", official("E1_coop_words4_end"), *target)
     refused("Expected `--teacher` for a PromptKD student", official("D2_promptkd_5steps"), *base, *target)
     refused("does not exist", tmp_path / "none.pth", *target)
     refused("file with class names, got 'none.txt'", official("T1_tvp.readme"), "--class_names", "none.txt", *target)
-    refused("Not for this kind: `start_layer`", official("T1_tvp.readme"), "--start_layer", 3, *target)
+    refused("Not for this kind: `--start_layer`", official("T1_tvp.readme"), "--start_layer", 3, *target)
     refused("no --template for an export", tmp_path, "--template", "{}", "--official_file", tmp_path / "x.pth")

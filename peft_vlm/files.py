@@ -12,7 +12,7 @@ from pathlib import Path, PurePath, PureWindowsPath
 from tempfile import mkdtemp
 from typing import Any
 
-from peft_vlm.errors import AdapterError
+from peft_vlm.errors import AdapterError, DataError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -33,6 +33,8 @@ FACTS_NAME = "peft_vlm.json"
 CARD_NAME = "README.md"
 #: Longest JSON file that is read. Parsed, such a file may take twenty times its size.
 MAX_JSON_BYTES = 2**24
+#: Longest list or table that is read: 5 million lines.
+MAX_TEXT_BYTES = 2**29
 
 
 def installed_version() -> str:
@@ -126,6 +128,27 @@ def finite_or_null(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite_or_null(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_text(path: Path) -> str:
+    """Read a list, table or other text of a user, who may have it from anybody.
+
+    Args:
+        path: The file, UTF-8 with or without a byte order mark.
+
+    Raises:
+        DataError: If it is no regular file, longer than `MAX_TEXT_BYTES`, or no UTF-8 text.
+    """
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise DataError(f"Expected a file, got {str(path)!r}, which is none. Pass a text file.")
+    if (size := path.stat().st_size) > MAX_TEXT_BYTES:
+        raise DataError(f"Expected {str(path)!r} to have at most {MAX_TEXT_BYTES:,} bytes, got {size:,}. Split it.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{str(path)!r} is no UTF-8 text ({error}). Save it as UTF-8, for example `iconv -f latin1 -t utf-8`."
+        ) from error
 
 
 def read_json(path: Path) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 
 from peft_vlm.errors import PeftVLMError
+from peft_vlm.files import read_text
 from peft_vlm.serving.escape import printable, printable_json
 from peft_vlm.settings import RETIRED_SETTINGS
 
@@ -173,8 +174,8 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
 
 def _read_file(path: Path) -> Mapping[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(read_text(path))  # JSON is YAML
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise PeftVLMError(f"Expected a file with settings, got {str(path)!r}: {error}") from error
     if not isinstance(values, Mapping):
         raise PeftVLMError(f"Expected `name: value` lines in {str(path)!r}, got {type(values).__name__}.")

@@ -2,13 +2,16 @@
 
 import argparse
 import glob
-from collections.abc import Callable, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from peft_vlm.cli.command import add_command, calm, print_json, print_line
 from peft_vlm.errors import DataError, PeftVLMError
-from peft_vlm.serving.images import find_images, is_image_file
+from peft_vlm.serving.images import find_images, is_image_file, walk
 
 #: Files to their labels with probabilities, best first.
 Labeller = Callable[[Sequence[Path]], list[list[tuple[str, float]]]]
@@ -51,21 +54,33 @@ def image_files(paths: Sequence[str]) -> list[Path]:
     files: dict[Path, None] = {}
     for text in paths:
         path = Path(text)
-        if path.is_file():
+        if os.path.isfile(path):
             found = [path]
-        elif path.is_dir():
+        elif os.path.isdir(path):
             found = find_images(path)
         else:
-            matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
-            found = [match for match in matches if is_image_file(match)]
+            found = [match for match in sorted(set(_matches(text))) if is_image_file(match)]
         if not found:
             pattern = glob.has_magic(text)
-            reason = "it holds no image file" if path.is_dir() else "there is no such file or folder"
+            reason = "it holds no image file" if os.path.isdir(path) else "there is no such file or folder"
             raise PeftVLMError(
                 f"Expected images in {text!r}, but {'no image file matches it' if pattern else reason}."
             )
         files |= dict.fromkeys(found)
     return list(files)
+
+
+def _matches(pattern: str) -> Iterator[Path]:
+    """Paths that a pattern matches, as `glob` finds them, but for links in circles behind `**`, which it follows."""
+    parts = [part for part, _ in groupby(Path(pattern).parts)]  # `**/**` is `**`
+    if "**" not in parts:
+        yield from map(Path, glob.glob(pattern))
+        return
+    place = parts.index("**")
+    rest = os.path.join(*(parts[place + 1 :] or ["*"]))
+    for start in _matches(os.path.join(*parts[:place])) if place else [Path()]:
+        for folder, _ in walk(start, Counter()) if os.path.isdir(start) else ():
+            yield from _matches(os.path.join(glob.escape(str(folder)), rest))
 
 
 def run(arguments: argparse.Namespace) -> None:

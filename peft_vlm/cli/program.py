@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.more = more
         with _quiet(lambda text: _in_flags(text, commands.choices[arguments.command])):
             arguments.run(arguments)
-    except (PeftVLMError, ValueError) as error:
+    except (PeftVLMError, ValueError, OSError) as error:
         message = _in_flags(str(error), commands.choices.get(words[0]))
         print(one_line(f"peft-vlm {words[0]}: {message}"), file=sys.stderr)
         return 2

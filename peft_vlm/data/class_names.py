@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vlm.errors import DataError, PeftVLMWarning
+from peft_vlm.files import read_text
 from peft_vlm.text.prompts import check_class_names, readable
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def read_class_names(path: str | Path) -> list[str] | dict[str, str]:
         return {pair[1]: pair[2] for pair in pairs if pair} if lines and all(pairs) else lines
     try:
         names = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{str(path)!r} is no JSON: {error}.") from error
     values = names.values() if isinstance(names, dict) else names
     if not isinstance(names, list | dict) or not all(isinstance(name, str) for name in values):
@@ -148,10 +149,7 @@ def read_class_names(path: str | Path) -> list[str] | dict[str, str]:
 
 def _text(path: Path) -> str:
     check_exists(path)
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{str(path)!r} is no UTF-8 text ({error}). Save it as UTF-8.") from error
+    return read_text(path)
 
 
 def _lines(path: Path) -> list[str]:

@@ -3,12 +3,14 @@
 import csv
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from peft_vlm.data.class_names import sort_labels
 from peft_vlm.errors import DataError
+from peft_vlm.files import read_text
 from peft_vlm.serving.images import find_images, say_left_out
 
 logger = logging.getLogger(__name__)
@@ -222,12 +224,12 @@ def _metadata_rows(path: Path) -> Iterator[dict[str, str]]:
     if path.suffix == ".csv":
         yield from _read_table(path)
         return
-    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
                 cells = {key: value for key, value in row.items() if isinstance(value, str | int | float)}
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:
                 raise DataError(f"Line {number} of {str(path)!r} is no JSON object: {error}.") from error
             yield {key: str(value) for key, value in cells.items()}
 
@@ -284,17 +286,17 @@ def has_split_column(path: Path) -> bool:
 def _located(image: str, folder: Path) -> str:
     """Path of an image, also one in an archive such as `zip://0.png::images.zip`."""
     inside, archive, place = image.rpartition("::")
-    return f"{inside}::{folder / place}" if archive else image if "://" in image else str(folder / image)
+    return f"{inside}::{folder / place}" if archive else str(folder / image)
 
 
 def _header(path: Path) -> list[str]:
-    reader = csv.reader(_decoded(path).split("\n")[:1], delimiter=_delimiter(path), skipinitialspace=True)
+    reader = csv.reader(read_text(path).split("\n")[:1], delimiter=_delimiter(path), skipinitialspace=True)
     return next(reader, [])
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV or TSV file; cells that a short line lacks are empty."""
-    lines = _decoded(path).split("\n")
+    lines = read_text(path).split("\n")
     try:
         reader = csv.DictReader((f"{line}\n" for line in lines), delimiter=_delimiter(path), skipinitialspace=True)
         return [{key: value or "" for key, value in row.items() if key is not None} for row in reader]
@@ -306,26 +308,17 @@ def _delimiter(path: Path) -> str:
     return LIST_SUFFIXES.get(path.suffix.lower(), ",")
 
 
-def _decoded(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{str(path)!r} is no UTF-8 text ({error}). Save it as UTF-8, for example `iconv -f latin1 -t utf-8`."
-        ) from error
-
-
 def check_files_exist(paths: Sequence[str]) -> None:
     """Refuse a list with missing files before hours of work reach them.
 
     Args:
-        paths: Image files; for one in an archive the archive counts, and what lies elsewhere is not looked for.
+        paths: Image files of this computer; for one in an archive the archive counts.
 
     Raises:
         DataError: Naming the first and counting all.
     """
     places = [(path, path.rpartition("::")[2]) for path in paths]
-    missing = [path for path, place in places if "://" not in place and not Path(place).is_file()]
+    missing = [path for path, place in places if not os.path.isfile(place)]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(paths)} image files are missing, the first is {missing[0]!r}. "

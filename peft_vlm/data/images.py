@@ -1,6 +1,7 @@
 """An image as a model sees it: opened from wherever it lies, with numbers whose black and white are known."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,15 @@ import numpy as np
 from PIL import Image
 
 from peft_vlm.errors import DataError
-from peft_vlm.serving.images import PixelError, check_size, decode_rgb, extrema_of, open_raster, white_of
+from peft_vlm.serving.images import (
+    MAX_FILE_BYTES,
+    PixelError,
+    check_size,
+    decode_rgb,
+    extrema_of,
+    open_raster,
+    white_of,
+)
 
 #: Training images that are looked at before a run.
 SAMPLE = 256
@@ -138,20 +147,38 @@ def _open(value: Any) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, str) and "://" in value:  # as in `zip://0.png::images.zip`
-        from datasets.utils.file_utils import xopen
-
-        with xopen(value, "rb") as file:
-            return open_raster(file.read())
+        return _open_archived(value)
     if isinstance(value, str | Path | bytes):
         return open_raster(value)
-    if isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path") is not None):
-        return _open(value["bytes"] if value.get("bytes") is not None else value["path"])
+    if isinstance(value, Mapping) and value.get("bytes") is not None:
+        return _open(value["bytes"])
+    if isinstance(value, Mapping) and value.get("path") is not None:
+        path = value["path"]  # a stream names the place in the repository that was asked for
+        return _open_archived(path, hub=True) if isinstance(path, str) and "hf://" in path else _open(path)
     if isinstance(value, np.ndarray):
         return _from_array(value)
     raise DataError(
         f"Expected an image as a path, bytes, PIL image or numpy array, got {type(value).__name__}. "
         "Tensors: pass `tensor.permute(1, 2, 0).numpy()` with values from 0 to 255 as uint8."
     )
+
+
+def _open_archived(path: str, *, hub: bool = False) -> Image.Image:
+    """Open an image inside an archive; addresses in a list of anybody's would be requested one by one."""
+    *inside, place = path.split("::")
+    is_local = "://" not in place or (hub and place.startswith("hf://"))
+    if not is_local or not all(_IN_ARCHIVE.match(part) for part in inside):
+        raise DataError(f"Expected an image of this computer, got the address {path!r}. Download it first.")
+    from datasets.utils.file_utils import xopen
+
+    with xopen(path, "rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise DataError(f"Expected an image file of at most {MAX_FILE_BYTES:,} bytes, got {path!r} with more.")
+    return open_raster(content)
+
+
+_IN_ARCHIVE = re.compile(r"(zip|tar|gzip|bz2|xz|lz4|zstd)://")
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -1,7 +1,9 @@
 """Labelled images with class names from a folder, a table, or the Hub; what a source cannot answer is an error."""
 
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from peft_vlm.data.folders import (
 )
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.errors import DataError
+from peft_vlm.files import read_json
 
 if TYPE_CHECKING:
     import datasets
@@ -123,7 +126,8 @@ def _read_files(path: Path, split: str | None, columns: Mapping[str, str]) -> tu
 def _parquet_files(root: Path) -> dict[str, list[str]]:
     """Parquet files of each split."""
     files: dict[str, list[str]] = {}
-    for file in sorted(file for folder in (root, root / "data") for file in folder.glob("*.parquet")):
+    found = [file for folder in (root, root / "data") for file in folder.glob("*.parquet")]
+    for file in sorted(filter(os.path.isfile, found)):
         files.setdefault(re.sub(r"-\d+.*", "", file.stem), []).append(str(file))
     return files
 
@@ -147,9 +151,7 @@ def _open_table(
         files = _parquet_files(path) if path.is_dir() else {_own_split(path.stem): [str(path)]}
         if files:
             return _open_parquet(path, files, split, label_column)
-        from datasets import load_from_disk
-
-        opened = load_from_disk(str(path))
+        opened = _open_saved(path)
     elif path is not None:
         from datasets import ClassLabel, load_dataset
 
@@ -221,9 +223,38 @@ def _open_parquet(
     name = choose_split(files, split, where=repr(str(path)))
     from datasets import Dataset
 
-    table = Dataset.from_parquet(files[name], split=name)
+    with _readable(path):
+        table = Dataset.from_parquet(files[name], split=name)
     ordered = [files[part] for part in in_split_order(files)]
-    return table, lambda: [Dataset.from_parquet(part, columns=[label_column]) for part in ordered]
+
+    def all_parts() -> list[Any]:
+        with _readable(path):
+            return [Dataset.from_parquet(part, columns=[label_column]) for part in ordered]
+
+    return table, all_parts
+
+
+def _open_saved(root: Path) -> Any:
+    """What `save_to_disk` wrote, whose files are looked for in its own folders only."""
+    from datasets import load_from_disk
+
+    with _readable(root):
+        for state in (file for pattern in ("state.json", "*/state.json") for file in root.glob(pattern)):
+            for name in (entry["filename"] for entry in read_json(state)["_data_files"]):
+                if Path(name).name != name or not (state.parent / name).is_file():
+                    raise ValueError(f"no file {name!r} beside {state.name!r}")
+        return load_from_disk(str(root))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Within this, what the reader of tables raises for a damaged file is an error of ours."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, DatasetsError) as error:
+        raise DataError(f"{str(path)!r} cannot be read as a dataset: {error}. It is damaged: get it again.") from error
 
 
 def load_from_hub(name: str, split: str, *, streaming: bool = False) -> Any:

@@ -29,7 +29,7 @@ import numpy as np
 from peft_vlm.data.dataset import ImageClassificationDataset, is_hf_dataset
 from peft_vlm.data.folders import check_files_exist
 from peft_vlm.errors import DataError
-from peft_vlm.files import last_part
+from peft_vlm.files import last_part, read_text
 from peft_vlm.objective import EpochBatchSampler
 from peft_vlm.serving.escape import one_line
 
@@ -178,9 +178,9 @@ def read_zhou_split(path: str | Path, *, root: str | Path, split: str = "train")
 
 def _zhou_parts(path: Path) -> dict[str, list[tuple[str, int, str]]]:
     try:
-        parts = json.loads(path.read_text(encoding="utf-8"))
+        parts = json.loads(read_text(path))
         return {name: [(file, int(label), text) for file, label, text in part] for name, part in parts.items()}
-    except (AttributeError, TypeError, ValueError, OSError) as error:
+    except (AttributeError, TypeError, ValueError, OSError, RecursionError) as error:
         raise DataError(
             f"Expected {str(path)!r} to be a split file with lists of [image path, label, class name]; got {error}."
         ) from error

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import itertools
 import logging
+import os
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -295,7 +296,8 @@ def _opened(source: Any, split: str | None, columns: list[str] | None) -> "datas
         return load_from_hub(str(source), split or "train", streaming=True)
     for builder, pattern in SHARDS.items():
         shards: dict[str, list[str]] = {}
-        for file in sorted(file for place in (folder, folder / "data") for file in place.glob(pattern)):
+        found = [file for place in (folder, folder / "data") for file in place.glob(pattern)]
+        for file in sorted(filter(os.path.isfile, found)):
             shards.setdefault(re.sub(r"[-_.]?\d+.*", "", file.stem), []).append(str(file))
         if not shards:
             continue

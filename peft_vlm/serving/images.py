@@ -75,7 +75,7 @@ def find_images(root: Path, *, read_elsewhere: Collection[str] = ()) -> list[Pat
     """
     left_out: Counter[str] = Counter()
     files = []
-    for path in sorted(_walk(root, (os.path.realpath(root),), left_out)):
+    for path in sorted(folder / name for folder, names in walk(root, left_out) for name in names):
         if is_image_file(path):
             files.append(path)
         elif path.name not in read_elsewhere:
@@ -84,21 +84,50 @@ def find_images(root: Path, *, read_elsewhere: Collection[str] = ()) -> list[Pat
     return files
 
 
-def _walk(folder: Path, above: tuple[str, ...], left_out: Counter[str]) -> Iterator[Path]:
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    if not entries:
-        left_out["empty folders"] += 1
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
-            left_out["hidden files and folders"] += 1
-        elif entry.is_dir():
-            place = os.path.realpath(entry.path)
-            if place in above:
+def walk(root: Path, left_out: Counter[str]) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below it, each with the names of its files; nothing that is hidden.
+
+    Links are followed, but never in a circle, and into one folder a few times only: links beside each other that lead
+    to one folder, again and again, would make a small folder endless.
+
+    Args:
+        root: The folder.
+        left_out: Counts what is left out, by what it is.
+    """
+    entered: Counter[tuple[int, int]] = Counter()
+    waiting = [(root, frozenset([_place(root)]))]
+    while waiting:
+        folder, above = waiting.pop()
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            left_out["folders that cannot be read"] += 1
+            continue
+        left_out.update([] if entries else ["empty folders"])
+        names = []
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                left_out["hidden files and folders"] += 1
+            elif not os.path.isdir(entry.path):
+                names.append(entry.name)
+            elif (place := _place(entry.path)) in above:
                 left_out["links in a circle"] += 1
+            elif entered[place] == MAX_ENTRANCES:
+                left_out["folders that many links lead to"] += 1
             else:
-                yield from _walk(folder / entry.name, (*above, place), left_out)
-        else:
-            yield folder / entry.name
+                entered[place] += 1
+                waiting.append((folder / entry.name, above | {place}))
+        yield folder, names
+
+
+def _place(folder: str | Path) -> tuple[int, int]:
+    """What a folder is, on whatever way one comes to it."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+#: How often one folder is entered, by different links.
+MAX_ENTRANCES = 16
 
 
 def is_image_file(path: Path) -> bool:
@@ -107,7 +136,7 @@ def is_image_file(path: Path) -> bool:
     Args:
         path: A path; links are followed, and pipes and devices are no files.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # which takes a name that is too long as well
         return False
     if path.suffix.lower() in raster_suffixes():
         return True

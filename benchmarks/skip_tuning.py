@@ -84,7 +84,7 @@ def skip_tuning(model: Any, variant: str, cached_images: int) -> tuple[Any, floa
     prompts = random_prompts(NUM_CLASSES, full_length=False)
     dataset = RandomPixels(rows, prompts.class_names)
     peft_model = get_peft_model(model, SkipTuningConfig(start_layer=6))
-    objective = SkipTuningObjective(prompts, cache_batch_size=16)
+    objective = SkipTuningObjective(prompts, image_cache="ram", cache_batch_size=16)
     optimizer = torch.optim.SGD(
         [p for p in peft_model.parameters() if p.requires_grad], lr=1e-5, momentum=0.9, weight_decay=5e-4
     )

@@ -12,6 +12,7 @@ comes from a process of its own.
 
 import argparse
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from measuring import cpu_seconds, measure, print_summary, process_mb, random_cl
 TASKS = ("coop", "pomp", "rpp", "encode")
 PATHS = ("packed", "padded")
 BATCH = 8
+#: Stands for training images whose features are stored.
+IMAGES: Any = SimpleNamespace(has_fixed_pixels=True, repeat_views=lambda num_views: None)
 
 
 def padded_finish_text(self: Any, hidden: Any, input_ids: Any, start: int) -> Any:
@@ -72,8 +75,8 @@ def training(task: str) -> tuple[nn.Module, Any]:
     if task == "coop":
         model = get_peft_model(base, CoOpConfig(num_text_tokens=16, context_init=None))
         objective: Any = CoOpObjective(class_prompts(100, 5))
-        objective.prepare(model, None)
-        objective._images = torch.randn(1000, 512, generator=torch.Generator().manual_seed(2))
+        objective.prepare(model, IMAGES)
+        objective._views.store.rows = torch.randn(1000, 512, generator=torch.Generator().manual_seed(2))
         return model.train(), objective
     base.vision_model.encoder.layers = base.vision_model.encoder.layers[:1]
     own: dict[str, Any] = {"context_init": None, "num_vision_tokens": 0}
@@ -82,7 +85,7 @@ def training(task: str) -> tuple[nn.Module, Any]:
         config = RPPConfig(num_text_tokens=4, text_depth=9, **own)
     model = get_peft_model(base, config).train()
     objective = RPPObjective(class_prompts(1000, 5), soft_weight=0.0, num_sampled_classes=256)
-    objective.prepare(model, None)
+    objective.prepare(model, IMAGES)
     return model, objective
 
 

@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.feature_store import all_image_features
+from peft_vlm.data.feature_store import RowStore, ViewCache, check_views, should_store
 from peft_vlm.data.streaming import ImageStream
-from peft_vlm.errors import AdapterError, check_choice
-from peft_vlm.models.towers import Side, device_of, towers_of
+from peft_vlm.errors import check_choice
+from peft_vlm.models.towers import Side, device_of, image_features, towers_of
 from peft_vlm.objective import Batch, ObjectiveOutput
 from peft_vlm.text.class_features import PromptObjective, encode_classes, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
@@ -33,9 +33,11 @@ class ClassificationObjective(PromptObjective):
         prompts: Plain class prompts with one template. With a learned context, what the template says beside the class
             name stays in the prompt, after the context; one that begins with the words the context was initialised
             from gives them up.
-        image_cache: Where the vision side is frozen: `"ram"`: image features are computed in large batches, once per
-            run when the transform is not random, else once per epoch with that epoch's augmentation; `"none"`: per
-            batch. The same result.
+        image_cache: Where the vision side is frozen: `"ram"`: image features are stored, once per run where every
+            epoch sees the same pixels, else once per view or epoch; `"none"`: computed per batch. The same result.
+            `"auto"`: stored where images come again unchanged (no random transform, or `num_views`), else per batch.
+        num_views: Augmented views per image that come again, epoch e training on view e modulo this number; None: new
+            augmentation in every epoch.
         cache_batch_size: Images per forward pass while caching.
         num_workers: Processes that decode images while caching.
 
@@ -55,34 +57,49 @@ class ClassificationObjective(PromptObjective):
     """
 
     def __init__(
-        self, prompts: ClassPrompts, *, image_cache: str = "ram", cache_batch_size: int = 64, num_workers: int = 0
+        self,
+        prompts: ClassPrompts,
+        *,
+        image_cache: str = "auto",
+        num_views: int | None = None,
+        cache_batch_size: int = 64,
+        num_workers: int = 0,
     ) -> None:
         if len(prompts.templates) != 1:
             raise ValueError(
                 f"Expected class prompts with one template, got {len(prompts.templates)}: {prompts.templates!r}. "
                 "What is trained takes the place of an ensemble."
             )
-        check_choice("image_cache", image_cache, ("ram", "none"))
+        check_choice("image_cache", image_cache, ("auto", "ram", "none"))
+        check_views(num_views, image_cache)
         super().__init__(prompts)
-        self.needs_pixels = image_cache == "none"
-        self.image_cache, self.cache_batch_size, self.num_workers = image_cache, cache_batch_size, num_workers
+        self.image_cache, self.num_views, self.needs_pixels = image_cache, num_views, image_cache == "none"
+        self._views = ViewCache(
+            RowStore("ram", name="image features"),
+            num_views=num_views,
+            batch_size=cache_batch_size,
+            num_workers=num_workers,
+        )
         self._trained: set[Side] | None = None
-        self._images: Tensor | None = None
         self._input_ids: Tensor | None = None
         self._text: Tensor | None = None
 
     def config_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
-        return {"image_cache": self.image_cache}
+        return {"image_cache": self.image_cache, "num_views": self.num_views}
 
-    def adapt_to(self, model: nn.Module) -> None:
-        """Look at which sides train: pixels are needed where no image features can be stored.
+    def adapt_to(self, model: nn.Module, dataset: ImageClassificationDataset | ImageStream) -> None:
+        """Decide whether image features are stored: not where the vision side trains, or where it would not pay.
 
         Args:
             model: Model with its adapter.
+            dataset: Training images.
         """
         self._trained = towers_of(model).trained_sides()
-        self.needs_pixels = self.image_cache == "none" or "vision" in self._trained
+        stores, self._why = should_store(self.image_cache, dataset, num_views=self.num_views)
+        if "vision" in self._trained:
+            stores, self._why = False, "the vision side trains"
+        self.needs_pixels = not stores
 
     def check_stream(self) -> None:
         """Accept a stream where no image features are stored."""
@@ -94,31 +111,36 @@ class ClassificationObjective(PromptObjective):
 
         Args:
             model: Model with its adapter.
-            dataset: Not used; the classes come from the prompts.
+            dataset: Training images; the classes come from the prompts.
         """
-        self.adapt_to(model)
-        self._images = self._text = None
+        self.adapt_to(model, dataset)
+        logger.info("Image features are %s: %s.", "computed per batch" if self.needs_pixels else "stored", self._why)
+        if not self.needs_pixels:
+            self._views.num_views = 1 if dataset.has_fixed_pixels else self.num_views
+            self._views.bind(dataset, towers_of(model).model)
+            dataset.repeat_views(self.num_views)
+        self._text = None
         ids = reserve_slots(model, self.prompts).input_ids
         self._input_ids = ids.to(device_of(model))
         if "text" not in (self._trained or ()):
             self._text = encode_classes(model, self.prompts, divide=True)
 
     def epoch_start(self, model: nn.Module, dataset: ImageClassificationDataset | ImageStream, epoch: int) -> None:
-        """Compute the image features of the epoch, where the vision side is frozen.
+        """Store the image features of the epoch's view, unless they are there.
 
         Args:
             model: Model with its adapter.
             dataset: Training images; its epoch is already set.
             epoch: Number of the epoch, from 0.
         """
-        if self.needs_pixels or (self._images is not None and dataset.has_fixed_pixels):
+        if self.needs_pixels:
             return
+
+        def encode(pixels: Tensor) -> Tensor:
+            return image_features(model, pixels).float()
+
         with evaluation_mode(model):
-            self._images = all_image_features(
-                model, dataset, batch_size=self.cache_batch_size, num_workers=self.num_workers, divide=True
-            )
-        megabytes = self._images.numel() * 4 / 2**20
-        logger.info("Image features: %d x %d = %.1f MB in RAM", *self._images.shape, megabytes)
+            self._views.start_epoch(encode, dataset, epoch, device=device_of(model))
 
     def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
         """Compute the loss over all classes.
@@ -159,9 +181,7 @@ class ClassificationObjective(PromptObjective):
     def _image_features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch dim"]:
         """Image features: stored, computed, or, where the vision side trains, computed with gradients."""
         if not self.needs_pixels:
-            if self._images is None:
-                raise AdapterError("Expected stored image features, got none. Call `epoch_start` before training.")
-            return self._images[batch["index"].cpu()].to(batch["labels"].device)
+            return self._views.read(batch["index"].to(batch["labels"].device))
         towers = towers_of(model)
         with torch.set_grad_enabled("vision" in (self._trained or ()) and torch.is_grad_enabled()):
             return towers.finish_image(towers.embed_image(batch["pixel_values"]), 0)

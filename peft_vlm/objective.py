@@ -168,9 +168,9 @@ class Objective(ABC):
     def config_dict(self) -> dict[str, Any]:
         """The settings of this objective as JSON values, for the card and the training summary."""
 
-    def adapt_to(self, model: nn.Module) -> None:  # noqa: B027 - an optional hook
-        """Called when the trainer is made, before it asks for batches: what of the model trains may decide what the
-        objective needs of them (`needs_pixels`)."""
+    def adapt_to(self, model: nn.Module, dataset: Dataset) -> None:  # noqa: B027 - an optional hook
+        """Called when the trainer is made, before it asks for batches: what of the model trains, and whether images
+        come again unchanged, may decide what the objective needs of them (`needs_pixels`)."""
 
     def prepare(self, model: nn.Module, dataset: Dataset) -> None:  # noqa: B027 - an optional hook
         """Called once before the first step, with the model on its device and the initial adapter."""
@@ -202,7 +202,7 @@ class Objective(ABC):
         raise DataError(
             f"Expected a dataset for `{type(self).__name__}` with these settings, got a stream, where no image has "
             "a position that comes again. Load one with `load_image_dataset`, or train with RPP, PromptSRC, or CoOp "
-            "with `image_cache='none'`; an objective that keeps nothing by position overrides `check_stream`."
+            "with `image_cache='auto'`; an objective that keeps nothing by position overrides `check_stream`."
         )
 
     def param_groups(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, list[nn.Parameter]]:

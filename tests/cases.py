@@ -28,7 +28,7 @@ from peft_vlm import (
     TVPObjective,
 )
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.transforms import EvalTransform
+from peft_vlm.data.transforms import EvalTransform, TrainTransform
 from peft_vlm.objective import Objective
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots, tokenize_classes
 from tests.case import Case
@@ -284,6 +284,11 @@ def images(per_class: int = 4, *, seed: int = 0) -> ImageClassificationDataset:
     """Colour images with a deterministic transform."""
     rows = colour_rows(per_class, classes=NUM_CLASSES, seed=seed)
     return ImageClassificationDataset(rows, colour_names(NUM_CLASSES), transform=EvalTransform(clip_processor()))
+
+
+def augmented() -> ImageClassificationDataset:
+    """Colour images with random crops."""
+    return images().with_transform(TrainTransform(clip_processor(), scale=(0.2, 1.0)))
 
 
 def prepared(case: Case, model: nn.Module, dataset: ImageClassificationDataset, **settings: Any) -> Objective:

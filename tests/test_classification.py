@@ -128,7 +128,7 @@ def test_only_what_trains_is_computed_again(target, pixels, text_runs):
     """Frozen features computed per step cost most of the time; stale ones would train on a model that is gone."""
     model, dataset = adapted(lora(target)), images()
     objective = ClassificationObjective(class_prompts())
-    objective.adapt_to(model)
+    objective.adapt_to(model, dataset)
     assert objective.needs_pixels == pixels
     objective.prepare(model, dataset)
     objective.epoch_start(model, dataset, 0)

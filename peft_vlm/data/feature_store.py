@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import uuid
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class RowStore:
         check_choice("storage", storage, STORAGES)
         self.storage, self.name, self.folder = storage, name, folder
         self.rows: Tensor | None = None
+
+    @property
+    def megabytes(self) -> float:
+        """Size of all rows in MB (2**20 bytes)."""
+        return 0.0 if self.rows is None else self.rows.numel() * self.rows.element_size() / 2**20
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Reserve room, once; the size is logged first.
@@ -142,6 +148,130 @@ def divided_pass(dataset: Any, *, batch_size: int, num_workers: int = 0) -> Data
     rows = part_of(len(dataset), index=index, parts=parts) or range(1)  # `allocate` needs every process
     part = dataset if parts == 1 else Subset(dataset, rows)
     return DataLoader(part, batch_size=batch_size, collate_fn=dataset.collate, num_workers=num_workers)
+
+
+#: Pixels of a batch -> a row of features per image.
+Encoder = Callable[[Float[Tensor, "batch channels rows cols"]], Float[Tensor, "batch *row"]]
+
+
+class ViewCache:
+    """Features of the training images in the views that an epoch sees of them.
+
+    Each view is computed in one pass over the dataset, in its order, so that a resumed run computes the same numbers.
+
+    Args:
+        store: Where the features are kept.
+        num_views: Augmented views per image that come again, view v being the augmentation of epoch v; None: every
+            epoch has its own, which takes the place of the one before.
+        batch_size: Images per forward pass; bounds the working memory.
+        num_workers: Processes that read images.
+    """
+
+    def __init__(self, store: RowStore, *, num_views: int | None, batch_size: int, num_workers: int) -> None:
+        self.store, self.num_views = store, num_views
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self._filled: set[int] = set()
+        self._offset = 0
+        self._owners: tuple[object, ...] = ()
+
+    def bind(self, *owners: object) -> None:
+        """Forget what was stored for other images or models.
+
+        Args:
+            *owners: Dataset and models that the features come from.
+        """
+        if len(owners) != len(self._owners) or any(a is not b for a, b in zip(owners, self._owners, strict=True)):
+            self._filled.clear()
+            self._owners = owners
+
+    def start_epoch(
+        self, encode: Encoder, dataset: ImageClassificationDataset, epoch: int, *, device: torch.device
+    ) -> None:
+        """Choose the epoch's view, and compute its features unless they are there.
+
+        Args:
+            encode: Features of a batch.
+            dataset: Training images, which repeat their views (`repeat_views`) if this does; their epoch is set.
+            epoch: Number of the epoch, from 0.
+            device: Where `encode` runs.
+        """
+        total = self.num_views or 1
+        view = epoch % total
+        self._offset = view * len(dataset)
+        if view in self._filled:
+            return
+        loader = divided_pass(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
+        title = f"Storing {self.store.name}" + (f", view {view + 1} of {total}" if total > 1 else "")
+        progress = tqdm(loader, desc=title, leave=False, disable=len(loader) < 2 and total == 1)
+        for batch in progress:
+            with torch.no_grad():
+                features = encode(batch["pixel_values"].to(device))
+            self.store.allocate((total * len(dataset), *features.shape[1:]), features.dtype)
+            self.store.write(batch["index"] + self._offset, features)
+            progress.set_postfix_str(f"{self.store.megabytes:.1f} MB in {self.store.storage}")
+            del batch, features  # or they would live on beside the next batch
+        self.store.complete()
+        if self.num_views:
+            self._filled.add(view)
+
+    def fill(self, encode: Encoder, dataset: ImageClassificationDataset, *, device: torch.device) -> None:
+        """Compute the features of every view now; the dataset keeps its epoch.
+
+        Args:
+            encode: Features of a batch.
+            dataset: Training images that repeat their views.
+            device: Where `encode` runs.
+        """
+        epoch, total = dataset.epoch, self.num_views or 1
+        for view in range(total):
+            dataset.set_epoch(view)
+            self.start_epoch(encode, dataset, view, device=device)
+        dataset.set_epoch(epoch)
+        self._offset = epoch % total * len(dataset)
+
+    def read(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch *row"]:
+        """Features of some images in this epoch's view, on the device of their positions.
+
+        Args:
+            index: Positions in the dataset.
+        """
+        return self.store.read(index + self._offset, index.device)
+
+
+def should_store(setting: str, dataset: Any, *, num_views: int | None) -> tuple[bool, str]:
+    """Return whether features of training images are stored, and why: as a setting says, or where it is `"auto"`, if
+    images come again unchanged.
+
+    Args:
+        setting: `"auto"`, a place, or `"none"`.
+        dataset: Training images.
+        num_views: Augmented views that come again; None if every epoch has new ones.
+    """
+    if setting != "auto":
+        return setting != "none", "as the settings say"
+    if dataset.has_fixed_pixels:
+        return True, "every epoch sees the same pixels"
+    if num_views:
+        return True, f"{num_views} views of each image come again"
+    return False, "every epoch has new augmentation, so that nothing would be read twice"
+
+
+def check_views(num_views: int | None, image_cache: str) -> None:
+    """Refuse a number of views that cannot be, or that nothing would store.
+
+    Args:
+        num_views: Augmented views that come again, or None.
+        image_cache: Where features are stored.
+
+    Raises:
+        ValueError: Saying what is possible.
+    """
+    if num_views is not None and (isinstance(num_views, bool) or not isinstance(num_views, int) or num_views < 1):
+        raise ValueError(f"Expected `num_views` of 1 or more, or None, got {num_views!r}.")
+    if num_views is not None and image_cache == "none":
+        raise ValueError(
+            f"Expected stored features for `num_views`={num_views}, got `image_cache`='none'. Use 'auto'."
+        )
 
 
 def check_room(size: int, storage: str, *, name: str, folder: str | Path | None = None) -> None:

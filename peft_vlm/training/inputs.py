@@ -272,7 +272,7 @@ def check_training(model: nn.Module, objective: Objective, train_dataset: RunIma
             "if it is large."
         )
     _check_adapter(model, objective)
-    objective.adapt_to(model)
+    objective.adapt_to(model, train_dataset)
     if not train_dataset.has_positions:
         objective.check_stream()
     train_dataset.check_pixels()

@@ -138,7 +138,5 @@ def test_a_dataset_finds_the_classes_of_an_adapter_under_another_spelling():
 @pytest.mark.parametrize("settings", [{}, {"class_position": "end", "start_layer": 3}])
 def test_contexts_per_class_are_refused_before_settings_are_asked_for(settings, student_folder, tmp_path):
     """Whoever answers a question about a file should not learn afterwards that it was for nothing."""
-    with pytest.raises(
-        AdapterError, match=r"class-specific contexts \(`CSC`\): 16 vectors for each of 7 classes"
-    ):
+    with pytest.raises(AdapterError, match=r"class-specific contexts \(`CSC`\): 16 vectors for each of 7 classes"):
         convert(official("E5_coop_csc16_end"), tmp_path / "a", base_model=student_folder, **settings)

@@ -7,14 +7,13 @@ from torch.testing import assert_close
 from transformers import pipeline
 
 from peft_vlm import CoOpConfig, CoOpObjective, PromptedClassifier, VLMTrainer, VLMTrainingArguments
-from peft_vlm.data.dataset import ImageClassificationDataset, collate
-from peft_vlm.data.transforms import TrainTransform
+from peft_vlm.data.dataset import collate
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.coop import preset_for
 from peft_vlm.text import reserve_slots, tokenize_classes
 from tests.cases import CASES as ALL_CASES
-from tests.cases import NUM_CLASSES, class_prompts, images, perturb, pixels, prepared, processor
-from tests.tiny import CONTEXT_LENGTH, clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
+from tests.cases import NUM_CLASSES, augmented, class_prompts, images, perturb, pixels, prepared, processor
+from tests.tiny import CONTEXT_LENGTH, colour_names, tiny_clip, tiny_tokenizer
 
 (CASE,) = [case for case in ALL_CASES if case.method == "coop"]
 
@@ -23,15 +22,6 @@ def fresh(**settings):
     model = get_peft_model(tiny_clip(), CASE.config(**settings))
     perturb(model)
     return model
-
-
-def augmented() -> ImageClassificationDataset:
-    """Colour images with random crops."""
-    return ImageClassificationDataset(
-        colour_rows(4, classes=NUM_CLASSES),
-        colour_names(NUM_CLASSES),
-        transform=TrainTransform(clip_processor(), scale=(0.2, 1.0)),
-    )
 
 
 def test_the_loss_is_the_cross_entropy_of_the_models_own_logits():
@@ -63,14 +53,22 @@ def test_stored_and_computed_image_features_give_the_same_loss():
     assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("random", "expected"), [(False, [24, 0, 0]), (True, [24, 24, 24])])
-def test_the_vision_tower_runs_once_per_image_and_run_or_epoch(random, expected):
-    """Fixed pixels need one pass for all epochs, random ones one per epoch; never one with autograd."""
+@pytest.mark.parametrize(
+    ("random", "settings", "expected"),
+    [
+        (False, {}, [24, 0, 0]),
+        (True, {}, [4, 4, 4]),
+        (True, {"image_cache": "ram"}, [24, 24, 24]),
+        (True, {"num_views": 2}, [24, 24, 0]),
+    ],
+)
+def test_the_vision_tower_runs_again_only_for_new_pixels(random, settings, expected):
+    """Fixed pixels need one pass for all epochs, views that return one each; never one with autograd."""
     model, dataset = fresh(), augmented() if random else images()
     calls: list[tuple[int, bool]] = []
     layer = model.get_base_model().vision_model.encoder.layers[0]
     layer.register_forward_hook(lambda _, args, output: calls.append((len(args[0]), output.requires_grad)))
-    objective = CoOpObjective(class_prompts(), cache_batch_size=10)
+    objective = CoOpObjective(class_prompts(), cache_batch_size=10, **settings)
     objective.prepare(model, dataset)
     seen = []
     for epoch in range(3):
@@ -131,7 +129,7 @@ def test_an_ensemble_an_unknown_cache_and_calls_out_of_order_are_refused():
     prompts = tokenize_classes(tiny_tokenizer(), ["a", "b"], template=["{}", "the {}"], max_length=CONTEXT_LENGTH)
     with pytest.raises(ValueError, match="one template, got 2"):
         CoOpObjective(prompts)
-    with pytest.raises(ValueError, match=r"\('ram', 'none'\), got 'disk'"):
+    with pytest.raises(ValueError, match=r"\('auto', 'ram', 'none'\), got 'disk'"):
         CoOpObjective(class_prompts(), image_cache="disk")
     model, dataset = fresh(), images()
     objective = CoOpObjective(class_prompts())

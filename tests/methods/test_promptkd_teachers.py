@@ -60,6 +60,14 @@ def test_the_cache_announces_its_size(capsys):
     assert "1.1 MB in ram" in shown
 
 
+def test_a_teacher_is_stored_by_itself_where_every_epoch_sees_the_same_pixels():
+    """Its forward pass is most of the time; with new augmentation in every epoch a store would only take memory."""
+    objective = PromptKDObjective(class_prompts(), teacher=teacher())
+    for dataset, stored in ((images(), True), (augmented(), False), (images(), True)):
+        objective.prepare(fresh(), dataset)
+        assert (objective.cache is not None) == stored
+
+
 def test_fixed_pixels_need_one_view_only():
     objective = PromptKDObjective(class_prompts(), teacher=teacher(), teacher_cache="views", num_views=4)
     objective.prepare(fresh(), images())
@@ -85,7 +93,7 @@ def test_class_vectors_are_those_of_the_weights_at_preparation():
 
 def test_a_half_precision_teacher_keeps_its_type():
     guide, model, dataset = teacher().to(torch.bfloat16), fresh(), images()
-    objective = PromptKDObjective(class_prompts(), teacher=guide)
+    objective = PromptKDObjective(class_prompts(), teacher=guide, teacher_cache="none")
     objective.prepare(model, dataset)
     output = objective(model.train(), collate([dataset[i] for i in range(6)]))
     assert next(guide.parameters()).dtype == torch.bfloat16

@@ -7,14 +7,13 @@ from torch.testing import assert_close
 from transformers import pipeline
 
 from peft_vlm import PromptedClassifier, PromptSRCConfig, PromptSRCObjective
-from peft_vlm.data.dataset import ImageClassificationDataset, collate
-from peft_vlm.data.transforms import TrainTransform
+from peft_vlm.data.dataset import collate
 from peft_vlm.losses import feature_distance
 from peft_vlm.methods.promptsrc import OFFICIAL_TEMPLATES
 from peft_vlm.text import encode_classes, reserve_slots, tokenize_classes
 from tests.cases import CASES as ALL_CASES
-from tests.cases import NUM_CLASSES, class_prompts, images, perturb, pixels, prepared, processor
-from tests.tiny import CONTEXT_LENGTH, clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
+from tests.cases import NUM_CLASSES, augmented, class_prompts, images, perturb, pixels, prepared, processor
+from tests.tiny import CONTEXT_LENGTH, tiny_clip, tiny_tokenizer
 
 (CASE,) = [case for case in ALL_CASES if case.method == "promptsrc"]
 INDICES = (0, 7, 14, 21)
@@ -25,15 +24,6 @@ def fresh(**settings):
     model = get_peft_model(tiny_clip(), CASE.config(**settings))
     perturb(model)
     return model
-
-
-def augmented() -> ImageClassificationDataset:
-    """Colour images with random crops."""
-    return ImageClassificationDataset(
-        colour_rows(4, classes=NUM_CLASSES),
-        colour_names(NUM_CLASSES),
-        transform=TrainTransform(clip_processor(), scale=(0.2, 1.0)),
-    )
 
 
 def terms_of(model, dataset, **settings) -> dict[str, float]:

@@ -18,7 +18,7 @@ from peft_vlm.methods.skip_tuning.objective import SkipTuningBatchSampler
 from peft_vlm.methods.skip_tuning.presets import preset_for
 from peft_vlm.text.prompts import tokenize_classes
 from tests.cases import CASES as ALL_CASES
-from tests.cases import class_prompts, images, perturb, prepared, skip_tuning_config
+from tests.cases import augmented, class_prompts, images, perturb, prepared, skip_tuning_config
 from tests.tiny import CONTEXT_LENGTH, tiny_clip, tiny_tokenizer
 
 (CASE,) = [case for case in ALL_CASES if case.method == "skip_tuning"]
@@ -109,9 +109,9 @@ def test_cached_features_equal_the_plain_path():
 
 def test_the_disk_cache_holds_what_the_ram_cache_holds(tmp_path):
     model, dataset = fresh(), images()
-    ram = prepared(CASE, model, dataset, image_cache="ram").cache.rows
+    ram = prepared(CASE, model, dataset, image_cache="ram").cache.store.rows
     disk = prepared(CASE, model, dataset, image_cache="disk", cache_folder=tmp_path)
-    assert torch.equal(ram, disk.cache.rows)
+    assert torch.equal(ram, disk.cache.store.rows)
     assert f"{tmp_path}/peft_vlm_cache_" in Path("/proc/self/maps").read_text()
     assert len(list(tmp_path.rglob("*.bin"))) == 0  # open, but without a name: a killed run leaves nothing
 
@@ -138,6 +138,42 @@ def test_lower_layers_run_once_per_image_and_epoch_and_without_autograd():
         objective(model, collate([dataset[i] for i in range(start, start + 4)])).loss.backward()
     assert sum(size for size, _ in calls) == len(dataset)
     assert not any(grad for _, grad in calls)
+
+
+@pytest.mark.parametrize(
+    ("random", "settings", "expected"),
+    [
+        (False, {}, [24, 0, 0, 0]),
+        (True, {}, [4, 4, 4, 4]),
+        (True, {"image_cache": "ram"}, [24, 24, 24, 24]),
+        (True, {"num_views": 2}, [24, 24, 0, 0]),
+    ],
+)
+def test_lower_layers_run_again_only_for_new_pixels(random, settings, expected):
+    """A store that is filled anew in each epoch costs what it saves; one that is never filled is stale."""
+    model, dataset = fresh(), augmented() if random else images()
+    sizes: list[int] = []
+    layer = model.get_base_model().vision_model.encoder.layers[0]
+    objective = CASE.objective(class_prompts(), **settings)
+    objective.prepare(model, dataset)
+    layer.register_forward_hook(lambda _, args, output: sizes.append(len(args[0])))
+    seen, losses = [], []
+    for epoch in range(4):
+        sizes.clear()
+        dataset.set_epoch(epoch)
+        objective.epoch_start(model, dataset, epoch)
+        losses.append(objective(model, collate([dataset[i] for i in range(4)])).loss.item())
+        seen.append(sum(sizes))
+    assert seen == expected
+    assert (losses[0] == losses[1]) != random
+    if "num_views" in settings:
+        assert losses[:2] == losses[2:]
+
+
+@pytest.mark.parametrize(("num_views", "cache"), [(0, "auto"), (True, "auto"), (2, "none")])
+def test_views_that_nothing_stores_are_refused(num_views, cache):
+    with pytest.raises(ValueError, match="num_views"):
+        CASE.objective(class_prompts(), num_views=num_views, image_cache=cache)
 
 
 def test_lower_text_layers_run_once_per_run():

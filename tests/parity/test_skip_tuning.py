@@ -32,7 +32,8 @@ def setup(case: str, *, num_classes: int, labels: torch.Tensor, **objective_sett
     inputs = tensors("clip_inputs")
     ids = inputs["tokens7"] if num_classes == 7 else inputs["tokens40"]
     model = get_peft_model(recorded_clip("tiny_clip"), SkipTuningConfig(start_layer=2))
-    objective = SkipTuningObjective(prompts_of(ids), batch_composition="random", **objective_settings)
+    settings = {"image_cache": "ram"} | objective_settings
+    objective = SkipTuningObjective(prompts_of(ids), batch_composition="random", **settings)
     dataset = RecordedImages(recorded["pixel_values"], labels, objective.prompts.class_names)
     objective.prepare(model, dataset)
     objective.epoch_start(model, dataset, 0)
@@ -71,7 +72,7 @@ def hf_name(name: str) -> str:
 def test_lskip_features_prototypes_loss_and_gradients(s1):
     recorded, info = s1
     model, objective, dataset = setup("S1_lskip", num_classes=7, labels=recorded["labels"], top_ratio=1.0)
-    assert_close_to_max(objective.cache.rows, recorded["mid_image"])
+    assert_close_to_max(objective.cache.store.rows, recorded["mid_image"])
     _, hidden, prototypes = objective._text
     assert_close_to_max(hidden, recorded["mid_text"])
     assert_close_to_max(prototypes, recorded["class_prototypes"])

@@ -41,6 +41,7 @@ class KgCoOpObjective(ClassificationObjective):
             None: `prompts` as they are, without learned context. Official `CUSTOM_TEMPLATES`, one per dataset.
         weight: Weight of the distance. Paper: lambda; official `W`, 8.
         image_cache: As for `ClassificationObjective`.
+        num_views: As there.
         cache_batch_size: As there.
         num_workers: As there.
 
@@ -68,7 +69,8 @@ class KgCoOpObjective(ClassificationObjective):
         *,
         anchor_prompts: ClassPrompts | None = None,
         weight: float | int = 8.0,
-        image_cache: str = "ram",
+        image_cache: str = "auto",
+        num_views: int | None = None,
         cache_batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
@@ -81,7 +83,13 @@ class KgCoOpObjective(ClassificationObjective):
             )
         if weight < 0:
             raise ValueError(f"Expected `weight` of 0 or more, got {weight!r}.")
-        super().__init__(prompts, image_cache=image_cache, cache_batch_size=cache_batch_size, num_workers=num_workers)
+        super().__init__(
+            prompts,
+            image_cache=image_cache,
+            num_views=num_views,
+            cache_batch_size=cache_batch_size,
+            num_workers=num_workers,
+        )
         self.anchor_prompts, self.weight = anchor_prompts, weight
         self._anchors: Tensor | None = None
 
@@ -95,7 +103,7 @@ class KgCoOpObjective(ClassificationObjective):
 
         Args:
             model: `PeftModel` with the active adapter.
-            dataset: Not used; the classes come from the prompts.
+            dataset: Training images; the classes come from the prompts.
         """
         super().prepare(model, dataset)
         with model.disable_adapter():

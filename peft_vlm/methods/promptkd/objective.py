@@ -1,5 +1,6 @@
 """PromptKD's objective: the student imitates the teacher's class probabilities on images without labels."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.feature_store import RowStore
-from peft_vlm.data.transforms import EvalTransform
+from peft_vlm.data.feature_store import RowStore, ViewCache, should_store
 from peft_vlm.distributed import sum_over_processes
 from peft_vlm.errors import ClassNameError, PeftVLMError, check_choice, check_list
 from peft_vlm.losses import REDUCTIONS, TEACHER_WEIGHTINGS, distillation_loss
 from peft_vlm.methods.promptkd.classes import stored_classes
 from peft_vlm.methods.promptkd.model import check_stored, store_classes
 from peft_vlm.methods.promptkd.teacher import Teacher, Teachers
-from peft_vlm.methods.promptkd.views import ViewCache, align_projector, projector_of, student_features
+from peft_vlm.methods.promptkd.views import align_projector, projector_of, student_features
 from peft_vlm.models.towers import Towers, image_features, towers_of, unwrap
 from peft_vlm.objective import Batch, Objective, ObjectiveOutput, Paper, check_other_model
 from peft_vlm.text.prompts import ClassPrompts, readable
+
+logger = logging.getLogger(__name__)
 
 PAPER = Paper(
     title="PromptKD: Unsupervised Prompt Distillation for Vision-Language Models",
@@ -39,7 +41,7 @@ PAPER = Paper(
 _CHOICES = {
     "reduction": REDUCTIONS,
     "teacher_weighting": TEACHER_WEIGHTINGS,
-    "teacher_cache": ("none", "views"),
+    "teacher_cache": ("auto", "none", "views"),
     "student_cache": ("none", "views"),
 }
 
@@ -66,7 +68,7 @@ def _check_settings(
     steps = caches["align_steps"]
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"Expected `align_steps` of 0 or more, got {steps!r}.")
-    if caches["teacher_cache"] == "none" and (caches["student_cache"] != "none" or steps):
+    if caches["teacher_cache"] != "views" and (caches["student_cache"] != "none" or steps):
         raise ValueError(
             f"Expected `teacher_cache`='views' with `student_cache`={caches['student_cache']!r}, `align_steps`="
             f"{steps!r}, got 'none'. Both read stored features of the teacher."
@@ -150,7 +152,8 @@ class PromptKDObjective(Objective):
         teacher_weighting: How the logits of several teachers are averaged: `"equal"`, or `"confidence"` (weighted by
             each one's highest probability per image).
         teacher_cache: `"none"` runs the teacher on each batch; `"views"` on a fixed number of augmented views per
-            image, once. The student sees the same views.
+            image, once. The student sees the same views. `"auto"`: stored where every epoch sees the same pixels, else
+            per batch.
         num_views: Views per image; epoch e trains on view e modulo this number.
         student_cache: `"none"`, or `"views"` where the student's tower is frozen (`vision_depth=0`): its features are
             stored too.
@@ -190,7 +193,7 @@ class PromptKDObjective(Objective):
         weight: float | int = 10.0,
         reduction: str = "batchmean",
         teacher_weighting: str = "equal",
-        teacher_cache: str = "none",
+        teacher_cache: str = "auto",
         num_views: int = 1,
         student_cache: str = "none",
         align_steps: int = 0,
@@ -212,8 +215,8 @@ class PromptKDObjective(Objective):
         self.teachers = Teachers(members, weighting=teacher_weighting)
         self.agreement = Agreement(prompts.class_names, seen_classes)
         store = RowStore(cache_storage, name="promptkd teacher features", folder=cache_folder)
-        cache = ViewCache(num_views, store, batch_size=cache_batch_size, num_workers=num_workers)
-        self.cache = cache if teacher_cache == "views" else None
+        self._views = ViewCache(store, num_views=num_views, batch_size=cache_batch_size, num_workers=num_workers)
+        self.cache = self._views if teacher_cache == "views" else None
         self.student_cache, self.needs_pixels = student_cache, student_cache == "none"
         self.align_steps, self.align_learning_rate = align_steps, align_learning_rate
         self._transform, self._aligned, self._restored = None, align_steps == 0, False
@@ -263,8 +266,12 @@ class PromptKDObjective(Objective):
             teacher_logit_scale=first.logit_scale,
         )
         self._transform = dataset.transform
+        if self.settings["teacher_cache"] == "auto":
+            stores, why = should_store("auto", dataset, num_views=None)
+            self.cache = self._views if stores else None
+            logger.info("Teacher features are %s: %s.", "stored" if stores else "computed per batch", why)
         if self.cache is not None:
-            if isinstance(dataset.transform, EvalTransform):
+            if dataset.has_fixed_pixels:
                 self.cache.num_views = 1  # every epoch sees the same pixels
             self.settings["num_views"] = self.cache.num_views
             self.cache.bind(dataset, unwrap(model), *(member.model for member in self.teachers.members))

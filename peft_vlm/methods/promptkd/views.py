@@ -1,102 +1,18 @@
-"""Features of fixed augmented views, computed once; and the projector's alignment on them before training."""
+"""Features of the student, and the alignment of its projector on stored views before training."""
 
 import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.feature_store import RowStore, divided_pass
+from peft_vlm.data.feature_store import ViewCache
 from peft_vlm.distributed import apart
 from peft_vlm.methods.promptkd.model import Projector
 from peft_vlm.models.towers import towers_of
 from peft_vlm.text.class_features import evaluation_mode
-
-#: Pixels of a batch -> a row of features per image.
-Encoder = Callable[[Float[Tensor, "batch channels rows cols"]], Float[Tensor, "batch dim"]]
-
-
-class ViewCache:
-    """Features of a fixed number of augmented views per image; view v is the augmentation of epoch v.
-
-    Each view is computed in one pass over the dataset, in its order, so that a resumed run computes the same numbers.
-
-    Args:
-        num_views: Views per image.
-        store: Where the features are kept.
-        batch_size: Images per forward pass.
-        num_workers: Processes that read images.
-    """
-
-    def __init__(self, num_views: int, store: RowStore, *, batch_size: int, num_workers: int) -> None:
-        self.num_views, self.store = num_views, store
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self._filled: set[int] = set()
-        self._offset = 0
-        self._owners: tuple[object, ...] = ()
-
-    def bind(self, *owners: object) -> None:
-        """Forget what was stored for other images or models.
-
-        Args:
-            *owners: Dataset and models that the features come from.
-        """
-        if len(owners) != len(self._owners) or any(a is not b for a, b in zip(owners, self._owners, strict=True)):
-            self._filled.clear()
-            self._owners = owners
-
-    def start_epoch(
-        self, encode: Encoder, dataset: ImageClassificationDataset, epoch: int, *, device: torch.device
-    ) -> None:
-        """Choose the epoch's view, and compute its features the first time it comes.
-
-        Args:
-            encode: Features of a batch.
-            dataset: Training images that repeat their views; its epoch is set.
-            epoch: Number of the epoch, from 0.
-            device: Where `encode` runs.
-        """
-        view = epoch % self.num_views
-        self._offset = view * len(dataset)
-        if view in self._filled:
-            return
-        loader = divided_pass(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
-        progress = tqdm(loader, desc=f"Features of view {view + 1} of {self.num_views}", leave=False)
-        for batch in progress:
-            with torch.no_grad():
-                features = encode(batch["pixel_values"].to(device))
-            self.store.allocate((self.num_views * len(dataset), features.shape[-1]), features.dtype)
-            self.store.write(batch["index"] + self._offset, features)
-            size = self.num_views * len(dataset) * features.shape[-1] * features.element_size() / 2**20
-            progress.set_postfix_str(f"{size:.1f} MB in {self.store.storage}")
-        self.store.complete()
-        self._filled.add(view)
-
-    def fill(self, encode: Encoder, dataset: ImageClassificationDataset, *, device: torch.device) -> None:
-        """Compute the features of every view now; the dataset keeps its epoch.
-
-        Args:
-            encode: Features of a batch.
-            dataset: Training images that repeat their views.
-            device: Where `encode` runs.
-        """
-        epoch = dataset.epoch
-        for view in range(self.num_views):
-            dataset.set_epoch(view)
-            self.start_epoch(encode, dataset, view, device=device)
-        dataset.set_epoch(epoch)
-        self._offset = epoch % self.num_views * len(dataset)
-
-    def read(self, index: Int[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
-        """Features of some images in this epoch's view.
-
-        Args:
-            index: Positions in the dataset.
-        """
-        return self.store.read(index + self._offset, index.device)
 
 
 @torch.no_grad()
@@ -157,7 +73,8 @@ def align_projector(
     assert rows is not None, "`ViewCache.fill` comes first"
     parameters = [p for p in projector.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9, weight_decay=5e-4)
-    generator, images = torch.Generator().manual_seed(0), len(rows) // cache.num_views
+    views = cache.num_views or 1
+    generator, images = torch.Generator().manual_seed(0), len(rows) // views
     passes = math.ceil(steps / math.ceil(images / batch_size))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=passes)
     training, device, losses = projector.training, parameters[0].device, [0.0]
@@ -165,7 +82,7 @@ def align_projector(
     with torch.enable_grad(), apart():
         for number in tqdm(range(passes), desc="Aligning the projector", leave=False):
             losses = []
-            order = torch.randperm(images, generator=generator) + number % cache.num_views * images
+            order = torch.randperm(images, generator=generator) + number % views * images
             for index in order.split(batch_size):
                 batch = rows[index].to(device)
                 loss = loss_of(projector.project(batch[:, -width:]), batch[:, :-width])

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.data.feature_store import RowStore, divided_pass
+from peft_vlm.data.feature_store import RowStore, ViewCache, check_views, should_store
+from peft_vlm.data.streaming import ImageStream
 from peft_vlm.distributed import divided, gather_rows
 from peft_vlm.errors import DataError, check_choice
 from peft_vlm.losses import num_top_classes, rank_classes, rank_keep_probability, selected_classes
-from peft_vlm.models.towers import Towers, side_of, towers_of
+from peft_vlm.models.towers import Towers, device_of, side_of, towers_of
 from peft_vlm.objective import Batch, EpochBatchSampler, ObjectiveOutput, Paper
 from peft_vlm.text.class_features import PromptObjective, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts
@@ -104,37 +104,6 @@ class SkipTuningBatchSampler(EpochBatchSampler):
             yield batch
 
 
-def _fill(
-    cache: RowStore,
-    towers: Towers,
-    dataset: ImageClassificationDataset,
-    *,
-    start: int,
-    batch_size: int,
-    num_workers: int = 0,
-) -> None:
-    """Run the layers below the cut over a dataset, once, and store what enters layer `start`.
-
-    Args:
-        cache: Receives the states.
-        towers: Towers of the model.
-        dataset: Training images with their augmentation of this epoch.
-        start: First tuned vision layer.
-        batch_size: Images per forward pass; bounds the working memory.
-        num_workers: Processes that decode images.
-    """
-    device = next(towers.model.parameters()).device
-    loader = divided_pass(dataset, batch_size=batch_size, num_workers=num_workers)
-    for batch in tqdm(loader, desc=f"Caching layers below {start}", leave=False, disable=len(loader) < 2):
-        with torch.no_grad():
-            hidden = towers.embed_image(batch["pixel_values"].to(device))
-            hidden = towers.run_vision(hidden, 0, start)
-        cache.allocate((len(dataset), *hidden.shape[1:]), hidden.dtype)
-        cache.write(batch["index"], hidden)
-        del batch, hidden  # or they would live on beside the next batch
-    cache.complete()
-
-
 def _text_hidden_states(
     towers: Towers, input_ids: Int[Tensor, "prompts tokens"], *, start: int, chunk_size: int = 256
 ) -> Float[Tensor, "prompts tokens width"]:
@@ -210,8 +179,11 @@ class SkipTuningObjective(PromptObjective):
         tail_scale: Scale of the tail's exponential distribution. Paper: lambda; official `LAMBDA`, 0.3.
         redraw_tail: When the selected tail ranks are drawn: `"never"` (once per run, as in the official code),
             `"epoch"` or `"step"`.
-        image_cache: Where the image states of an epoch are kept: `"ram"`, `"disk"` (memory-mapped), or `"none"`,
-            which runs the lower layers per batch, with the same result.
+        image_cache: Where the image states below the tuned layers are kept: `"ram"`, `"disk"` (memory-mapped), or
+            `"none"`, which runs these layers per batch, with the same result. `"auto"`: in RAM where images come again
+            unchanged (no random transform, or `num_views`), else per batch. The official code: in RAM, per epoch.
+        num_views: Augmented views per image that come again, epoch e training on view e modulo this number; None: new
+            augmentation in every epoch.
         cache_folder: Folder of the memory-mapped file; temporary by default.
         cache_batch_size: Images per forward pass of the frozen layers; bounds their working memory.
         num_workers: Processes that decode images while caching.
@@ -244,7 +216,8 @@ class SkipTuningObjective(PromptObjective):
         max_top: int = 50,
         tail_scale: float = 0.3,
         redraw_tail: str = "never",
-        image_cache: str = "ram",
+        image_cache: str = "auto",
+        num_views: int | None = None,
         cache_folder: str | Path | None = None,
         cache_batch_size: int = 32,
         num_workers: int = 0,
@@ -258,7 +231,8 @@ class SkipTuningObjective(PromptObjective):
                 "An ensemble of templates has no single prompt to train; evaluate with it instead."
             )
         check_choice("redraw_tail", redraw_tail, ("never", "epoch", "step"))
-        check_choice("image_cache", image_cache, ("ram", "disk", "none"))
+        check_choice("image_cache", image_cache, ("auto", "ram", "disk", "none"))
+        check_views(num_views, image_cache)
         check_choice("batch_composition", batch_composition, ("one_class", "random"))
         check_choice("remainder", remainder, ("keep", "drop"))
         super().__init__(prompts)
@@ -269,6 +243,7 @@ class SkipTuningObjective(PromptObjective):
             "tail_scale": tail_scale,
             "redraw_tail": redraw_tail,
             "image_cache": image_cache,
+            "num_views": num_views,
             "batch_composition": batch_composition,
             "remainder": remainder,
             "seed": seed,
@@ -276,12 +251,11 @@ class SkipTuningObjective(PromptObjective):
         self.num_top = num_top_classes(num_classes, top_ratio=top_ratio, max_top=max_top)
         self.keep_probability = rank_keep_probability(num_classes, self.num_top, tail_scale=tail_scale)
         self.redraw_tail, self.batch_composition, self.remainder = redraw_tail, batch_composition, remainder
-        self.cache = (
-            None
-            if image_cache == "none"
-            else RowStore(image_cache, name="skip tuning hidden states", folder=cache_folder)
-        )
-        self.cache_batch_size, self.num_workers = cache_batch_size, num_workers
+        place = "disk" if image_cache == "disk" else "ram"
+        store = RowStore(place, name="skip tuning hidden states", folder=cache_folder)
+        self._views = ViewCache(store, num_views=num_views, batch_size=cache_batch_size, num_workers=num_workers)
+        self.cache = None if image_cache == "none" else self._views
+        self.cache_batch_size = cache_batch_size
         self.needs_pixels = self.cache is None
         self.generator = torch.Generator().manual_seed(seed)
         self.tail_uniform = torch.rand(num_classes, generator=self.generator)
@@ -292,13 +266,29 @@ class SkipTuningObjective(PromptObjective):
         """The settings as JSON values."""
         return dict(self.settings)
 
+    def adapt_to(self, model: nn.Module, dataset: ImageClassificationDataset | ImageStream) -> None:
+        """Decide whether the states of the images are stored.
+
+        Args:
+            model: Not used: what lies below the tuned layers never trains.
+            dataset: Training images.
+        """
+        stores, self._why = should_store(self.settings["image_cache"], dataset, num_views=self.settings["num_views"])
+        self.cache = self._views if stores else None
+        self.needs_pixels = not stores
+
     def prepare(self, model: nn.Module, dataset: ImageClassificationDataset) -> None:
         """Run the frozen text layers and compute the prototypes, once per run.
 
         Args:
             model: `PeftModel` with the active Skip Tuning adapter.
-            dataset: Not used; the classes come from the prompts.
+            dataset: Training images; the classes come from the prompts.
         """
+        self.adapt_to(model, dataset)
+        logger.info("Image states are %s: %s.", "computed per batch" if self.needs_pixels else "stored", self._why)
+        self._views.num_views = 1 if dataset.has_fixed_pixels else self.settings["num_views"]
+        self._views.bind(dataset, towers_of(model).model)
+        dataset.repeat_views(self.settings["num_views"])
         self._starts = model.active_peft_config.start_layers
         towers, start = towers_of(model), self._starts[1]
         ids = self.prompts.input_ids.to(next(towers.model.parameters()).device)
@@ -307,7 +297,7 @@ class SkipTuningObjective(PromptObjective):
             self._text = (ids, hidden, _initial_prototypes(model, towers, hidden, ids, start=start))
 
     def epoch_start(self, model: nn.Module, dataset: ImageClassificationDataset, epoch: int) -> None:
-        """Fill the image cache with this epoch's augmented images and redraw the tail if asked to.
+        """Store the states of the images as this epoch sees them, unless they are there; redraw the tail if asked to.
 
         Args:
             model: `PeftModel` with the active adapter.
@@ -318,9 +308,13 @@ class SkipTuningObjective(PromptObjective):
             self._draw_tail(epoch)
         if self.cache is None:
             return
-        options = {"batch_size": self.cache_batch_size, "num_workers": self.num_workers}
+        towers, start = towers_of(model), self._starts[0]
+
+        def encode(pixels: Tensor) -> Tensor:
+            return towers.run_vision(towers.embed_image(pixels), 0, start)
+
         with evaluation_mode(model):
-            _fill(self.cache, towers_of(model), dataset, start=self._starts[0], **options)
+            self.cache.start_epoch(encode, dataset, epoch, device=device_of(model))
 
     def batch_sampler(self, labels: Sequence[int], *, batch_size: int, seed: int) -> SkipTuningBatchSampler:
         """Batches by the official rule.
@@ -402,7 +396,7 @@ class SkipTuningObjective(PromptObjective):
     def _image_hidden(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch tokens width"]:
         """What enters the first tuned vision layer, from the cache or computed without autograd."""
         if self.cache is not None:
-            return self.cache.read(batch["index"], batch["labels"].device)
+            return self.cache.read(batch["index"].to(batch["labels"].device))
         towers = towers_of(model)
         with torch.no_grad():
             return torch.cat(

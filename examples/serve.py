@@ -103,6 +103,10 @@ class Endpoints:
     async def _read(self, request: Request, body: bytearray) -> None:
         """Read a body, as long as it and all others together are not too large."""
         length = request.headers.get("content-length", "0")
+        if "content-length" in request.headers and "transfer-encoding" in request.headers:
+            raise HTTPException(
+                400, "Send a length or chunks, not both.", CLOSE
+            )  # a server in front may take the other
         if len(length) > 18 or int(length) > MAX_BYTES:  # h11 lets digits through only
             raise HTTPException(413, f"Images of up to {MAX_BYTES} bytes are accepted.", CLOSE)
         async for chunk in request.stream():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.folders import write_adapters, write_base
+from tests.served import address, client, exported  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peft_vlm.methods.clip_lora import CLIPLoRAObjective
     from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
     from peft_vlm.methods.kgcoop import KgCoOpObjective
+    from peft_vlm.methods.maple import MaPLeConfig, MaPLeModel, MaPLeObjective
     from peft_vlm.methods.promptkd import PromptKDConfig, PromptKDModel, PromptKDObjective
     from peft_vlm.methods.promptsrc import PromptSRCConfig, PromptSRCModel, PromptSRCObjective
     from peft_vlm.methods.rpp import RPPConfig, RPPModel, RPPObjective
@@ -41,6 +42,9 @@ __all__ = [
     "CoOpModel",
     "CoOpObjective",
     "KgCoOpObjective",
+    "MaPLeConfig",
+    "MaPLeModel",
+    "MaPLeObjective",
     "PromptKDConfig",
     "PromptKDModel",
     "PromptKDObjective",
@@ -69,6 +73,7 @@ _HOMES = {
     "ClassificationObjective": "classification",
     "CoOp": "methods.coop",
     "KgCoOp": "methods.kgcoop",
+    "MaPLe": "methods.maple",
     "PromptKD": "methods.promptkd",
     "PromptSRC": "methods.promptsrc",
     "PromptedClassifier": "classifier",

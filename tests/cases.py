@@ -16,6 +16,8 @@ from peft_vlm import (
     CoOpConfig,
     CoOpObjective,
     KgCoOpObjective,
+    MaPLeConfig,
+    MaPLeObjective,
     PromptKDConfig,
     PromptKDObjective,
     PromptSRCConfig,
@@ -63,6 +65,11 @@ def promptsrc_config(**settings: Any) -> PromptSRCConfig:
     """Three text layers and two vision layers of three, two tokens each."""
     own = {"num_text_tokens": 2, "text_depth": 3, "num_vision_tokens": 2, "vision_depth": 2, "context_init": None}
     return PromptSRCConfig(**(own | settings))
+
+
+def maple_config(**settings: Any) -> MaPLeConfig:
+    """Two tokens in two layers of three."""
+    return MaPLeConfig(**({"depth": 2, "context_init": None} | settings))
 
 
 def rpp_config(**settings: Any) -> RPPConfig:
@@ -132,6 +139,24 @@ CASES = [
         config=coop_config,
         objective=KgCoOpObjective,
         saved_module="visual_projection",
+    ),
+    Case(
+        method="maple",
+        config=maple_config,
+        objective=MaPLeObjective,
+        other_shape={"num_text_tokens": 3, "depth": 3},
+        starts_as_base=False,
+        saved_module="visual_projection",
+        bad_settings=(
+            ({"depth": 0}, "1 or more, got 0"),
+            ({"depth": 4}, "`text_depth` from 0 to 3"),
+            ({"num_text_tokens": 0}, "1 or more, got 0"),
+            ({"num_text_tokens": "2"}, "integer, got '2'"),
+            ({"context_init_ids": WORD_A}, "`num_text_tokens` of at most 1"),
+            ({"context_init": "a photo of a"}, "has no tokenizer to read them"),
+            ({"target_modules": "q_proj"}, "chooses its modules"),
+            ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
+        ),
     ),
     Case(
         method="promptkd",

@@ -6,12 +6,13 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
-from peft_vlm import CoOpConfig, PromptKDConfig, PromptSRCConfig, RPPConfig, SkipTuningConfig
+from peft_vlm import CoOpConfig, MaPLeConfig, PromptKDConfig, PromptSRCConfig, RPPConfig, SkipTuningConfig
 from tests.tiny import tiny_clip
 from tests.tiny_questions import tiny_llava
 
 CONFIGS = {
     "coop": lambda **s: CoOpConfig(**s),
+    "maple": lambda **s: MaPLeConfig(context_init=None, **s),
     "promptkd": lambda **s: PromptKDConfig(class_dim=24, **s),
     "promptsrc": lambda **s: PromptSRCConfig(context_init=None, **s),
     "rpp": lambda **s: RPPConfig(context_init=None, **s),
@@ -20,6 +21,7 @@ CONFIGS = {
 #: Numbers for towers of 12 layers, which are the official ones, and for those of 5; the text tower reads 40 tokens.
 EXPECTED = {
     "coop": ({"num_text_tokens": 10}, {"num_text_tokens": 10}),
+    "maple": ({"depth": 9}, {"depth": 3}),
     "promptkd": ({"vision_depth": 9}, {"vision_depth": 3}),
     "promptsrc": ({"text_depth": 9, "vision_depth": 9}, {"text_depth": 3, "vision_depth": 3}),
     "rpp": ({"text_depth": 9, "vision_depth": 9}, {"text_depth": 3, "vision_depth": 3}),

@@ -26,6 +26,7 @@ WORDS = {
     "clip_lora": ["--config", "r=4"],
     "coop": ["--config", "context_init=a"],
     "kgcoop": ["--config", "context_init=a"],
+    "maple": ["--config", "depth=2", "context_init=null"],
     "promptkd": ["--config", "vision_depth=2", "projector_depth=1", "--teacher", "TEACHER", "--transductive"],
     "promptsrc": ["--config", "text_depth=2", "vision_depth=2", "num_text_tokens=2", "context_init=null"],
     "rpp": [
@@ -266,7 +267,7 @@ def test_models_that_write_text_are_asked_a_question(words, tmp_path, capsys) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--method", "maple"], "got 'maple'"),
+        (["--method", "dpl"], "got 'dpl'"),
         (["--method", "coop", "--preset", "nothing"], "got 'nothing'"),
         (["--method", "coop", "--config", "depth=3"], "`--config` has no setting depth. It has: num_text_tokens"),
         (["--method", "coop", "--config", "depth"], "as name=value, got 'depth'"),
@@ -304,7 +305,8 @@ def test_wrong_files_are_named(tmp_path, capsys) -> None:
 def test_presets_are_the_methods_own() -> None:
     """Each method's official configuration by its name; the command line passes the number of shots."""
     names = {"coop": "random", "promptkd": "base_to_new", "promptsrc": "base_to_new", "skip_tuning": "few_shot"}
-    names |= {"clip_lora": "few_shot", "kgcoop": "base_to_new", "tvp": "cifar10", "rpp": "imagenet21k"}
+    names |= {"clip_lora": "few_shot", "maple": "base_to_new"}
+    names |= {"kgcoop": "base_to_new", "tvp": "cifar10", "rpp": "imagenet21k"}
     for method in METHODS:
         if METHODS[method].preset_for is not None:
             preset = preset_of(RunSettings(method=method, model="m", dataset="d", shots=1, preset=names[method]))

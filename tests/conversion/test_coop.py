@@ -115,12 +115,7 @@ def test_the_base_model_of_another_training_is_refused(teacher_folder, tmp_path)
         convert(official("E1_coop_words4_end"), tmp_path / "a", base_model=teacher_folder, class_position="end")
 
 
-def test_maple_and_unknown_files_are_refused(student_folder, tmp_path):
-    """MaPLe has PromptSRC's context too; without its projections the outputs would be others."""
-    content = {"prompt_learner.ctx": torch.zeros(2, 64), "prompt_learner.proj.weight": torch.zeros(96, 64)}
-    torch.save({"state_dict": content}, tmp_path / "maple.pth")
-    with pytest.raises(AdapterError, match=r"is a checkpoint of MaPLe, .*can be converted: .*CoOp, KgCoOp, .*POMP"):
-        convert(tmp_path / "maple.pth", tmp_path / "a", base_model=student_folder)
+def test_unknown_files_are_refused(student_folder, tmp_path):
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     with pytest.raises(AdapterError, match=r"of no kind that is known .*1 tensors begin with \['fc\.weight'\]"):
         convert(tmp_path / "other.pth", tmp_path / "a", base_model=student_folder)

@@ -111,3 +111,18 @@ def test_promptkd_trains_teacher_and_student(data, tmp_path):
     picture = next(path for path in sorted(data.rglob("*.png")))
     predictions = PromptedClassifier.from_pretrained(folder).predict(str(picture))
     assert len(predictions) == CLASSES
+
+
+def test_maple_is_trained_and_folded(data, tmp_path):
+    result = run(
+        "train_maple.py",
+        *("--dataset", str(data), "--shots", str(SHOTS), "--seeds", "1", "--epochs", "2"),
+        *("--output_dir", str(tmp_path)),
+    )
+    assert result.code == 0, result.printed
+    check(tmp_path, ["zero_shot", "maple"], {"base", "new", "h"})
+    picture = str(next(path for path in sorted(data.rglob("*.png"))))
+    folders = [tmp_path / "few icons" / "maple" / "seed1", tmp_path / "folded"]
+    scores = [PromptedClassifier.from_pretrained(folder).predict(picture) for folder in folders]
+    assert [p.label for p in scores[0]] == [p.label for p in scores[1]]
+    assert scores[0][0].probability == pytest.approx(scores[1][0].probability, abs=1e-5)

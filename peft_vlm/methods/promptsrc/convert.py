@@ -136,12 +136,4 @@ def _is_promptsrc(tensors: Mapping[str, Tensor]) -> bool:
     return learned and towers and not any(name.startswith(OTHERS) for name in tensors)
 
 
-def _is_maple(tensors: Mapping[str, Tensor]) -> bool:
-    """Recognise a file of MaPLe: vision prompts are projected from text prompts, for which there is no adapter."""
-    return "prompt_learner.proj.weight" in tensors
-
-
-OFFICIAL_FORMATS = (
-    OfficialFormat(KIND, _is_promptsrc, convert_checkpoint),
-    OfficialFormat("MaPLe", _is_maple, None),
-)
+OFFICIAL_FORMATS = (OfficialFormat(KIND, _is_promptsrc, convert_checkpoint),)

@@ -3,6 +3,7 @@
 All errors are `ValueError`s, so that callers who know nothing of us still catch them.
 """
 
+import difflib
 import reprlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -67,7 +68,27 @@ def check_choice(name: str, value: object, choices: Collection[str | None]) -> N
     """
     allowed = tuple(choices)  # a tuple also compares values that cannot be hashed
     if value not in allowed:
-        raise ValueError(f"Expected `{name}` to be one of {allowed!r}, got {value!r}.")
+        words = [choice for choice in allowed if isinstance(choice, str)]
+        close = difflib.get_close_matches(str(value), words, n=1)
+        advice = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Expected `{name}` to be one of {allowed!r}, got {value!r}.{advice}")
+
+
+def check_template(template: str) -> None:
+    """Refuse a template that does not have its place for the class name.
+
+    Args:
+        template: Text with `{}`.
+
+    Raises:
+        ClassNameError: If `{}` is not there exactly once.
+    """
+    count = template.count("{}")
+    if count != 1:
+        raise ClassNameError(
+            f"Expected `{{}}` exactly once in the template, got {template!r} with {count}. "
+            "Write it where the class name goes, as in 'a photo of a {}.'."
+        )
 
 
 def check_list(name: str, value: object) -> None:

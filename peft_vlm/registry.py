@@ -9,6 +9,7 @@ members.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -90,6 +91,73 @@ class Preset:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunSize:
+    """Size of a run, by which a method recommends settings.
+
+    Official settings are for CLIP's ViT-B/16 and, of few-shot protocols, for up to 16 images per class. A model whose
+    vision tower has fewer than 12 layers is small: its rates were chosen on training images held out, on the bundled
+    CLIP of 6 layers.
+
+    Args:
+        protocol: `"few_shot"` or `"base_to_new"`.
+        num_images: Training images.
+        num_classes: Classes they show.
+        fewest: Images of the smallest class.
+        is_small: Whether the model is small.
+    """
+
+    protocol: str = "few_shot"
+    num_images: int
+    num_classes: int
+    fewest: int
+    is_small: bool
+
+    def epochs(self, official: int, *, batch: int) -> int:
+        """Passes over the images: the official number, fewer where there are more than 16 images per class, so that a
+        run sees as many images as the official one. A small model makes about 100 steps, in 3 to 50 passes.
+
+        Args:
+            official: Official number for 16 images per class.
+            batch: Images per step.
+        """
+        if self.is_small:
+            return min(50, max(3, math.ceil(100 / math.ceil(self.num_images / batch))))
+        return max(1, math.ceil(official * min(1.0, 16 * self.num_classes / self.num_images)))
+
+    def recommend(
+        self,
+        official: Preset,
+        *,
+        rate: float,
+        config: Mapping[str, Any] | None = None,
+        objective: Mapping[str, Any] | None = None,
+        batch: int = 32,
+        optim: str = "sgd",
+    ) -> Preset:
+        """An official configuration fitted to the run.
+
+        Depths and numbers of tokens are left out: those that are not given fit the model.
+
+        Args:
+            official: Configuration for ViT-B/16.
+            rate: Learning rate for a small model, in steps without warm-up.
+            config: Settings of the adapter on a small model.
+            objective: Settings of the objective on a small model.
+            batch: Images per step on a small model.
+            optim: Optimizer on a small model.
+        """
+        if self.is_small:
+            training = {"optim": optim, "learning_rate": rate, "per_device_train_batch_size": batch}
+            training["num_train_epochs"] = self.epochs(0, batch=batch)
+            return Preset(config=dict(config or {}), objective=dict(objective or {}), training=training)
+        training = dict(official.training)
+        if "num_train_epochs" in training:
+            epochs = self.epochs(training["num_train_epochs"], batch=training["per_device_train_batch_size"])
+            training |= {"num_train_epochs": epochs, "warmup_epochs": min(training["warmup_epochs"], epochs - 1)}
+        return Preset(objective=dict(official.objective), training=training)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingMethod:
     """What is minimised on which type of adapter.
 
@@ -102,6 +170,8 @@ class TrainingMethod:
         answer_objective: Objective on a model that writes text, from candidate answers; None where it trains none.
         preset_for: Gives an official configuration by its name.
         defaults: Settings of a new adapter where they differ from those of its type.
+        presets: These names.
+        recommended: Settings for a run of which nothing was said but model and images; None: those of the classes.
     """
 
     name: str
@@ -112,6 +182,8 @@ class TrainingMethod:
     answer_objective: Callable[..., Any] | None = None
     preset_for: Callable[..., Preset] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    presets: tuple[str, ...] = ()
+    recommended: Callable[[RunSize], Preset] | None = None
 
     @property
     def adapter_type(self) -> AdapterType:

@@ -5,7 +5,7 @@ Nothing here imports torch, PEFT or transformers: help and wrong flags answer at
 
 from dataclasses import dataclass, field
 
-from peft_vlm.errors import DataError, check_choice, check_list
+from peft_vlm.errors import DataError, check_choice, check_list, check_template
 
 #: Settings of earlier versions; files that still hold them are read without.
 RETIRED_SETTINGS = ("memory_check", "fca_cache")
@@ -27,7 +27,7 @@ class RunSettings:
     question: str = field(
         default="What is in the picture?", metadata={"help": "For models that write text: what is asked."}
     )
-    shots: int = field(default=16, metadata={"help": "Training images per class; 0: all there are."})
+    shots: int = field(default=0, metadata={"help": "Training images per class, drawn by the seed; 0: all."})
     protocol: str = field(
         default="few_shot",
         metadata={"help": "few_shot: all classes; base_to_new: train on the first half of them, test both halves."},
@@ -75,6 +75,7 @@ class RunSettings:
         """
         for name in ("config", "objective", "augmentation"):
             check_list(name, getattr(self, name))
+        check_template(self.template)
         self.protocol = str(self.protocol).replace("-", "_")  # either spelling, here and below
         check_choice("protocol", self.protocol, sorted(RUN_PROTOCOLS))
 
@@ -137,6 +138,8 @@ class EvaluationArguments:
         """
         for name in ("dataset", "split", "template"):
             check_list(name, getattr(self, name))
+        for template in self.template or ():
+            check_template(template)
         self.protocol = str(self.protocol).replace("_", "-")
         check_choice("protocol", self.protocol, PROTOCOLS)
         if self.protocol in SINGLE and len(self.dataset) != 1:

@@ -64,11 +64,20 @@ def _installed() -> dict[str, Any]:
 
 
 def _method(method: "TrainingMethod") -> dict[str, Any]:
-    """Settings of a method with their defaults."""
+    """Settings of a method with their defaults, its presets, and what is recommended without one."""
+    from peft_vlm.registry import RunSize
+
     facts = {"method": method.name, "adapter": method.adapter, "trained": method.adapter_type.trained}
     facts |= {"paper": _cited(method.paper), "config": _defaults(method.adapter_type.config) | method.defaults}
     targets = (("objective", method.objective), ("objective on text models", method.answer_objective))
     facts |= {key: _defaults(target) for key, target in targets if target is not None}
+    facts["presets"] = ", ".join(method.presets) or "none"
+    if method.recommended is not None:
+        for kind, is_small in (("models as large as ViT-B/16", False), ("smaller models", True)):
+            size = RunSize(num_images=1600, num_classes=100, fewest=16, is_small=is_small)
+            preset = method.recommended(size)
+            values = preset.config | preset.objective | preset.training
+            facts[f"recommended for {kind}, 16 images of 100 classes"] = values
     return facts | {"page": f"docs/methods/{method.name}.md"}
 
 
@@ -88,7 +97,8 @@ def _defaults(target: Callable[..., Any]) -> dict[str, Any]:
     """Default of each setting; "needed" where there is none."""
     parameters = [p for p in inspect.signature(target).parameters.values() if p.kind is not p.POSITIONAL_ONLY]
     own = [p for p in parameters if p.name not in _shared_fields() | {"prompts", "candidates"}]
-    return {p.name: "needed" if p.default is p.empty else p.default for p in own}
+    known = {p.name: "needed" if p.default is p.empty else p.default for p in own}
+    return known | dict.fromkeys(getattr(target, "fits_model", ()), "fits the model")
 
 
 def _adapter(adapter: str) -> dict[str, Any]:
@@ -139,4 +149,4 @@ def _print(facts: Mapping[str, Any], indent: str = "") -> None:
             value = f"{len(value)}: {', '.join(map(str, value[:6]))}, ..."
         elif isinstance(value, float):
             value = f"{value:.6g}"
-        print_line(f"{indent + name:28}{value}")
+        print_line(f"{indent + name:30}{value}")

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import difflib
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +27,7 @@ _OTHER_NAMES = {
 
 EXAMPLES = """
   peft-vlm train --method skip_tuning --model examples/assets/clip_student --dataset examples/assets/icons \\
-      --template "a {} icon" --shots 4 --config start_layer=3 text_start_layer=2 \\
-      --objective batch_composition=random --max_steps 60 --learning_rate 0.02 \\
-      --per_device_train_batch_size 32 --output_dir outputs/icons
+      --template "a {} icon" --shots 4 --max_steps 60 --output_dir outputs/icons
   peft-vlm train --method promptsrc --preset base_to_new --protocol base_to_new \\
       --model openai/clip-vit-base-patch16 --dataset my_images/ --output_dir outputs/promptsrc
   peft-vlm train settings.yaml --seed 2 --output_dir outputs/seed2
@@ -80,23 +79,31 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         PeftVLMError: If no folder is given.
     """
-    if not any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in arguments.more):
+    if not _is_given(arguments.more, "output_dir"):
         raise PeftVLMError("Expected `output_dir`, the folder of the adapter, got none.")
     settings = read_settings(arguments, RunSettings)
     settings.check()
     _check_training_flags(arguments.more)
     from transformers import HfArgumentParser
 
-    from peft_vlm.experiments.run import preset_of, run_training
+    from peft_vlm.experiments.run import run_training
     from peft_vlm.training.arguments import VLMTrainingArguments
 
     # transformers would switch progress off, since the program keeps its remarks quiet; --json is for scripts
-    defaults = {"disable_tqdm": arguments.json} | preset_of(settings).training
+    defaults: dict[str, Any] = {"disable_tqdm": arguments.json}
     parser = HfArgumentParser(VLMTrainingArguments, prog="peft-vlm train")
     parser.usage = "peft-vlm train [FILE.yaml] [--flag value ...]   (all flags: --help)"
-    (args,) = parser.parse_args_into_dataclasses([*as_flags(defaults), *arguments.more], look_for_args_file=False)
+    words = arguments.more
+
+    def training_arguments(recommended: dict[str, Any]) -> VLMTrainingArguments:
+        values = defaults | {k: json.dumps(v) if isinstance(v, dict) else v for k, v in recommended.items()}
+        if settings.preset is None and _is_given(words, "max_steps", "num_train_epochs"):
+            values = {name: value for name, value in values.items() if not name.startswith("warmup_")}
+        return parser.parse_args_into_dataclasses([*as_flags(values), *words], look_for_args_file=False)[0]
+
+    args = training_arguments({})  # wrong values are found before anything is loaded
     with calm():
-        scores = run_training(settings, args)
+        scores = run_training(settings, training_arguments)
     if args.process_index:  # one of several processes says what has become of the run, after the evaluation
         return
     if arguments.json:
@@ -105,6 +112,11 @@ def run(arguments: argparse.Namespace) -> None:
     for name, score in scores.items():
         print_line(f"{name:24}{score:7.2f} %")
     print_line(f"Written to {args.output_dir}. Use it:  peft-vlm predict {args.output_dir!r} photo.png")
+
+
+def _is_given(words: Sequence[str], *names: str) -> bool:
+    """True if one of some flags is among the words, in either spelling."""
+    return any(word.partition("=")[0].removeprefix("--").replace("-", "_") in names for word in words)
 
 
 def _check_training_flags(words: Sequence[str]) -> None:

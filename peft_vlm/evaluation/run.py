@@ -109,7 +109,7 @@ def load_model(
     if source is not None and config is not None:
         check_weights(source, config)
     base = str(base_model) if base_model is not None else _recorded_base(adapter, config)
-    _check_path(base, what="base model", advice="Pass `base_model=` with a folder or the id of the model.")
+    check_path(base, what="base model", advice="Pass `base_model=` with a folder or the id of the model.")
     if base_revision is None and config is not None and base == config.base_model_name_or_path:
         base_revision = config.revision
     model, tokenizer, processor = _load_base(base, dtype, token, base_revision)
@@ -129,7 +129,7 @@ def load_model(
 
 def _source(adapter: str, **where: str | None) -> AdapterSource:
     """Where an adapter is read from."""
-    _check_path(adapter, what="adapter", advice="Pass the folder that holds `adapter_config.json`, or a Hub id.")
+    check_path(adapter, what="adapter", advice="Pass the folder that holds `adapter_config.json`, or a Hub id.")
     return AdapterSource.find(adapter, **where)
 
 
@@ -178,7 +178,17 @@ def _recorded_base(adapter: str | Path | None, config: PeftConfig | None) -> str
     return config.base_model_name_or_path
 
 
-def _check_path(name: str, *, what: str, advice: str) -> None:
+def check_path(name: str, *, what: str, advice: str) -> None:
+    """Refuse a folder that does not exist before the Hub is asked for a repository of its name.
+
+    Args:
+        name: Folder or Hub id.
+        what: What is looked for, for the message.
+        advice: What to do, for the message.
+
+    Raises:
+        AdapterError: If it can only be a folder, and there is none.
+    """
     if is_local(name) and not Path(name).exists():
         raise AdapterError(f"The {what} {name!r} does not exist (looked in {str(Path.cwd())!r}). {advice}")
 

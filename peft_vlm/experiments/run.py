@@ -1,9 +1,11 @@
 """One training from named settings (`name=value`): model, data, adapter, objective, trainer, report."""
 
+import difflib
 import inspect
 import json
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
+    PretrainedConfig,
     PrinterCallback,
     ProgressCallback,
     TrainerControl,
@@ -22,23 +25,24 @@ from transformers import (
     set_seed,
 )
 
-from peft_vlm.adapters.config import VLMConfig
+from peft_vlm.adapters.config import OFFICIAL_LAYERS, VLMConfig, architecture_of
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
 from peft_vlm.data.splits import base_and_new_classes, check_not_trained_on, few_shot, image_sample, is_chosen_on
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform, mean_and_std_of
-from peft_vlm.errors import PeftVLMError, PeftVLMWarning, check_choice, check_list
+from peft_vlm.errors import HubError, PeftVLMError, PeftVLMWarning, check_choice, check_list
 from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.evaluation.plots import has_matplotlib
 from peft_vlm.evaluation.report import EvalReport
-from peft_vlm.evaluation.run import load_model, run_evaluation
+from peft_vlm.evaluation.run import check_path, load_model, run_evaluation
 from peft_vlm.experiments.transfer import ImageTextModel
 from peft_vlm.files import BASELINE_NAME
 from peft_vlm.hub.card import write_card
+from peft_vlm.models.repository import hub_options, is_local, why_cache_only
 from peft_vlm.models.towers import FAMILIES
 from peft_vlm.objective import Objective
-from peft_vlm.registry import METHODS, Preset
+from peft_vlm.registry import METHODS, Preset, RunSize
 from peft_vlm.settings import RUN_PROTOCOLS, EvaluationArguments, RunSettings
 from peft_vlm.text.answers import tokenize_candidates
 from peft_vlm.text.class_features import encode_classes
@@ -123,31 +127,56 @@ class _Parts:
     evaluate: Callable[[], dict[str, float]]
 
 
-def preset_of(settings: RunSettings) -> Preset:
-    """The official configuration that the settings name; an empty one where they name none.
+def preset_of(settings: RunSettings, size: RunSize) -> Preset:
+    """The official configuration that the settings name; what the method recommends where they name none.
 
     Args:
         settings: Settings of the run.
+        size: Size of the run.
 
     Raises:
         PeftVLMError: If the method has no presets.
-        ValueError: If the method is unknown.
     """
-    check_choice("method", settings.method, sorted(METHODS))
+    method = METHODS[settings.method]
     if settings.preset is None:
-        return Preset()
-    preset_for = METHODS[settings.method].preset_for
-    if preset_for is None:
+        return Preset() if method.recommended is None else method.recommended(size)
+    if method.preset_for is None:
         raise PeftVLMError(f"{settings.method!r} has no presets. Leave out `preset`.")
-    return preset_for(settings.preset, **_accepted(preset_for, {"shots": settings.shots}))
+    return method.preset_for(settings.preset, **_accepted(method.preset_for, {"shots": settings.shots or size.fewest}))
 
 
-def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str, float]:
-    """Train an adapter, save it in `args.output_dir`, and measure it.
+def size_of(settings: RunSettings, images: ImageClassificationDataset, model_config: dict[str, Any]) -> RunSize:
+    """What recommended settings depend on.
+
+    Args:
+        settings: Settings of the run.
+        images: The part of the dataset to train on, all classes.
+        model_config: `to_dict()` of the base model's configuration.
+    """
+    count = Counter(images.labels)
+    classes = range(len(images.class_names)) if settings.transductive else _labelled(images, settings)
+    shown = [count[label] for label in classes if count[label]]
+    shots = 0 if settings.transductive else settings.shots
+    numbers = [min(shots, number) if shots else number for number in shown] or [1]
+    layers = architecture_of(model_config).get("vision_num_hidden_layers")
+    return RunSize(
+        protocol=settings.protocol,
+        num_images=sum(numbers),
+        num_classes=len(numbers),
+        fewest=min(numbers),
+        is_small=layers is not None and layers < OFFICIAL_LAYERS,
+    )
+
+
+def run_training(
+    settings: RunSettings, arguments: Callable[[dict[str, Any]], VLMTrainingArguments]
+) -> dict[str, float]:
+    """Train an adapter, save it in `output_dir` of its arguments, and measure it.
 
     Args:
         settings: Model, data, method and their settings.
-        args: How; a preset's settings of the training must be in it already (`preset_of`).
+        arguments: Makes the training arguments out of settings of the preset, or recommended ones, which it may
+            override.
 
     Returns:
         Accuracies in percent on the test split by name, those of the base model with `zero_shot_`; empty without
@@ -157,14 +186,21 @@ def run_training(settings: RunSettings, args: VLMTrainingArguments) -> dict[str,
         PeftVLMError: If settings contradict each other or name what the method does not have.
     """
     settings.check()
-    preset = preset_of(settings)
-    config = METHODS[settings.method].defaults | preset.config | named_values(settings.config, "config")
-    options = preset.objective | named_values(settings.objective, "objective")
-    build = _classifier if _is_clip_like(settings.model) else _answerer
+    _check_names(settings)
+    model_config = _base_config(settings.model)
+    is_clip_like = isinstance(model_config, tuple(family.config_class for family in FAMILIES))
     # A missing split is better found before the training.
     test = _images(settings, settings.test_split) if settings.evaluate else None
+    pool = _images(settings, settings.split)
+    size = size_of(settings, pool, model_config.to_dict())
+    preset = preset_of(settings, size)
+    args = arguments(preset.training)
+    config = METHODS[settings.method].defaults | preset.config | named_values(settings.config, "config")
+    options = preset.objective | named_values(settings.objective, "objective")
+    if settings.preset is None and args.process_index == 0:
+        _say_recommended(settings, size, preset, args, config | options)
     set_seed(args.seed)  # a new adapter may start from random values
-    parts = build(settings, args, config, options)
+    parts = (_classifier if is_clip_like else _answerer)(settings, args, pool, config, options)
     if test is not None:
         check_not_trained_on(test, image_sample(parts.train), num_train=len(parts.train))
         _warn_of_selection(settings, args, parts.eval, test)
@@ -244,23 +280,74 @@ class _OneBar(ProgressCallback):
             tqdm.write(f"  validation: {', '.join(parts)}", file=sys.stderr)
 
 
-def _is_clip_like(model: str) -> bool:
-    """True for a folder or id of a model with two towers."""
+def _base_config(model: str) -> PretrainedConfig:
+    """The configuration of a folder or id of a model."""
+    check_path(model, what="base model", advice="Pass a folder, or the id of a model on the Hub, as `model`.")
+    options = hub_options(model)
     try:
-        config = AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, **options)
     except (OSError, ValueError) as error:
+        if options["local_files_only"] and not is_local(model):
+            raise HubError(f"The base model {model!r} cannot be read: {why_cache_only()}.") from error
         raise PeftVLMError(f"The base model {model!r} could not be loaded: {error}") from error
-    return isinstance(config, tuple(family.config_class for family in FAMILIES))
+
+
+def _check_names(settings: RunSettings) -> None:
+    """Refuse settings that nothing has before anything is loaded."""
+    check_choice("method", settings.method, sorted(METHODS))
+    method = METHODS[settings.method]
+    config = method.adapter_type.config
+    objectives = [target for target in (method.objective, method.answer_objective) if target is not None]
+    _check_known("config", settings.config, [config], hidden=_shared(config))
+    _check_known("objective", settings.objective, objectives, hidden=None)
+    _check_known("augmentation", settings.augmentation, [TrainTransform, RandomCrop], hidden=None)
+
+
+def _check_known(
+    name: str, words: Sequence[str], targets: Sequence[Callable[..., Any]], *, hidden: type | None
+) -> None:
+    """Refuse names that none of some functions takes."""
+    known = [known for target in targets for known in inspect.signature(target).parameters]
+    unknown = sorted(set(named_values(words, name)) - set(known))
+    if unknown:
+        shared = inspect.signature(hidden).parameters if hidden else {}
+        own = [one for one in dict.fromkeys(known) if one not in {*shared, "prompts", "candidates", "image_processor"}]
+        close = difflib.get_close_matches(unknown[0], own, n=1)
+        advice = f" Did you mean {close[0]}?" if close else ""
+        raise PeftVLMError(f"`{name}` has no setting {', '.join(unknown)}.{advice} It has: {', '.join(own)}.")
+
+
+def _shared(config: type) -> type:
+    """The class whose fields all configurations like this one have."""
+    return VLMConfig if issubclass(config, VLMConfig) else PeftConfig
+
+
+def _say_recommended(
+    settings: RunSettings, size: RunSize, preset: Preset, args: VLMTrainingArguments, other: dict[str, Any]
+) -> None:
+    """Print the recommended settings that the run uses; those that were given are not among them."""
+    used = {name: other[name] for name in (*preset.config, *preset.objective) if name in other}
+    used = {name: value for name, value in used.items() if (preset.config | preset.objective)[name] == value}
+    used |= {name: value for name, value in preset.training.items() if getattr(args, name) == value}
+    if args.max_steps > 0 and "max_steps" not in preset.training:
+        used.pop("num_train_epochs", None)
+    shown = ", ".join(f"{name}={value}" for name, value in used.items() if value is not None)
+    kind = "a small model" if size.is_small else "models as large as ViT-B/16"
+    if shown:
+        print(f"Recommended for {settings.method} on {kind}, where no flag says otherwise: {shown}", file=sys.stderr)
 
 
 def _classifier(
-    settings: RunSettings, args: VLMTrainingArguments, config: dict[str, Any], options: dict[str, Any]
+    settings: RunSettings,
+    args: VLMTrainingArguments,
+    pool: ImageClassificationDataset,
+    config: dict[str, Any],
+    options: dict[str, Any],
 ) -> _Parts:
     """A run on a CLIP-like model."""
     loaded = load_model(base_model=settings.model, device="cpu")
     augmentation = TrainTransform(loaded.image_processor, **named_values(settings.augmentation, "augmentation"))
-    pool = _images(settings, settings.split, augmentation)
-    pool.seed = args.seed
+    pool.transform, pool.seed = augmentation, args.seed
     train = pool if settings.transductive else _shots(pool, settings, args.seed)
     prompts = tokenize_for_model(loaded.model, loaded.tokenizer, train.class_names, template=settings.template)
     offered: dict[str, Any] = {"seed": args.seed, "transductive": settings.transductive}
@@ -280,7 +367,11 @@ def _classifier(
 
 
 def _answerer(
-    settings: RunSettings, args: VLMTrainingArguments, config: dict[str, Any], options: dict[str, Any]
+    settings: RunSettings,
+    args: VLMTrainingArguments,
+    pool: ImageClassificationDataset,
+    config: dict[str, Any],
+    options: dict[str, Any],
 ) -> _Parts:
     """A run on a model that writes text: the classes are answers to one question."""
     if settings.protocol != "few_shot" or settings.transductive or settings.teacher:
@@ -292,7 +383,7 @@ def _answerer(
         asked = ImageQuestionDataset.from_images(images, question=settings.question, augmentation=augmentation)
         return asked.with_collator(member.collator)
 
-    train = questions(_shots(_images(settings, settings.split), settings, args.seed), crop)
+    train = questions(_shots(pool, settings, args.seed), crop)
     candidates = tokenize_candidates(
         member.collator.tokenizer,
         train.class_names,
@@ -336,8 +427,7 @@ def _adapted(
     mean, std = mean_and_std_of(image_processor)
     target = METHODS[method].adapter_type.config
     known = _accepted(target, {"image_mean": list(mean), "image_std": list(std), **offered})
-    hidden = VLMConfig if issubclass(target, VLMConfig) else PeftConfig
-    return get_peft_model(base, build(target, known | config, name="config", hidden=hidden))
+    return get_peft_model(base, build(target, known | config, name="config", hidden=_shared(target)))
 
 
 def _objective(
@@ -355,7 +445,9 @@ def _objective(
     for name in ("teacher", "transductive"):
         if offered.get(name) and name not in inspect.signature(target).parameters:
             raise PeftVLMError(f"{settings.method!r} has no use for `{name}`. Leave it out.")
-    return build(target, _accepted(target, offered) | options, classes, name="objective")
+    named = named_values(settings.objective, "objective")
+    wanted = _accepted(target, options) | named  # what is recommended for CLIPs need not exist for other models
+    return build(target, _accepted(target, offered) | wanted, classes, name="objective")
 
 
 def _report(settings: RunSettings, args: VLMTrainingArguments) -> dict[str, float]:

@@ -47,7 +47,7 @@ def hub_answers(repo_id: str, *, revision: str | None = None, token: str | None 
     try:
         HfApi(token=token).model_info(repo_id, revision=revision, timeout=PATIENCE)
     except HfHubHTTPError as error:
-        raise HubError(f"{repo_id!r} cannot be read: {explain(error)}") from error
+        raise HubError(f"{repo_id!r} is no folder here, and on the Hub: {explain(error)}") from error
     except HTTPError as error:
         logger.warning("%s cannot be reached (%s); only the cache is used", constants.ENDPOINT, type(error).__name__)
         return False
@@ -71,9 +71,10 @@ def hub_options(name: str | Path, *, token: str | None = None, revision: str | N
 
 def why_cache_only() -> str:
     """Say why the cache alone was looked into, and what to do about it."""
+    here = f"there is no such folder in {str(Path.cwd())!r}, and "
     if constants.HF_HUB_OFFLINE:
-        return "offline mode is on (HF_HUB_OFFLINE), and it is not in the cache. Unset HF_HUB_OFFLINE to download it"
+        return f"{here}offline mode is on (HF_HUB_OFFLINE), and it is not in the cache. Unset it to download the model"
     return (
-        f"the Hub at {constants.ENDPOINT} did not answer within {PATIENCE:.0f} s, and it is not in the cache. Check "
-        "the connection (or HF_ENDPOINT)"
+        f"{here}the Hub at {constants.ENDPOINT} did not answer within {PATIENCE:.0f} s, and it is not in the cache. "
+        "Check the connection (or HF_ENDPOINT)"
     )

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from peft_vlm.errors import ClassNameError
+from peft_vlm.errors import ClassNameError, check_template
 from peft_vlm.models.repository import hub_options
 from peft_vlm.models.towers import Towers, towers_of
 
@@ -95,23 +95,6 @@ IMAGENET_ENSEMBLE = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-
-
-def check_template(template: str) -> None:
-    """Refuse a template that does not have its place for the class name.
-
-    Args:
-        template: Text with `{}`.
-
-    Raises:
-        ClassNameError: If `{}` is not there exactly once.
-    """
-    count = template.count("{}")
-    if count != 1:
-        raise ClassNameError(
-            f"Expected `{{}}` exactly once in the template, got {template!r} with {count}. "
-            "Write it where the class name goes, as in 'a photo of a {}.'."
-        )
 
 
 def readable(class_name: str) -> str:

@@ -83,6 +83,10 @@ def test_info_teaches_the_settings_of_each_method(exported, capsys) -> None:
         facts = json.loads(capsys.readouterr().out)
         assert facts["config"]
         assert "class_names" not in facts["config"]
+        assert facts["presets"].split(", ") == list(METHODS[method].presets)
+        rates = [value["learning_rate"] for key, value in facts.items() if key.startswith("recommended for")]
+        assert len(rates) == 2
+        assert min(rates) > 0
     assert main(["info"]) == 0
     assert "skip_tuning" in capsys.readouterr().out
     assert main(["info", str(exported / "out" / "classifier.safetensors")]) == 0

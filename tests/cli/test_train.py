@@ -17,7 +17,7 @@ from peft_vlm.cli import main
 from peft_vlm.cli.command import as_flags
 from peft_vlm.errors import PeftVLMError, PeftVLMWarning
 from peft_vlm.experiments.run import RunSettings, build, named_values, preset_of
-from peft_vlm.registry import METHODS
+from peft_vlm.registry import METHODS, RunSize
 from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 from tests.tiny_questions import llava_processor, tiny_llava
 
@@ -122,6 +122,7 @@ def test_a_run_shows_how_far_it_is(words, tmp_path, capsys) -> None:
     root, flags = words
     flags = [*flags[:6], "--num_train_epochs", "2", "--use_cpu", "--report_to", "none"]
     flags += ["--eval_split", "test", "--eval_strategy", "epoch", "--logging_steps", "1"]
+    flags += ["--per_device_train_batch_size", "4"]
     command = ["train", "--method", "coop", *own_words("coop", root), *flags, "--output_dir", str(tmp_path / "run")]
     assert main(command) == 0
     captured = capsys.readouterr()
@@ -257,7 +258,7 @@ def test_models_that_write_text_are_asked_a_question(words, tmp_path, capsys) ->
     tiny_llava().save_pretrained(tmp_path / "llava")
     llava_processor().save_pretrained(tmp_path / "llava")
     flags = [*flags[2:], "--model", str(tmp_path / "llava"), "--question", "which colour?"]
-    flags += ["--objective", "tse_weight=0", "--output_dir", str(tmp_path / "run")]
+    flags += ["--output_dir", str(tmp_path / "run")]
     assert main(["train", "--method", "tvp", *flags, "--json"]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["scores"]["accuracy"] <= 100
     assert main(["train", "--method", "coop", *flags]) == 2
@@ -275,7 +276,14 @@ def test_models_that_write_text_are_asked_a_question(words, tmp_path, capsys) ->
         (["--method", "coop", "--transductive"], "no use for `--transductive`"),
         (["--method", "coop", "--test_split", "dev"], "'dev'"),
         (["--method", "coop", "--protocol", "open"], "got 'open'"),
-        (["--method", "coop", "--model", "no/such folder"], "'no/such folder' could not be loaded"),
+        (["--method", "coop", "--model", "no/such folder"], "'no/such folder' does not exist (looked in"),
+        (["--method", "skip_tunin"], "Did you mean 'skip_tuning'?"),
+        (["--method", "coop", "--model", "no/such folder", "--config", "num_text_token=3"], "mean num_text_tokens?"),
+        (["--method", "coop", "--model", "no/such folder", "--template", "a photo"], "`{}` exactly once"),
+        (
+            ["--method", "coop", "--model", "no/such folder", "--learning_rate", "-1", "--warmup_epochs", "-1"],
+            "got -1",
+        ),
     ],
 )
 def test_wrong_settings_end_with_two_before_anything_is_trained(changes, message, words, tmp_path, capsys) -> None:
@@ -309,9 +317,60 @@ def test_presets_are_the_methods_own() -> None:
     names |= {"kgcoop": "base_to_new", "tvp": "cifar10", "rpp": "imagenet21k"}
     for method in METHODS:
         if METHODS[method].preset_for is not None:
-            preset = preset_of(RunSettings(method=method, model="m", dataset="d", shots=1, preset=names[method]))
+            size = RunSize(num_images=4, num_classes=4, fewest=1, is_small=False)
+            preset = preset_of(RunSettings(method=method, model="m", dataset="d", preset=names[method]), size)
             assert preset.training
+            assert METHODS[method].presets, "which `peft-vlm info` lists"
+            assert names[method] in METHODS[method].presets
             assert VLMTrainingArguments(output_dir="unused", use_cpu=True, **preset.training).learning_rate > 0
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("protocol", ["few_shot", "base_to_new"])
+@pytest.mark.parametrize("is_small", [False, True])
+@pytest.mark.parametrize("per_class", [1, 16, 1000])
+def test_what_a_method_recommends_can_be_trained(method, protocol, is_small, per_class) -> None:
+    """A rate of 0.002 for every method was 400 times Skip Tuning's; 200 epochs of 1,000 images per class never end."""
+    size = RunSize(protocol=protocol, num_images=5 * per_class, num_classes=5, fewest=per_class, is_small=is_small)
+    preset = METHODS[method].recommended(size)
+    args = VLMTrainingArguments(output_dir="unused", use_cpu=True, **preset.training)
+    assert args.warmup_epochs < args.num_train_epochs or args.max_steps > 0
+    images_seen = args.num_train_epochs * size.num_images
+    if is_small:
+        assert 3 <= args.num_train_epochs <= 50
+    elif args.max_steps < 0:
+        assert images_seen <= 200 * 16 * 5 + size.num_images
+        at_16 = METHODS[method].recommended(RunSize(**{**vars(size), "num_images": 80, "fewest": 16}))
+        assert args.num_train_epochs <= at_16.training["num_train_epochs"]
+    assert isinstance(METHODS[method].adapter_type.config(**METHODS[method].defaults | preset.config), PeftConfig)
+    official = {"skip_tuning": {1e-5, 2e-5}, "coop": {2e-3}, "promptsrc": {2.5e-3}, "clip_lora": {2e-4}}
+    if not is_small and method in official:
+        assert args.learning_rate in official[method]
+
+
+def test_a_run_without_settings_uses_and_prints_what_its_method_recommends(words, tmp_path, capsys) -> None:
+    """Flags win, what is recommended beside them is said; a given length takes the recommended warm-up away."""
+    root, flags = words
+    flags = [*flags[:6], "--use_cpu", "--report_to", "none", "--no_evaluate", "--objective", "top_ratio=1.0"]
+    command = ["train", "--method", "skip_tuning", *flags, "--num_train_epochs", "1"]
+    assert main([*command, "--output_dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    assert "Recommended for skip_tuning on a small model" in said
+    assert "learning_rate=0.02" in said
+    assert "num_train_epochs=" not in said, "it was given"
+    assert "settings fit it" in said or "`start_layer`" not in said
+    summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
+    assert summary["training"]["learning_rate"] == 0.02
+    assert summary["training"]["per_device_train_batch_size"] == 32
+    assert summary["objective"]["batch_composition"] == "random"
+    assert summary["objective"]["top_ratio"] == 1.0
+    assert summary["data"]["num_images"] == 8, "all images, not 16 per class"
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["start_layer"] == 1, "of three layers"
+    assert main([*command, "--learning_rate", "0.1", "--output_dir", str(tmp_path / "other")]) == 0
+    assert "learning_rate" not in capsys.readouterr().err.partition("Training in")[0]
+    summary = json.loads((tmp_path / "other" / "training_summary.json").read_text())
+    assert summary["training"]["learning_rate"] == 0.1
 
 
 def test_words_and_values() -> None:

@@ -3,7 +3,7 @@
 from peft import LoraConfig, LoraModel
 
 from peft_vlm.methods.clip_lora.objective import PAPER, CLIPLoRAObjective
-from peft_vlm.methods.clip_lora.presets import CONFIG, preset_for
+from peft_vlm.methods.clip_lora.presets import CONFIG, preset_for, recommended
 from peft_vlm.objective import Paper
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
@@ -37,6 +37,8 @@ register_method(
         paper=PAPER,
         objective=CLIPLoRAObjective,
         preset_for=preset_for,
+        presets=("few_shot",),
+        recommended=recommended,
         defaults=CONFIG,
     )
 )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from peft_vlm.errors import check_choice
-from peft_vlm.registry import Preset
+from peft_vlm.registry import Preset, RunSize
 
 #: Query, key and value of both towers; the scale is alpha / sqrt(r), which PEFT calls rank-stabilised.
 CONFIG: dict[str, Any] = {
@@ -33,3 +33,12 @@ def preset_for(protocol: str = "few_shot", *, shots: int) -> Preset:
     training |= {"lr_schedule": "transformers", "lr_scheduler_type": "cosine_with_min_lr"}
     training |= {"lr_scheduler_kwargs": {"min_lr": 1e-6}}
     return Preset(config=dict(CONFIG), training=training)
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: the official ones, at most those of 16 shots.
+
+    Args:
+        run: Size of the run.
+    """
+    return run.recommend(preset_for(shots=max(1, min(run.fewest, 16))), rate=5e-3, optim="adamw_torch")

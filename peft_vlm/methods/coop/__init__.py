@@ -4,7 +4,7 @@ from peft_vlm.methods.coop.config import CoOpConfig
 from peft_vlm.methods.coop.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.coop.model import CoOpModel
 from peft_vlm.methods.coop.objective import PAPER, CoOpObjective
-from peft_vlm.methods.coop.presets import preset_for
+from peft_vlm.methods.coop.presets import CONFIGS, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
 register_adapter(
@@ -28,6 +28,8 @@ register_method(
         paper=PAPER,
         objective=CoOpObjective,
         preset_for=preset_for,
+        presets=tuple(CONFIGS),
+        recommended=recommended,
     )
 )
 

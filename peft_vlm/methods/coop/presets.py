@@ -3,7 +3,7 @@
 from typing import Any
 
 from peft_vlm.errors import check_choice
-from peft_vlm.registry import Preset
+from peft_vlm.registry import Preset, RunSize
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "random": {"num_text_tokens": 16, "context_init": None},
@@ -31,3 +31,13 @@ def preset_for(context: str = "random", *, shots: int, imagenet: bool = False) -
     training |= {"per_device_train_batch_size": 32, "num_train_epochs": epochs}
     training |= {"warmup_epochs": 1, "warmup_learning_rate": 1e-5}
     return Preset(config=dict(CONFIGS[context]), training=training)
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: the random context of the few-shot runs; on a small model four words.
+
+    Args:
+        run: Size of the run.
+    """
+    official = preset_for("random", shots=max(1, min(run.fewest, 16)))
+    return run.recommend(official, rate=0.05, config={"context_init": "a photo of a"})

@@ -1,7 +1,7 @@
 """Hyper-parameters of the official KgCoOp runs (htyao89/KgCoOp: `configs/trainers/KgCoOp`, `base2new_train.sh`)."""
 
 from peft_vlm.errors import check_choice
-from peft_vlm.registry import Preset
+from peft_vlm.registry import Preset, RunSize
 
 
 def preset_for(protocol: str = "base_to_new") -> Preset:
@@ -17,3 +17,13 @@ def preset_for(protocol: str = "base_to_new") -> Preset:
     return Preset(
         config={"num_text_tokens": 4, "context_init": "a photo of a"}, objective={"weight": 8.0}, training=training
     )
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: the official one.
+
+    Args:
+        run: Size of the run.
+    """
+    preset = run.recommend(preset_for(), rate=0.05, objective={"weight": 8.0})
+    return Preset(config={"context_init": "a photo of a"}, objective=preset.objective, training=preset.training)

@@ -5,7 +5,7 @@ from peft_vlm.methods.promptkd.config import PromptKDConfig
 from peft_vlm.methods.promptkd.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.promptkd.model import PromptKDModel
 from peft_vlm.methods.promptkd.objective import PAPER, PromptKDObjective
-from peft_vlm.methods.promptkd.presets import preset_for
+from peft_vlm.methods.promptkd.presets import VISION_DEPTHS, preset_for, recommended
 from peft_vlm.methods.promptkd.teacher import Teacher
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
@@ -30,6 +30,8 @@ register_method(
         paper=PAPER,
         objective=PromptKDObjective,
         preset_for=preset_for,
+        presets=tuple(VISION_DEPTHS),
+        recommended=recommended,
     )
 )
 

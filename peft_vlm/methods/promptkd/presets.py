@@ -1,7 +1,7 @@
 """Hyper-parameters of the official runs, by protocol; `class_dim` comes from the teacher."""
 
 from peft_vlm.errors import check_choice
-from peft_vlm.registry import Preset
+from peft_vlm.registry import Preset, RunSize
 
 _TRAINING = {
     **{"optim": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "learning_rate": 0.005, "num_train_epochs": 20},
@@ -47,3 +47,12 @@ def batchmean_weight(weight: float | int, num_classes: int) -> float:
         num_classes: Classes of the prompts.
     """
     return weight / num_classes
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: the base-to-new one; on a small model the default loss.
+
+    Args:
+        run: Size of the run.
+    """
+    return run.recommend(preset_for("base_to_new"), rate=0.01)

@@ -4,7 +4,7 @@ from peft_vlm.methods.promptsrc.config import PromptSRCConfig
 from peft_vlm.methods.promptsrc.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.promptsrc.model import PromptSRCModel
 from peft_vlm.methods.promptsrc.objective import PAPER, PromptSRCObjective
-from peft_vlm.methods.promptsrc.presets import OFFICIAL_TEMPLATES, preset_for
+from peft_vlm.methods.promptsrc.presets import OFFICIAL_TEMPLATES, PRESETS, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
 register_adapter(
@@ -28,6 +28,8 @@ register_method(
         paper=PAPER,
         objective=PromptSRCObjective,
         preset_for=preset_for,
+        presets=tuple(PRESETS),
+        recommended=recommended,
     )
 )
 

@@ -1,7 +1,7 @@
 """Hyper-parameters of the official runs, by protocol, for ViT-B/16 (`"teacher"`: ViT-L/14), and their templates."""
 
 from peft_vlm.errors import check_choice
-from peft_vlm.registry import Preset
+from peft_vlm.registry import Preset, RunSize
 
 # 60 of OpenAI's 80 ImageNet templates (openai/CLIP, `Prompt_Engineering_for_ImageNet.ipynb`, MIT licence), as chosen
 # in muzairkhattak/PromptSRC, `trainers/imagenet_templates.py`, commit 8be7dcf. They describe photographs.
@@ -110,3 +110,16 @@ def preset_for(protocol: str) -> Preset:
     check_choice("protocol", protocol, sorted(PRESETS))
     preset = PRESETS[protocol]
     return Preset(config=dict(preset.config), objective=dict(preset.objective), training=dict(preset.training))
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: that of its protocol, its aggregation as long as the run.
+
+    Args:
+        run: Size of the run.
+    """
+    official = preset_for(run.protocol)
+    preset = run.recommend(official, rate=0.01)
+    share = preset.training["num_train_epochs"] / official.training["num_train_epochs"]
+    scaled = {name: round(share * official.objective[name], 3) for name in ("gpa_mean", "gpa_std")}
+    return Preset(config=preset.config, objective={**preset.objective, **scaled}, training=preset.training)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from peft_vlm.errors import check_choice
-from peft_vlm.registry import Preset
+from peft_vlm.registry import Preset, RunSize
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # ours, for the bundled 48 px CLIPs: 4 text layers, 6 or 8 vision layers, so that J < L in both towers
@@ -58,3 +58,13 @@ def preset_for(name: str) -> Preset:
     """
     check_choice("name", name, sorted(PRESETS))
     return Preset(**{part: dict(PRESETS[name][part]) for part in ("config", "objective", "training")})
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: POMP's few-shot training.
+
+    Args:
+        run: Size of the run.
+    """
+    official = Preset(training={"warmup_epochs": 0, **PRESETS["imagenet21k"]["few_shot"]})
+    return run.recommend(official, rate=0.02)

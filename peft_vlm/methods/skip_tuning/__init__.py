@@ -5,7 +5,7 @@ from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
 from peft_vlm.methods.skip_tuning.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.skip_tuning.model import SkipTuningModel
 from peft_vlm.methods.skip_tuning.objective import PAPER, SkipTuningObjective
-from peft_vlm.methods.skip_tuning.presets import preset_for
+from peft_vlm.methods.skip_tuning.presets import PRESETS, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
 register_adapter(
@@ -30,6 +30,8 @@ register_method(
         objective=SkipTuningObjective,
         answer_objective=SkipTuningAnswerObjective,
         preset_for=preset_for,
+        presets=tuple(PRESETS),
+        recommended=recommended,
     )
 )
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from peft_vlm.errors import check_choice
-from peft_vlm.registry import Preset
+from peft_vlm.registry import Preset, RunSize
 
 _TRAINING = {"optim": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "per_device_train_batch_size": 4}
 _OBJECTIVE = {"top_ratio": 0.5, "max_top": 50, "tail_scale": 0.3, "redraw_tail": "never"}
@@ -57,3 +57,13 @@ def preset_for(protocol: str, *, shots: int, quarter_epochs: bool = False) -> Pr
         objective={**preset.objective, "batch_composition": composition},
         training={**preset.training, "num_train_epochs": epochs},
     )
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: that of its protocol; on a small model random batches.
+
+    Args:
+        run: Size of the run.
+    """
+    official = preset_for(run.protocol, shots=run.fewest)
+    return run.recommend(official, rate=0.02, objective={"batch_composition": "random"})

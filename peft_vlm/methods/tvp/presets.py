@@ -3,7 +3,7 @@
 from typing import Any
 
 from peft_vlm.errors import check_choice
-from peft_vlm.registry import Preset
+from peft_vlm.registry import Preset, RunSize
 
 
 def preset_for(recipe: str = "cifar10") -> Preset:
@@ -22,3 +22,14 @@ def preset_for(recipe: str = "cifar10") -> Preset:
     training |= {"warmup_epochs": 0, "weight_decay": 0.0}
     config: dict[str, Any] = {"canvas_size": 224, "border": 30, "shape": "border", "clamp": False}
     return Preset(config=config, objective={"fca_weight": fca, "tse_weight": tse}, training=training)
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: the README's, without TSE, whose CLIP no setting names.
+
+    Args:
+        run: Size of the run.
+    """
+    small: dict[str, Any] = {"shape": "full", "canvas_size": 2, "border": 0, "shrink": "none"}
+    preset = run.recommend(preset_for("cifar10"), rate=0.3, batch=8, config=small)
+    return Preset(config=preset.config, objective={**preset.objective, "tse_weight": 0.0}, training=preset.training)

@@ -146,7 +146,9 @@ def _load_base(base: str, dtype: torch.dtype, token: str | None, revision: str |
         return model, tokenizer, AutoImageProcessor.from_pretrained(base, **options)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         if options["local_files_only"] and not is_local(base):
-            raise HubError(f"The base model {base!r} cannot be read: {why_cache_only()}.") from error
+            raise HubError(
+                f"The base model {base!r} is no folder here and cannot be read: {why_cache_only()}."
+            ) from error
         raise AdapterError(
             f"The base model {base!r} could not be loaded with tokenizer and image processor: "
             f"{explain(error) or f'{error}.'} "

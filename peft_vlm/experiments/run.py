@@ -288,7 +288,9 @@ def _base_config(model: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(model, **options)
     except (OSError, ValueError) as error:
         if options["local_files_only"] and not is_local(model):
-            raise HubError(f"The base model {model!r} cannot be read: {why_cache_only()}.") from error
+            raise HubError(
+                f"The base model {model!r} is no folder here and cannot be read: {why_cache_only()}."
+            ) from error
         raise PeftVLMError(f"The base model {model!r} could not be loaded: {error}") from error
 
 

@@ -71,10 +71,9 @@ def hub_options(name: str | Path, *, token: str | None = None, revision: str | N
 
 def why_cache_only() -> str:
     """Say why the cache alone was looked into, and what to do about it."""
-    here = f"there is no such folder in {str(Path.cwd())!r}, and "
     if constants.HF_HUB_OFFLINE:
-        return f"{here}offline mode is on (HF_HUB_OFFLINE), and it is not in the cache. Unset it to download the model"
+        return "offline mode is on (HF_HUB_OFFLINE), and it is not in the cache. Unset HF_HUB_OFFLINE to download it"
     return (
-        f"{here}the Hub at {constants.ENDPOINT} did not answer within {PATIENCE:.0f} s, and it is not in the cache. "
+        f"the Hub at {constants.ENDPOINT} did not answer within {PATIENCE:.0f} s, and it is not in the cache. "
         "Check the connection (or HF_ENDPOINT)"
     )

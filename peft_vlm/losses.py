@@ -105,7 +105,7 @@ def num_top_classes(num_classes: int, *, top_ratio: float | int, max_top: int) -
     Raises:
         ValueError: If a value is not positive.
     """
-    if top_ratio <= 0 or max_top < 1:
+    if not 0 < top_ratio < math.inf or max_top < 1:
         raise ValueError(f"Expected `top_ratio` > 0 and `max_top` >= 1, got {top_ratio!r} and {max_top!r}.")
     if top_ratio == 1:
         return num_classes

@@ -1,12 +1,14 @@
 """What a training run needs: Hugging Face's `TrainingArguments` with the defaults and additions of this field."""
 
+import math
 import os
-from dataclasses import dataclass, field
-from typing import no_type_check
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, no_type_check
 
 from transformers import TrainingArguments
 
-from peft_vlm.errors import check_choice
+from peft_vlm.errors import check_choice, shown
 
 #: Settings with a choice of words.
 CHOICES = {
@@ -16,6 +18,56 @@ CHOICES = {
     "resume_changes": ("error", "warn"),
     "train_sampling_strategy": ("random",),  # objectives and processes share the batches, see `batches.py`
 }
+
+
+#: Settings of transformers that nothing here would read, each with what to do.
+REFUSED = {
+    "label_smoothing_factor": "the objective is the loss; write an `Objective` that smooths its labels",
+    "neftune_noise_alpha": "it adds noise to every token embedding, learned ones included",
+    "remove_unused_columns": "a dataset makes its batches itself, with the columns that its objective reads",
+    "label_names": "the column is `labels` in every batch",
+    "length_column_name": "it is read for batches by length alone, and an objective composes its batches itself",
+    "optim_target_modules": "it is read by optimizers for full fine-tuning alone",
+    "average_tokens_across_devices": "losses are means over images, weighted by the images of each process",
+    "use_liger_kernel": "its kernels replace layers that adapters wrap",
+    "liger_kernel_config": "its kernels replace layers that adapters wrap",
+    "use_cache": "training reads no cache of keys and values",
+    "auto_find_batch_size": "an error names what to lower, and a run goes on with `resume_from_checkpoint='auto'`",
+    "logging_nan_inf_filter": "a loss that is not finite is handled by `non_finite`",
+    "include_num_input_tokens_seen": "images are counted, not tokens",
+    "eval_do_concat_batches": "metrics need the logits of all images; `batch_eval_metrics` takes them batch by batch",
+    "save_on_each_node": "the main process writes checkpoints, to a place that all nodes see",
+    "enable_jit_checkpoint": "SIGTERM and Ctrl-C write a checkpoint by themselves",
+    "parallelism_config": "class features and caches need the whole model in each process; use DDP",
+    "fsdp_config": "a run cannot use FSDP; use DDP",
+}
+#: Values of these that mean the same as their default, as the base class leaves them or another spelling.
+_SAME = {"include_num_input_tokens_seen": (False, "no"), "fsdp_config": ({},), "label_names": (["labels"], None)}
+#: Settings of accelerate's data loaders, which divide what is divided here already.
+REFUSED_BY_LOADERS = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
+
+INTEGER, NUMBER = Integral, Real
+#: Type of a number, and its smallest and largest value; `None` is allowed where it is the default.
+RANGES: dict[str, tuple[type, float, float]] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (INTEGER, 1, math.inf)),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), (INTEGER, 1, math.inf)),
+    **dict.fromkeys(("dataloader_prefetch_factor", "eval_accumulation_steps"), (INTEGER, 1, math.inf)),
+    **dict.fromkeys(("torch_empty_cache_steps", "ddp_timeout", "ddp_bucket_cap_mb"), (INTEGER, 1, math.inf)),
+    **dict.fromkeys(("warmup_epochs", "dataloader_num_workers"), (INTEGER, 0, math.inf)),
+    **dict.fromkeys(("learning_rate", "vision_learning_rate", "warmup_learning_rate"), (NUMBER, 0, math.inf)),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay"), (NUMBER, 0, math.inf)),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "eval_steps", "save_steps"), (NUMBER, 0, math.inf)),
+    **dict.fromkeys(("momentum", "adam_beta1", "adam_beta2", "adam_epsilon"), (NUMBER, 0, 1)),
+    **dict.fromkeys(("seed", "data_seed"), (INTEGER, 0, 2**32 - 1)),
+    "max_steps": (INTEGER, -1, math.inf),
+}
+#: Settings that the optimizer of the arguments reads.
+OPTIMIZER_SETTINGS = ("optim", "weight_decay", "momentum", "vision_learning_rate")
+#: Settings that one kind of optimizer or schedule reads alone.
+_OF_SGD = ("momentum",)
+_OF_OTHERS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
+_OF_EPOCH_COSINE = ("warmup_epochs", "warmup_learning_rate")
+_OF_TRANSFORMERS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 
 
 @no_type_check  # transformers converts the types of its fields itself
@@ -74,6 +126,7 @@ class VLMTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every trained tensor is used."})
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
         if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
             raise ValueError(
                 "Expected a run without FSDP, which divides the tensors that caches, class features and evaluation "
@@ -84,6 +137,7 @@ class VLMTrainingArguments(TrainingArguments):
         if launcher in ("fp16", "bf16") and not (self.fp16 or self.bf16):
             setattr(self, launcher, True)  # what computes must also be what is checked and reported
         super().__post_init__()
+        _check_unread(self)
         self._n_gpu = min(self.n_gpu, 1)  # several visible GPUs without a launcher would mean torch.nn.DataParallel
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)
@@ -97,10 +151,72 @@ class VLMTrainingArguments(TrainingArguments):
                 "Expected `hub_strategy` 'end', 'checkpoint' or 'all_checkpoints', got 'every_save': an adapter is "
                 "published when it is finished and evaluated."
             )
-        if self.warmup_epochs < 0 or self.warmup_learning_rate < 0:
+
+    @property
+    def has_sgd(self) -> bool:
+        """Whether `optim` is torch's SGD, with `momentum`."""
+        return getattr(self.optim, "value", self.optim) == "sgd"
+
+
+def changed_settings(args: Any, names: tuple[str, ...]) -> list[str]:
+    """Return those of some settings that have another value than by default.
+
+    Args:
+        args: `VLMTrainingArguments`.
+        names: Names of settings.
+    """
+    default = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
+    values = {name: getattr(args, name) for name in names}
+    plain = {name: getattr(value, "value", value) for name, value in values.items()}
+    return [name for name in names if plain[name] not in (default[name], *_SAME.get(name, ()))]
+
+
+def _check_numbers(args: Any) -> None:
+    """Refuse numbers that no run could use, and words where True or False belongs."""
+    for name, (kind, low, high) in RANGES.items():
+        value = getattr(args, name)
+        if value is None and None in (getattr(TrainingArguments, name, 0), getattr(type(args), name)):
+            continue
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high or math.isinf(value):
+            what = "an integer" if kind is INTEGER else "a number"
+            limit = f"from {low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"
+            raise ValueError(f"Expected `{name}` to be {what} {limit}, got {shown(value)}.")
+    if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs):
+        raise ValueError(
+            f"Expected a run with steps, got `max_steps`={args.max_steps!r} and `num_train_epochs`="
+            f"{args.num_train_epochs!r}. Leave `max_steps` at -1 to train for epochs."
+        )
+    for item in fields(args):
+        if isinstance(item.default, bool) and not isinstance(getattr(args, item.name), bool):
+            if item.name not in _SAME:
+                raise ValueError(f"Expected `{item.name}` to be True or False, got {shown(getattr(args, item.name))}.")
+
+
+def _check_unread(args: Any) -> None:
+    """Refuse settings that nothing would read."""
+    for name in changed_settings(args, tuple(REFUSED)):
+        raise ValueError(f"Expected no `{name}`, got {shown(getattr(args, name))}: {REFUSED[name]}.")
+    if "inputs" in args.include_for_metrics:
+        raise ValueError("Expected no 'inputs' in `include_for_metrics`: metrics get logits and labels, not images.")
+    for name, default in REFUSED_BY_LOADERS.items():
+        value = getattr(args.accelerator_config, name)
+        if value != default:
             raise ValueError(
-                f"Expected `warmup_epochs` and `warmup_learning_rate` of 0 or more, got {self.warmup_epochs!r} and "
-                f"{self.warmup_learning_rate!r}."
+                f"Expected no `{name}` in `accelerator_config`, got {value!r}: batches are divided among the "
+                "processes by this package, evenly and by position."
+            )
+    pairs = (
+        (args.has_sgd, "`optim='sgd'`", _OF_OTHERS, "the optimizers of transformers"),
+        (not args.has_sgd, f"`optim={getattr(args.optim, 'value', args.optim)!r}`", _OF_SGD, "`optim='sgd'`"),
+        (args.lr_schedule == "epoch_cosine", "`lr_schedule='epoch_cosine'`", _OF_TRANSFORMERS, "'transformers'"),
+        (args.lr_schedule == "transformers", "`lr_schedule='transformers'`", _OF_EPOCH_COSINE, "'epoch_cosine'"),
+    )
+    for applies, under, names, where in pairs:
+        for name in changed_settings(args, names) if applies else ():
+            raise ValueError(
+                f"Expected no `{name}` under {under}, which does not read it, got {shown(getattr(args, name))}. Leave "
+                f"it out, or choose {where}."
             )
 
 

@@ -496,6 +496,7 @@ def checkpoint_to_resume(choice: str | bool, output_dir: Path) -> Path | None:
     Raises:
         CheckpointError: If the folder is damaged, or True finds no checkpoint.
     """
+    choice = {"True": True, "true": True}.get(str(choice), choice)  # as a flag says it
     if choice is not True and choice != "auto":
         check_whole(Path(choice))
         return Path(choice)

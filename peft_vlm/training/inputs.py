@@ -4,6 +4,7 @@ A step sees the same images whatever the number of processes, each process its p
 """
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedTokenizerBase
 from transformers.trainer_utils import seed_worker
 
-from peft_vlm.adapters.config import VLMConfig
+from peft_vlm.adapters.config import VLMConfig, adapter_settings
 from peft_vlm.classification import ClassificationObjective
 from peft_vlm.data.dataset import ImageClassificationDataset, RunImages
 from peft_vlm.data.loading import load_image_dataset
@@ -255,8 +256,8 @@ def check_training(model: nn.Module, objective: Objective, train_dataset: RunIma
         train_dataset: Training images, a dataset or a stream.
 
     Raises:
-        PeftVLMError: If nothing is trainable, weights are offloaded, or the adapter is one that the objective does not
-            train.
+        PeftVLMError: If nothing is trainable, weights are offloaded, a setting is not finite, or the adapter is one
+            that the objective does not train.
         DataError: If the objective cannot train on a stream, the range of pixel values is unclear, or the labels are
             of other classes than its own.
     """
@@ -273,6 +274,10 @@ def check_training(model: nn.Module, objective: Objective, train_dataset: RunIma
         )
     _check_adapter(model, objective)
     objective.adapt_to(model, train_dataset)
+    own = adapter_settings(model.active_peft_config) if isinstance(model, PeftModel) else {}
+    for name, value in (own | objective.config_dict()).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PeftVLMError(f"Expected a finite number as `{name}` of adapter or objective, got {value!r}.")
     if not train_dataset.has_positions:
         objective.check_stream()
     train_dataset.check_pixels()
@@ -468,17 +473,12 @@ def train_loader(images: Any, objective: Objective, args: VLMTrainingArguments, 
     batches = objective.batch_sampler(images.labels, batch_size=size, seed=args.seed)
     if batches is None:
         batches = _ShuffledBatches(len(dataset), batch_size=size, seed=seed, drop_last=args.dataloader_drop_last)
-    workers = args.dataloader_num_workers if objective.needs_pixels else 0
     several = num_processes() > 1
     loader = DataLoader(
         dataset,
         batch_sampler=_ProcessShard(batches) if several else batches,
         collate_fn=_FillingCollate(dataset) if several else dataset.collate,
-        num_workers=workers,
-        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-        persistent_workers=args.dataloader_persistent_workers and workers > 0,
-        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-        worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+        **_worker_options(args, args.dataloader_num_workers if objective.needs_pixels else 0),
     )
     # already this process's part: accelerator.prepare would divide again and mistreat batches of different sizes
     return prepare_data_loader(loader, device=args.device, num_processes=1, process_index=0, put_on_device=True)
@@ -493,8 +493,7 @@ def _stream_loader(stream: Any, args: VLMTrainingArguments, *, batch_size: int) 
         stream,
         batch_size=batch_size,
         collate_fn=stream.collate,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        **_worker_options(args, args.dataloader_num_workers) | {"persistent_workers": False},  # each reads its epoch
     )
     # already divided: by default one process would read for all
     options = {"num_processes": 1, "process_index": 0, "put_on_device": True, "dispatch_batches": False}
@@ -508,15 +507,24 @@ def evaluation_loader(dataset: Any, args: VLMTrainingArguments) -> DataLoader:
         dataset: A dataset with positions.
         args: Settings of the run; `dataloader_drop_last` is that of the training.
     """
-    workers = args.dataloader_num_workers
-    return DataLoader(
-        dataset,
-        batch_size=args.eval_batch_size,
-        collate_fn=dataset.collate,
-        num_workers=workers,
-        pin_memory=args.dataloader_pin_memory,
-        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
-    )
+    options = _worker_options(args, args.dataloader_num_workers)
+    options["persistent_workers"] = False  # another dataset may come
+    return DataLoader(dataset, batch_size=args.eval_batch_size, collate_fn=dataset.collate, **options)
+
+
+def _worker_options(args: VLMTrainingArguments, workers: int) -> dict[str, Any]:
+    """What the arguments say about the processes that read images."""
+    options = {
+        "num_workers": workers,
+        "pin_memory": args.dataloader_pin_memory and args.device.type == "cuda",
+        "persistent_workers": args.dataloader_persistent_workers and workers > 0,
+        "worker_init_fn": partial(seed_worker, num_workers=workers, rank=args.process_index),
+        "in_order": args.dataloader_in_order,
+    }
+    if workers:
+        options["prefetch_factor"] = args.dataloader_prefetch_factor
+        options["multiprocessing_context"] = args.dataloader_multiprocessing_context
+    return options
 
 
 def name_uneven_shards(shards: int, processes: int, workers: int) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from peft_vlm.training.arguments import VLMTrainingArguments
+from peft_vlm.training.arguments import OPTIMIZER_SETTINGS, VLMTrainingArguments, changed_settings
 from peft_vlm.training.module import TrainingModule
 
 
@@ -22,9 +22,18 @@ def build_optimizer(
         module: Model and objective.
         args: Optimizer and its settings.
         given: Class and settings of another one, as `transformers.Trainer` takes them.
+
+    Raises:
+        ValueError: If a setting is given that the optimizer does not read.
     """
     own = module.objective.optimizer(module.model, learning_rate=args.learning_rate) if given is None else None
     if own is not None:
+        read_by_none = changed_settings(args, OPTIMIZER_SETTINGS)
+        for name in (name for name in read_by_none if getattr(args, name) != 0):  # 0 is what it does
+            raise ValueError(
+                f"Expected no `{name}`, got {getattr(args, name)!r}: `{type(module.objective).__name__}` brings an "
+                f"optimizer of its own, `{type(own).__name__}`. Leave it out."
+            )
         return own
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = []
@@ -32,9 +41,14 @@ def build_optimizer(
         rate = args.vision_learning_rate if name == "vision" else None
         groups.append({"params": parameters, "lr": args.learning_rate if rate is None else rate})
     groups = [group for group in groups if group["params"]]
+    if args.vision_learning_rate is not None and "vision" not in module.objective.param_groups(named):
+        raise ValueError(
+            f"Expected no `vision_learning_rate`, got {args.vision_learning_rate!r}: "
+            f"`{type(module.objective).__name__}` trains with one rate. Leave it out."
+        )
     if given is not None:
         return given[0](groups, **given[1])
-    if str(args.optim) in ("sgd", "OptimizerNames.SGD"):
+    if args.has_sgd:
         optimizer_class, options = torch.optim.SGD, {"momentum": args.momentum}
     else:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, module)

@@ -178,12 +178,14 @@ class VLMTrainer(Trainer):
         Args:
             resume_from_checkpoint: A folder; True for the newest whole checkpoint in `output_dir`; `"auto"` for the
                 same, or for the beginning where there is none. A damaged checkpoint is named in a warning and the one
-                before it is used.
+                before it is used. None takes the setting of the arguments.
             trial: Of `transformers.Trainer.train`.
             ignore_keys_for_eval: Of `transformers.Trainer.train`.
         """
         checkpoint, self.first_step = None, 0
         self.record.start()
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         if resume_from_checkpoint:
             checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir))
         if checkpoint is not None:

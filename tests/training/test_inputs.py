@@ -1,5 +1,7 @@
 """What a user hands to the trainer: in transformers' order, completed where it can be, refused in words that help."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -23,7 +25,8 @@ from peft_vlm import (
 )
 from peft_vlm.data import EvalTransform, ImageQuestionDataset, QuestionCollator, TrainTransform, load_image_dataset
 from peft_vlm.errors import DataError, PeftVLMError
-from tests.cases import base_model, class_prompts, images
+from peft_vlm.objective import Objective
+from tests.cases import CASES, Case, base_model, class_prompts, images
 from tests.tiny import clip_processor, colour_names, colour_rows
 from tests.tiny_questions import QUESTION, llava_processor, tiny_llava
 from tests.tiny_streams import stream, table
@@ -163,6 +166,22 @@ def test_usual_mistakes_are_answered_in_words(tmp_path) -> None:
 
 def coop() -> torch.nn.Module:
     return get_peft_model(base_model(), CoOpConfig(num_text_tokens=2, context_init=None))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.method)
+def test_settings_that_are_no_number_are_refused(case: Case, value: float, tmp_path) -> None:
+    """Every loss would be NaN, or one term all of it."""
+    found = case.objective(class_prompts()).config_dict()
+    model = get_peft_model(base_model(), case.config())
+    for name in [name for name, setting in found.items() if isinstance(setting, float)]:
+        with pytest.raises(ValueError, match=f"^Expected .*`{name}`.*{value}"):
+            trainer_with(model, tmp_path, lambda name=name: case.objective(class_prompts(), **{name: value}))
+
+
+def trainer_with(model: torch.nn.Module, folder, objective: Callable[[], Objective]) -> VLMTrainer:
+    """A trainer with a new objective."""
+    return VLMTrainer(model, arguments(folder), train_dataset=images(), objective=objective())
 
 
 def test_an_offloaded_model_is_not_trained(tmp_path) -> None:

@@ -1,6 +1,8 @@
 """`PromptedClassifier`: images in, labels with probabilities out."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -15,7 +17,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from peft_vlm.data.images import as_value_range, read_image
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import ClassNameError
-from peft_vlm.evaluation.classify import LogitsFn, cosine_logits
+from peft_vlm.evaluation.classify import cosine_logits
 from peft_vlm.evaluation.run import load_model
 from peft_vlm.text.class_features import TextTensors, encode_classes
 from peft_vlm.text.prompts import check_class_names, tokenize_for_model
@@ -25,6 +27,9 @@ ImageInput = str | Path | bytes | Image.Image | np.ndarray
 
 #: Class lists whose features are stored at once; each takes classes x dim x 4 bytes.
 MAX_CLASS_LISTS = 16
+
+#: Threads that decode images while the model runs; Pillow and numpy release the interpreter for most of that.
+DECODING_THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -181,33 +186,48 @@ class PromptedClassifier:
 
         Raises:
             ClassNameError: If there are no class names.
-            ValueError: If `top_k` is below 1.
+            ValueError: If `top_k` or `batch_size` is below 1.
         """
-        if top_k < 1:
-            raise ValueError(f"Expected `top_k` of at least 1, got {top_k!r}.")
+        for name, number in (("top_k", top_k), ("batch_size", batch_size)):
+            if number < 1:
+                raise ValueError(f"Expected `{name}` of at least 1, got {number!r}.")
         names = self.class_names if class_names is None else check_class_names(class_names)
         if names is None:
             raise ClassNameError("The adapter records no class names. Pass `class_names=` to `predict`.")
         inputs = [images] if isinstance(images, ImageInput) else list(images)
         logits = cosine_logits(self.model, self._class_features(names))
         results: list[list[Prediction]] = []
-        for start in range(0, len(inputs), batch_size):
-            results += self._predict_batch(
-                inputs, range(start, min(start + batch_size, len(inputs))), logits, names, top_k
-            )
+        for pixels in self._pixel_batches(inputs, batch_size):
+            probabilities = logits(pixels).softmax(dim=-1)
+            best = probabilities.topk(min(top_k, len(names)), dim=-1)
+            results += [
+                [Prediction(names[index], value) for index, value in zip(indices, values, strict=True)]
+                for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            ]
         return results[0] if isinstance(images, ImageInput) else results
 
-    def _predict_batch(
-        self, inputs: list[ImageInput], positions: range, logits: LogitsFn, names: tuple[str, ...], top_k: int
-    ) -> list[list[Prediction]]:
-        images = (
-            read_image(inputs[position], where=f"image {position}", value_range=self.value_range)
-            for position in positions
-        )
-        pixels = [self._transform(image) for image in images]
-        probabilities = logits(torch.stack(pixels)).softmax(dim=-1)
-        best = probabilities.topk(min(top_k, len(names)), dim=-1)
-        return [
-            [Prediction(names[index], value) for index, value in zip(indices, values, strict=True)]
-            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+    def _pixel_batches(
+        self, inputs: Sequence[ImageInput], batch_size: int
+    ) -> Iterator[Float[Tensor, "batch channels rows cols"]]:
+        """Batches of prepared images; threads decode the next one while the model runs on this one."""
+
+        def pixels_at(position: int) -> Tensor:
+            image = read_image(inputs[position], where=f"image {position}", value_range=self.value_range)
+            return self._transform(image)
+
+        if len(inputs) == 1:
+            yield pixels_at(0)[None]
+            return
+        with ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="peft_vlm-decode") as pool:
+            waiting: list[Future[Tensor]] = []
+            try:
+                for start in range(0, len(inputs) + batch_size, batch_size):
+                    ready = waiting
+                    waiting = [
+                        pool.submit(pixels_at, position)
+                        for position in range(start, min(start + batch_size, len(inputs)))
+                    ]
+                    if ready:
+                        yield torch.stack([future.result() for future in ready])
+            finally:
+                pool.shutdown(cancel_futures=True)  # an image that cannot be read, or Ctrl-C, ends the others too

@@ -3,8 +3,10 @@
 import json
 import socket
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,6 +106,23 @@ def test_one_image_gives_one_list(adapter: Path) -> None:
     assert classifier.predict([]) == []
     with pytest.raises(ValueError, match="`top_k` of at least 1, got 0"):
         classifier.predict(image, top_k=0)
+
+
+def test_threads_decode_in_order_and_end_with_the_call(adapter: Path) -> None:
+    """Images are decoded beside the model: each keeps its labels, a bad one is named, and nothing runs on behind."""
+    classifier = PromptedClassifier.from_pretrained(adapter)
+    images: list[Any] = [noise_image(20, 20, seed=seed) for seed in range(23)]
+    results = classifier.predict(images, batch_size=4)
+    for row, image in zip(results, images, strict=True):
+        alone = classifier.predict(image)
+        assert [p.label for p in row] == [p.label for p in alone]
+        assert [p.probability for p in row] == pytest.approx([p.probability for p in alone], abs=1e-5)
+    assert len({row[0].probability for row in results}) > 20, "the images must differ"
+    with pytest.raises(DataError, match="image 13"):
+        classifier.predict([*images[:13], b"no image", *images[14:]], batch_size=4)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("peft_vlm-decode")]
+    with pytest.raises(ValueError, match="`batch_size` of at least 1, got 0"):
+        classifier.predict(images, batch_size=0)
 
 
 def test_every_kind_of_image_is_accepted(adapter: Path, tmp_path: Path) -> None:

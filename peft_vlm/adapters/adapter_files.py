@@ -167,7 +167,7 @@ class AdapterSource:
         return self.weights().parent
 
 
-def _header_of(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def header_of(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and type of each tensor of a safetensors file, without reading any tensor.
 
     Args:
@@ -202,7 +202,7 @@ def check_header(path: Path, shapes: Mapping[str, Shape]) -> None:
     Raises:
         AdapterError: If a tensor is of another size, is missing, or holds anything but floating-point numbers.
     """
-    header = _header_of(path)
+    header = header_of(path)
     for name, (_, dtype) in header.items():
         if dtype not in FLOATS and not (dtype == "I64" and name.endswith("num_batches_tracked")):
             raise AdapterError(

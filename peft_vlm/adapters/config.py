@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from peft_vlm.adapters.adapter_files import AdapterSource, Shape, check_header
+from peft_vlm.adapters.foreign import check_foreign_config, check_foreign_weights, foreign_shapes
 from peft_vlm.errors import AdapterError, PeftVLMWarning, shown
 from peft_vlm.files import (
     CLASSES_NAME,
@@ -36,9 +37,6 @@ FORMAT_VERSION = 1
 
 MAX_LISTED_CLASSES = 2000
 """Longest class list inside `adapter_config.json`; longer ones stand in `class_names.txt` beside it."""
-
-ENDLESS = re.compile(r"\)[*+{]|([^*+{]*[*+{]){5}")
-"""Patterns whose matching takes more than a polynomial number of steps, or one of a high degree."""
 
 MODULE_NAME = re.compile(r"\w+(\.\w+)*")
 
@@ -294,7 +292,9 @@ def config_of(source: AdapterSource) -> PeftConfig:
     try:
         kind_cls = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
         config = kind_cls.from_peft_type(**kind_cls.check_kwargs(**values))
-        if isinstance(config, VLMConfig) and config.class_names_file is not None:
+        if not isinstance(config, VLMConfig):
+            check_foreign_config(config, source.name)
+        elif config.class_names_file is not None:
             config.class_names = source.class_names(config.class_names_file, config.num_class_names)
             config.__post_init__()
         return config
@@ -388,31 +388,10 @@ def check_weights(source: AdapterSource, config: PeftConfig) -> None:
         for name in config.modules_to_save or ():
             shapes[rf"(.*\.)?{re.escape(name)}\..*"] = ...
     else:
-        shapes = _foreign_shapes(config)
+        shapes = foreign_shapes(config)
     check_header(source.weights(), shapes)
-
-
-def _foreign_shapes(config: PeftConfig) -> dict[str, Shape]:
-    """What can be said of the weights of PEFT's own methods: the rank of LoRA; patterns that never end are refused.
-
-    Args:
-        config: Configuration of another package.
-
-    Raises:
-        AdapterError: If a pattern over module names could take for ever.
-    """
-    values = config.to_dict()
-    patterns = [values.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
-    ranks = values.get("rank_pattern") or {}
-    for pattern in (*patterns, *ranks, *(values.get("alpha_pattern") or {})):
-        if isinstance(pattern, str) and (len(pattern) > 1000 or ENDLESS.search(pattern)):
-            raise AdapterError(
-                "Expected module names, or a pattern with at most four of `*` and `+` and none behind a group, got "
-                f"{shown(pattern)}. Such a pattern can take for ever: if you trust the adapter, write it otherwise."
-            )
-    rank = values.get("r")
-    is_plain = values["peft_type"] == "LORA" and not ranks and isinstance(rank, int)
-    return {r".*\.lora_A\.weight": (rank, ...)} if is_plain else {}
+    if not isinstance(config, VLMConfig):
+        check_foreign_weights(source.weights(), config)
 
 
 def _is_of(value: Any, kind: Any) -> bool:

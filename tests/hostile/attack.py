@@ -43,16 +43,23 @@ class Attack:
 
 
 def outcomes(
-    table: str, use: str, folders: Mapping[str, Path], log: Path, *, error: type[PeftVLMError] | None = None
+    table: str,
+    use: str,
+    folders: Mapping[str, Path],
+    log: Path,
+    *,
+    error: type[PeftVLMError] | None = None,
+    attacks: str = "ATTACKS",
 ) -> dict[str, str]:
     """Run the attacks of a table in a child process, which checks error, message, memory and time of each.
 
     Args:
-        table: Module with `ATTACKS` and the function that reads the files.
+        table: Module with the table and the function that reads the files.
         use: Name of the function; it gets the folder.
         folders: Folder with the files of each attack.
         log: What the child prints; its beginning is the name of the file with the outcomes.
         error: Type of the error that this function raises for all of them; None for that of each attack.
+        attacks: Name of the table in the module.
 
     Returns:
         What went wrong, by name; empty where the attack was refused as it should be.
@@ -62,7 +69,7 @@ def outcomes(
     while missing := {name: str(folder) for name, folder in folders.items() if name not in found}:
         results.write_text("")
         child = forked.start(
-            log, _resist, table, use, missing, str(results), error, environ={"CUDA_VISIBLE_DEVICES": ""}
+            log, _resist, table, use, missing, str(results), error, attacks, environ={"CUDA_VISIBLE_DEVICES": ""}
         )
         code = forked.wait(child, log, timeout=10 * len(missing) + 60)
         found |= dict(json.loads(line) for line in results.read_text().splitlines())
@@ -72,9 +79,9 @@ def outcomes(
     return found
 
 
-def _resist(table: str, use: str, folders: dict[str, str], results: str, error: Any) -> None:
+def _resist(table: str, use: str, folders: dict[str, str], results: str, error: Any, name_of_table: str) -> None:
     module = import_module(table)
-    attacks, read = module.ATTACKS, getattr(module, use)
+    attacks, read = getattr(module, name_of_table), getattr(module, use)
     for name, folder in folders.items():
         signal.alarm(60)  # ends the child
         try:

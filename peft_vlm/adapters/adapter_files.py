@@ -106,10 +106,16 @@ class AdapterSource:
         """
         path = self.file(CONFIG_NAME)
         if path is None:
-            raise AdapterError(
-                f"Expected {CONFIG_NAME!r} in {str(Path(self.name, self.subfolder))!r}, got none. An adapter that is "
-                "not called `default` is in a subfolder of its name."
+            folder = Path(self.name, self.subfolder)
+            exported = sorted(
+                str(path) for kind in ("onnx", "safetensors") for path in folder.glob(f"classifier.{kind}")
             )
+            advice = (
+                f"It is the folder of an exported classifier: pass {exported[0]!r}."
+                if exported
+                else "An adapter that is not called `default` is in a subfolder of its name."
+            )
+            raise AdapterError(f"Expected {CONFIG_NAME!r} in {str(folder)!r}, got none. {advice}")
         values = read_json(path)
         if not isinstance(values, dict):
             raise AdapterError(

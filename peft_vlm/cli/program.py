@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(one_line(f"peft-vlm {words[0]}: {message}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("\n" + one_line(f"peft-vlm {words[0]}: {str(stop) or 'interrupted'}"), file=sys.stderr)
+        message = _in_flags(str(stop) or "interrupted", commands.choices.get(words[0]))
+        print("\n" + one_line(f"peft-vlm {words[0]}: {message}"), file=sys.stderr)
         return 130
     return 0
 

@@ -171,7 +171,7 @@ class ViewCache:
         self.store, self.num_views = store, num_views
         self.batch_size, self.num_workers = batch_size, num_workers
         self._filled: set[int] = set()
-        self._offset = 0
+        self._offset, self._has_shown = 0, False
         self._owners: tuple[object, ...] = ()
 
     def bind(self, *owners: object) -> None:
@@ -202,7 +202,9 @@ class ViewCache:
             return
         loader = divided_pass(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
         title = f"Storing {self.store.name}" + (f", view {view + 1} of {total}" if total > 1 else "")
-        progress = tqdm(loader, desc=title, leave=False, disable=len(loader) < 2 and total == 1)
+        seen_before = self.num_views is None and self._has_shown  # a bar per epoch would stand in that of the run
+        progress = tqdm(loader, desc=title, leave=False, disable=seen_before or (len(loader) < 2 and total == 1))
+        self._has_shown = True
         for batch in progress:
             with torch.no_grad():
                 features = encode(batch["pixel_values"].to(device))

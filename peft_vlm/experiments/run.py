@@ -208,10 +208,15 @@ def run_training(
         parts.model, args, train_dataset=parts.train, eval_dataset=parts.eval, objective=parts.objective
     )
     trainer.remove_callback(PrinterCallback)
+    bar: _OneBar | None = None
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_OneBar())
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.add_callback(bar := _OneBar())
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    finally:
+        if bar is not None and bar.training_bar is not None:  # or it would be drawn below the message of an error
+            bar.training_bar.close()
     return parts.evaluate() if settings.evaluate and args.process_index == 0 else {}
 
 

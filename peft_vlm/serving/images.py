@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import ImageError
 from .escape import one_line
@@ -175,6 +175,8 @@ def open_raster(source: str | Path | bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own look at the size
         limit = Image.MAX_IMAGE_PIXELS or 0
         raise ImageError(f"expected an image of at most {limit:,} pixels, got more. Shrink it.") from error
+    except UnidentifiedImageError as error:  # whose message names an object of Python instead of the file
+        raise ImageError("its content is no image of a kind that is read") from error
     check_size(image)
     return image
 

@@ -1,6 +1,7 @@
 """What happens around the steps of a run: hooks of the objective, signals, steps that are not finite, progress."""
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -97,7 +98,7 @@ class ObjectiveCallback(TrainerCallback):
         """
         self.trainer.record.use_own_rates()
         module = self.trainer.model
-        with self.trainer.accelerator.autocast():
+        with self.trainer.interrupt.between_steps(state.global_step), self.trainer.accelerator.autocast():
             module.objective.prepare(module.model, self.trainer.images)
         self._has_begun, epoch = False, state.epoch or 0.0
         if round(epoch) > 0 and abs(epoch - round(epoch)) < 1e-6:
@@ -119,7 +120,7 @@ class ObjectiveCallback(TrainerCallback):
         self._has_begun = True
         images.set_epoch(epoch)
         images.skip_batches(done * args.gradient_accumulation_steps)
-        with self.trainer.accelerator.autocast():
+        with self.trainer.interrupt.between_steps(state.global_step), self.trainer.accelerator.autocast():
             module.objective.epoch_start(module.model, images, epoch)
 
     def on_epoch_end(
@@ -140,17 +141,22 @@ ECHO_SECONDS = 3.0
 
 
 class Interrupt(TrainerCallback):
-    """Ends a run after the step in which the first signal came; a second one ends it at once."""
+    """Ends a run after the step in which the first signal came, and at once where no step is made; so does a second
+    one.
+    """
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._since = 0.0
         self._ending = False
+        self._process = os.getpid()
+        #: Why the run may end where it is; None within a step, whose work would be lost.
+        self._between_steps: str | None = None
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Within this, signals are taken; only the main thread of a process can."""
-        self._signal, self._ending = None, False
+        self._signal, self._ending, self._process = None, False, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -164,7 +170,30 @@ class Interrupt(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def between_steps(self, step: int) -> Iterator[None]:
+        """Within this, where an objective may store features for minutes, the first signal ends the run at once.
+
+        What was stored is dropped: only all of it is of use, and only for this run.
+
+        Args:
+            step: Steps that were made.
+        """
+        done = f"Stopped before step {step + 1}, while the objective prepared it"
+        self._between_steps = f"{done}; the last checkpoint is as it was." if step else f"{done}; nothing was written."
+        try:
+            if self._signal is not None and not self._ending:
+                _end(self._signal, self._between_steps)
+            yield
+        finally:
+            self._between_steps = None
+
     def _take(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker that reads images; the run ends it
+            return
+        if self._signal is None and self._between_steps is not None:
+            self._signal = number
+            _end(number, self._between_steps)
         if self._signal is None:
             self._signal, self._since = number, time.monotonic()
             message = "\nInterrupted: this step is finished and a checkpoint written. Once more: stop at once.\n"

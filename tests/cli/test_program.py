@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 from peft import get_peft_model
@@ -10,6 +12,7 @@ from transformers import CLIPProcessor
 from peft_vlm.cli import info, main
 from peft_vlm.settings import EvaluationArguments, RunSettings
 from tests.cases import perturb, skip_tuning_config
+from tests.source_tree import ROOT
 from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 
 
@@ -66,6 +69,8 @@ def test_predict_goes_on_after_an_unreadable_file(exported, adapter, pictures, t
         assert main(["export", str(adapter), str(tmp_path / "out"), "--formats", "safetensors"]) == 0
         classifier = str(tmp_path / "out" / "classifier.safetensors")
         capsys.readouterr()
+        assert main(["predict", str(tmp_path / "out"), str(pictures)]) == 2
+        assert f"It is the folder of an exported classifier: pass '{classifier}'" in capsys.readouterr().err
     assert main(["predict", classifier, str(pictures), "--json"]) == 2
     captured = capsys.readouterr()
     rows = json.loads(captured.out)
@@ -75,6 +80,7 @@ def test_predict_goes_on_after_an_unreadable_file(exported, adapter, pictures, t
     assert rows[1]["labels"] == rows[3]["labels"], "content decides, not the name"
     assert [name for name, row in zip(names, rows, strict=True) if "error" in row] == ["photo 1b.png"]
     assert "cannot be read as an image" in rows[2]["error"]
+    assert "BytesIO" not in rows[2]["error"], "an object of Python in place of a reason"
     assert captured.err.endswith(f"1 of 5 images could not be read, the first is '{pictures / 'photo 1b.png'}'.\n")
     assert main(["predict", classifier, str(pictures)]) == 2
     lines = capsys.readouterr().out.splitlines()
@@ -134,3 +140,27 @@ def test_an_interrupted_command_ends_in_one_line(monkeypatch, capsys) -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "\npeft-vlm info: interrupted\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_command_that_stores_features(tmp_path) -> None:
+    """The whole way, as in a terminal: one line, exit code 130, within seconds."""
+    words = ["train", "--method", "skip_tuning", "--model", "examples/assets/clip_student", "--use_cpu"]
+    words += ["--dataset", "examples/assets/icons", "--no_evaluate", "--objective", "cache_batch_size=1"]
+    words += ["image_cache=ram"]
+    command = [sys.executable, "-m", "peft_vlm.cli", *words, "--output_dir", str(tmp_path / "run")]
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job hands on that it is ignored
+    try:
+        child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    printed = b""
+    while b"Storing" not in printed:
+        piece = child.stderr.read1()
+        assert piece, printed.decode()
+        printed += piece
+    child.send_signal(signal.SIGINT)
+    rest = child.communicate(timeout=20)[1]
+    assert child.returncode == 130, rest.decode()
+    assert rest.decode().strip().splitlines()[-1].startswith("peft-vlm train: Stopped before step 1, while")
+    assert b"Traceback" not in rest

@@ -178,6 +178,17 @@ def test_a_checkpoint_chosen_on_the_test_images_is_said_so(words, tmp_path, caps
     assert json.loads((tmp_path / "other" / "report.json").read_text())["selected_on_test"] is True
 
 
+def test_features_that_are_stored_in_every_epoch_show_one_bar(words, tmp_path, capsys) -> None:
+    """A second bar in every epoch stood between the lines of the run."""
+    root, flags = words
+    flags = [*flags[:6], "--num_train_epochs", "3", "--use_cpu", "--report_to", "none", "--no_evaluate"]
+    command = ["train", "--method", "skip_tuning", *flags, "--objective", "image_cache=ram", "cache_batch_size=2"]
+    assert main([*command, "--output_dir", str(tmp_path / "run")]) == 0
+    progress = capsys.readouterr().err
+    assert "Storing" in progress
+    assert "Storing" not in progress.partition("Epoch 1 of 3")[2]
+
+
 def test_flags_replace_what_a_file_says_and_the_adapter_is_measured(words, tmp_path, capsys) -> None:
     """Base-to-new: two of four classes are trained on; the base model stands beside the result."""
     root, flags = words

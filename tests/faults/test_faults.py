@@ -211,6 +211,46 @@ def interrupted(folder: str, number: int, rank: int = 0) -> None:
     train(folder, "coop", callbacks=(SignalAtStep(number, 3, rank=rank),), save_strategy="no")
 
 
+class SignalAtImage:
+    """A transform that sends a signal when it is given its n-th image, and counts them."""
+
+    def __init__(self, transform: Any, number: int) -> None:
+        self.transform, self.number, self.seen = transform, number, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the transform gives."""
+        self.seen += 1
+        if self.seen == self.number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.transform(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transform, name)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (3, "before step 1, while the objective prepared it; nothing was written"),
+        (27, "before step 7, while the objective prepared it; the last checkpoint is as it was"),
+    ],
+)
+def test_an_interrupt_while_features_are_stored_ends_within_a_batch(tmp_path: Path, number: int, message: str) -> None:
+    """Ctrl-C was taken for one within a step, and heard ten minutes later."""
+    transforms = []
+
+    def change(model: Any, objective: Any, dataset: Any) -> None:
+        transforms.append(SignalAtImage(dataset.transform, number))
+        dataset.transform = transforms[0]
+
+    settings = {"cache_batch_size": 2, "image_cache": "ram"}
+    with pytest.raises(KeyboardInterrupt, match=message):
+        train(tmp_path, "skip_tuning", change=change, settings=settings, data={"augmented": True}, save_steps=6)
+    assert transforms[0].seen <= number + 2
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"] * (number > 24)
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
 class SignalAtTheEnd(TrainerCallback):
     """Sends Ctrl-C when no step is left."""
 

@@ -101,10 +101,12 @@ def device_of(model: nn.Module) -> torch.device:
     Args:
         model: Model, with or without adapters; weights that accelerate has offloaded are on `meta` between two calls.
     """
-    for module in model.modules():
-        if (hook := _offload_hook(module)) is not None:
-            return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
-    return next(model.parameters()).device
+    first = next(model.parameters())
+    if first.is_meta:
+        for module in model.modules():
+            if (hook := _offload_hook(module)) is not None:
+                return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
+    return first.device
 
 
 @contextmanager

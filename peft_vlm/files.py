@@ -146,8 +146,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
+        source = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise DataError(
-            f"{str(path)!r} is no UTF-8 text ({error}). Save it as UTF-8, for example `iconv -f latin1 -t utf-8`."
+            f"{str(path)!r} is no UTF-8 text ({error}). Save it as UTF-8, for example `iconv -f {source} -t utf-8`."
         ) from error
 
 

@@ -291,7 +291,11 @@ def _located(image: str, folder: Path) -> str:
 
 def _header(path: Path) -> list[str]:
     reader = csv.reader(read_text(path).split("\n")[:1], delimiter=_delimiter(path), skipinitialspace=True)
-    return next(reader, [])
+    columns = [column.strip() for column in next(reader, [])]
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    if twice:
+        raise DataError(f"Expected each column once in {str(path)!r}, got {twice!r} more than once. Rename one.")
+    return columns
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:
@@ -299,7 +303,9 @@ def _read_table(path: Path) -> list[dict[str, str]]:
     lines = read_text(path).split("\n")
     try:
         reader = csv.DictReader((f"{line}\n" for line in lines), delimiter=_delimiter(path), skipinitialspace=True)
-        return [{key: value or "" for key, value in row.items() if key is not None} for row in reader]
+        return [
+            {key.strip(): (value or "").strip() for key, value in row.items() if key is not None} for row in reader
+        ]
     except csv.Error as error:
         raise DataError(f"{str(path)!r} cannot be read as a table: {error}.") from error
 

@@ -139,11 +139,14 @@ def test_lists_of_other_makes_are_read_or_explained(tmp_path: Path) -> None:
     write_images(tmp_path, "a.png", "b.png")
     (tmp_path / "DATA.TSV").write_text("image\tlabel\na.png\tcat, big\nb.png\tdog\n")
     assert load_image_dataset(tmp_path / "DATA.TSV").class_names == ("cat, big", "dog")
-    (tmp_path / "DATA.CSV").write_text("image, label\na.png, cat\nb.png, dog\n")
-    assert load_image_dataset(tmp_path / "DATA.CSV").labels == [0, 1]
+    (tmp_path / "DATA.CSV").write_text("image , label\na.png, cat \nb.png, dog\na.png,cat\n")
+    assert load_image_dataset(tmp_path / "DATA.CSV").labels == [0, 1, 0], "blanks around a name make no class"
     (tmp_path / "latin.csv").write_bytes("image,label\na.png,K\u00e4fer\nb.png,x\n".encode("latin-1"))
     with pytest.raises(DataError, match="is no UTF-8 text .*Save it as UTF-8"):
         load_image_dataset(tmp_path / "latin.csv")
+    (tmp_path / "excel.csv").write_bytes("image,label\na.png,K\u00e4fer\n".encode("utf-16"))
+    with pytest.raises(DataError, match="iconv -f utf-16"):
+        load_image_dataset(tmp_path / "excel.csv")
     (tmp_path / "german.csv").write_text("image;label\na.png;cat\n")
     with pytest.raises(DataError, match=r"got \['image;label'\].*separate cells by ','"):
         load_image_dataset(tmp_path / "german.csv")

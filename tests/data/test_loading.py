@@ -296,6 +296,8 @@ def test_a_csv_file_without_splits_is_not_a_test_set(tmp_path: Path) -> None:
         ((("image", "label"), ("a.png", "")), "Line 2 of .* has no image, no label or no split"),
         ((("image", "label"), ("a.png", "cat"), ("b.png", "cat")), "1 of 2 image files are missing.*b.png"),
         ((("image", "label"),), "no rows"),
+        ((("image", "label", "label"), ("a.png", "cat", "dog")), r"each column once in .*got \['label'\] more than"),
+        ((("image", "label"), ("a.png", " ")), "Line 2 of .* has no image, no label or no split"),
     ],
 )
 def test_csv_files_that_do_not_fit_are_explained(tmp_path: Path, rows: tuple, message: str) -> None:

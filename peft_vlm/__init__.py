@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft_vlm.classifier import PromptedClassifier
     from peft_vlm.hub import publish
     from peft_vlm.methods.clip_lora import CLIPLoRAObjective
+    from peft_vlm.methods.cocoop import CoCoOpConfig, CoCoOpModel, CoCoOpObjective
     from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
     from peft_vlm.methods.kgcoop import KgCoOpObjective
     from peft_vlm.methods.maple import MaPLeConfig, MaPLeModel, MaPLeObjective
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CLIPLoRAObjective",
     "ClassificationObjective",
+    "CoCoOpConfig",
+    "CoCoOpModel",
+    "CoCoOpObjective",
     "CoOpConfig",
     "CoOpModel",
     "CoOpObjective",
@@ -71,6 +75,7 @@ __all__ = [
 _HOMES = {
     "CLIPLoRA": "methods.clip_lora",
     "ClassificationObjective": "classification",
+    "CoCoOp": "methods.cocoop",
     "CoOp": "methods.coop",
     "KgCoOp": "methods.kgcoop",
     "MaPLe": "methods.maple",

@@ -17,9 +17,9 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from peft_vlm.data.images import as_value_range, read_image
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import ClassNameError
-from peft_vlm.evaluation.classify import cosine_logits
+from peft_vlm.evaluation.classify import cosine_logits, image_wise_logits
 from peft_vlm.evaluation.run import load_model
-from peft_vlm.text.class_features import TextTensors, encode_classes
+from peft_vlm.text.class_features import TextTensors, conditioned_context, encode_classes
 from peft_vlm.text.prompts import check_class_names, tokenize_for_model
 
 #: One image: a path, file content, a PIL image, or a uint8 array (rows, cols, channels).
@@ -195,7 +195,11 @@ class PromptedClassifier:
         if names is None:
             raise ClassNameError("The adapter records no class names. Pass `class_names=` to `predict`.")
         inputs = [images] if isinstance(images, ImageInput) else list(images)
-        logits = cosine_logits(self.model, self._class_features(names))
+        if conditioned_context(self.model) is None:
+            logits = cosine_logits(self.model, self._class_features(names))
+        else:
+            prompts = tokenize_for_model(self.model, self.tokenizer, names, template=self.template)
+            logits = image_wise_logits(self.model, prompts)
         results: list[list[Prediction]] = []
         for pixels in self._pixel_batches(inputs, batch_size):
             probabilities = logits(pixels).softmax(dim=-1)

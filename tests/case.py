@@ -22,6 +22,7 @@ class Case:
         other_shape: Settings of a second adapter with another shape, None if every adapter looks the same.
         starts_as_base: Whether an untrained adapter leaves the base model's output as it is.
         text_free: Whether the model with its adapter takes `pixel_values` alone.
+        image_conditioned: Whether class prompts depend on the image, so that the model's own forward refuses.
         saved_module: A module outside the method's own targets, for PEFT's `modules_to_save`.
         can_merge: Whether merging into the base weights is exact.
         fits_any_base: Whether an adapter is meant for base models of other sizes too.
@@ -36,6 +37,7 @@ class Case:
     other_shape: dict[str, Any] | None = None
     starts_as_base: bool = True
     text_free: bool = False
+    image_conditioned: bool = False
     saved_module: str = "token_embedding"
     can_merge: bool = False
     fits_any_base: bool = False

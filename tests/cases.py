@@ -13,6 +13,8 @@ from transformers import CLIPProcessor
 
 from peft_vlm import (
     CLIPLoRAObjective,
+    CoCoOpConfig,
+    CoCoOpObjective,
     CoOpConfig,
     CoOpObjective,
     KgCoOpObjective,
@@ -31,7 +33,9 @@ from peft_vlm import (
 )
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.transforms import EvalTransform, TrainTransform
+from peft_vlm.models.towers import image_features
 from peft_vlm.objective import Objective
+from peft_vlm.text.class_features import conditioned_context, conditioned_logits
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots, tokenize_classes
 from tests.case import Case
 from tests.tiny import CONTEXT_LENGTH, clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
@@ -65,6 +69,11 @@ def promptsrc_config(**settings: Any) -> PromptSRCConfig:
     """Three text layers and two vision layers of three, two tokens each."""
     own = {"num_text_tokens": 2, "text_depth": 3, "num_vision_tokens": 2, "vision_depth": 2, "context_init": None}
     return PromptSRCConfig(**(own | settings))
+
+
+def cocoop_config(**settings: Any) -> CoCoOpConfig:
+    """Two vectors."""
+    return CoCoOpConfig(**({"num_text_tokens": 2, "context_init": None} | settings))
 
 
 def maple_config(**settings: Any) -> MaPLeConfig:
@@ -116,6 +125,22 @@ CASES = [
         bad_settings=(
             ({"r": 0}, "`r` should be a positive integer value but the value passed is 0"),
             ({"target_modules": "no_such_module"}, "not found in the base model"),
+        ),
+    ),
+    Case(
+        method="cocoop",
+        config=cocoop_config,
+        objective=CoCoOpObjective,
+        other_shape={"num_text_tokens": 3},
+        starts_as_base=False,
+        image_conditioned=True,
+        saved_module="visual_projection",
+        bad_settings=(
+            ({"num_text_tokens": 0}, "1 or more, got 0"),
+            ({"num_text_tokens": 1.5}, "integer, got 1.5"),
+            ({"context_init": "a photo"}, "has no tokenizer to read them"),
+            ({"target_modules": "q_proj"}, "chooses its modules"),
+            ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
         ),
     ),
     Case(
@@ -300,7 +325,11 @@ def pixels(count: int = 4) -> Tensor:
 
 @torch.no_grad()
 def logits_of(case: Case, model: nn.Module, pixel_values: Tensor | None = None) -> Tensor:
-    """Logits of the model's own forward, over the colour classes."""
+    """Logits of the model's own forward, over the colour classes; of `conditioned_logits` where it refuses."""
+    if conditioned_context(model) is not None:
+        images = pixels() if pixel_values is None else pixel_values
+        features = image_features(model, images)
+        return conditioned_logits(model, class_prompts(), features).to(features.dtype)
     inputs = model_inputs(case, model, pixels() if pixel_values is None else pixel_values)
     return model(**inputs).logits_per_image
 

@@ -12,7 +12,9 @@ from peft import set_peft_model_state_dict as set_state
 from torch.testing import assert_close
 
 from peft_vlm.errors import AdapterError
-from tests.cases import ADAPTER_CASES, Case, base_model, logits_of, model_inputs, perturb, pixels
+from peft_vlm.models.towers import image_features
+from peft_vlm.text import conditioned_logits
+from tests.cases import ADAPTER_CASES, Case, base_model, class_prompts, logits_of, model_inputs, perturb, pixels
 
 
 @pytest.fixture(params=ADAPTER_CASES, ids=lambda case: case.adapter)
@@ -113,7 +115,11 @@ def test_base_weights_stay_untouched_by_training(case):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        model(**inputs(case, model)).logits_per_image.square().mean().backward()
+        if case.image_conditioned:
+            scores = conditioned_logits(model, class_prompts(), image_features(model, pixels(3)))
+        else:
+            scores = model(**inputs(case, model)).logits_per_image
+        scores.square().mean().backward()
         optimizer.step()
     assert len(before) > 10
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
@@ -160,6 +166,10 @@ def test_mixed_models_are_refused_by_name(case):
 
 def test_get_features_run_through_the_adapter(case):
     model = adapted(case).eval()
+    if case.image_conditioned:
+        with pytest.raises(AdapterError, match="depend on the image"):
+            model.get_text_features(input_ids=inputs(case, model)["input_ids"])
+        return
     with torch.no_grad():
         text = model.get_text_features(input_ids=inputs(case, model).get("input_ids")).pooler_output
         image = model.get_image_features(pixel_values=pixels(3)).pooler_output

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft_vlm.conversion.official_file import OfficialFile
 
 #: Kinds of official checkpoints, as `peft_vlm.conversion.formats` has them.
-KINDS = ("CoOp", "KgCoOp", "MaPLe", "POMP", "PromptKD", "PromptSRC or IVLP", "Skip Tuning", "TVP")
+KINDS = ("CoCoOp", "CoOp", "KgCoOp", "MaPLe", "POMP", "PromptKD", "PromptSRC or IVLP", "Skip Tuning", "TVP")
 
 EXAMPLES = """
   peft-vlm convert prompt_learner/model.pth.tar-50 --base_model clip-vit-base-patch16 --class_position end \\

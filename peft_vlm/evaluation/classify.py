@@ -15,8 +15,13 @@ from peft_vlm.data.dataset import ImageClassificationDataset, collate
 from peft_vlm.data.transforms import TrainTransform
 from peft_vlm.errors import ClassNameError, DataError, check_list
 from peft_vlm.evaluation.metrics import accuracy, confusion_matrix, expected_calibration_error, per_class_accuracy
-from peft_vlm.models.towers import image_features, similarity_logits
-from peft_vlm.text.class_features import ClassFeatureCache, evaluation_mode
+from peft_vlm.models.towers import device_of, image_features, similarity_logits
+from peft_vlm.text.class_features import (
+    ClassFeatureCache,
+    conditioned_context,
+    conditioned_logits,
+    evaluation_mode,
+)
 from peft_vlm.text.prompts import ClassPrompts, tokenize_for_model
 
 #: Pixels of a batch, on any device -> scaled logits over a fixed class list.
@@ -121,6 +126,8 @@ class TextClassifier:
         if prompts is None or (prompts.class_names, prompts.templates) != wanted:
             prompts = tokenize_for_model(self.model, self.tokenizer, class_names, template=chosen)
             self._prompts = prompts
+        if conditioned_context(self.model) is not None:
+            return image_wise_logits(self.model, prompts)
         return cosine_logits(self.model, self._cache.get(self.model, prompts))
 
 
@@ -136,6 +143,21 @@ def cosine_logits(model: nn.Module, class_features: Float[Tensor, "classes dim"]
         with torch.no_grad(), evaluation_mode(model):
             pixels = pixel_values.to(class_features.device)
             return similarity_logits(model, image_features(model, pixels), class_features)
+
+    return logits
+
+
+def image_wise_logits(model: nn.Module, prompts: ClassPrompts) -> LogitsFn:
+    """The same for a model whose class prompts depend on the image.
+
+    Args:
+        model: CLIP-like model with such an adapter.
+        prompts: Tokenised class list.
+    """
+
+    def logits(pixel_values: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch classes"]:
+        with torch.no_grad(), evaluation_mode(model):
+            return conditioned_logits(model, prompts, image_features(model, pixel_values.to(device_of(model))))
 
     return logits
 

@@ -1,7 +1,7 @@
 """Templates, class prompts as token ids, and the features of a class list."""
 
 from peft_vlm.text.answers import Candidates, candidate_scores, tokenize_candidates
-from peft_vlm.text.class_features import ClassFeatureCache, encode_classes, evaluation_mode
+from peft_vlm.text.class_features import ClassFeatureCache, conditioned_logits, encode_classes, evaluation_mode
 from peft_vlm.text.prompts import (
     IMAGENET_ENSEMBLE,
     ClassPrompts,
@@ -22,6 +22,7 @@ __all__ = [
     "candidate_scores",
     "check_class_names",
     "check_template",
+    "conditioned_logits",
     "encode_classes",
     "evaluation_mode",
     "fill",

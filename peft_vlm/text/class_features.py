@@ -2,19 +2,20 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from peft_vlm.distributed import divided, num_processes
 from peft_vlm.errors import AdapterError
 from peft_vlm.models.towers import device_of, image_features, side_of, towers_of
 from peft_vlm.objective import Batch, Objective
-from peft_vlm.text.prompts import ClassPrompts, reserve_slots
+from peft_vlm.text.prompts import ClassPrompts, reserve_slots, slots_of
 
 _SIGNED_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -41,6 +42,70 @@ class StoredFeaturesLayer(ABC):
         Args:
             class_names: Classes in label order.
         """
+
+
+class ConditionedContext(ABC):
+    """A layer around the token embedding whose context depends on the image, so that there are no class features."""
+
+    @abstractmethod
+    def conditioned_on(self, image_feature: Float[Tensor, "1 dim"]) -> AbstractContextManager[None]:
+        """Class prompts of one image, for as long as the context is open.
+
+        Args:
+            image_feature: Its feature, not normalised.
+        """
+
+
+def conditioned_context(model: nn.Module) -> ConditionedContext | None:
+    """The layer by which the class prompts of a model depend on the image; None where they do not.
+
+    Args:
+        model: CLIP-like model, with or without adapters.
+    """
+    layer = towers_of(model).token_embedding
+    is_active = isinstance(layer, ConditionedContext) and slots_of(model) is not None
+    return layer if isinstance(layer, ConditionedContext) and is_active else None
+
+
+def conditioned_logits(
+    model: nn.Module, prompts: ClassPrompts, image_features: Float[Tensor, "batch dim"], *, chunk_size: int = 256
+) -> Float[Tensor, "batch classes"]:
+    """Logits of a model whose class prompts depend on the image (CoCoOp): one text pass over all classes per image.
+
+    Each pass computes once what its prompts begin with. With autograd it is computed again in the backward pass, so
+    that memory grows neither with the images nor, beyond `chunk_size`, with the classes.
+
+    Args:
+        model: CLIP-like model with such an adapter.
+        prompts: Tokenised class list.
+        image_features: Features of the images, not normalised.
+        chunk_size: Prompts per pass.
+
+    Raises:
+        AdapterError: If the class prompts do not depend on the image.
+    """
+    layer, towers = conditioned_context(model), towers_of(model)
+    if layer is None:
+        raise AdapterError("Expected an active adapter whose class prompts depend on the image, got none.")
+    input_ids = reserve_slots(model, prompts).input_ids.to(device_of(model))
+    trained = [p for p in towers.token_embedding.parameters() if p.requires_grad]
+
+    def features_of(image: Tensor, ids: Tensor, *_: Tensor) -> Tensor:
+        with layer.conditioned_on(image):
+            return nn.functional.normalize(towers.finish_text(towers.embed_text(ids), ids, 0).float(), dim=-1)
+
+    rows = []
+    for image in image_features.split(1):
+        parts = [
+            checkpoint(features_of, image, ids, *trained, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else features_of(image, ids)
+            for ids in input_ids.split(chunk_size)
+        ]
+        # the features of a class in several templates are averaged, as `encode_classes` does
+        text = torch.cat(parts).unflatten(0, (-1, len(prompts.class_names))).mean(dim=0)
+        rows.append(towers.similarity_logits(image, text))
+    return torch.cat(rows)
 
 
 @torch.no_grad()
@@ -304,5 +369,7 @@ class PromptObjective(Objective):
             model: The model under evaluation.
             batch: `pixel_values`.
         """
+        if conditioned_context(model) is not None:
+            return conditioned_logits(model, self.prompts, image_features(model, batch["pixel_values"]))
         features = self._class_features.get(model, self.prompts)
         return towers_of(model).similarity_logits(image_features(model, batch["pixel_values"]), features)

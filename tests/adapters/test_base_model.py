@@ -13,7 +13,7 @@ from peft_vlm import CoOpConfig, SkipTuningConfig
 from peft_vlm.adapters.config import base_digest
 from peft_vlm.errors import AdapterError, PeftVLMWarning
 from peft_vlm.models.towers import image_features, towers_of
-from peft_vlm.text.class_features import encode_classes
+from peft_vlm.text.class_features import conditioned_logits, encode_classes
 from peft_vlm.text.prompts import reserve_slots
 from tests.cases import ADAPTER_CASES, Case, base_model, class_prompts
 from tests.tiny import tiny_clip, tiny_siglip
@@ -148,9 +148,12 @@ def outputs(model: torch.nn.Module, case: Case) -> dict[str, torch.Tensor]:
     prompts, pixels = class_prompts(), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     found = {}
     with torch.no_grad():
-        found["features"] = features = encode_classes(model, prompts)
-        found["scores"] = towers_of(model).similarity_logits(image_features(model, pixels), features)
-        if not case.text_free:
+        if case.image_conditioned:
+            found["scores"] = conditioned_logits(model, prompts, image_features(model, pixels))
+        else:
+            found["features"] = features = encode_classes(model, prompts)
+            found["scores"] = towers_of(model).similarity_logits(image_features(model, pixels), features)
+        if not case.text_free and not case.image_conditioned:
             ids = reserve_slots(model, prompts).input_ids
             found["logits"] = model(input_ids=ids, pixel_values=pixels).logits_per_image
         with model.disable_adapter():

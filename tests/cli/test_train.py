@@ -24,6 +24,7 @@ from tests.tiny_questions import llava_processor, tiny_llava
 #: Words that each method needs on a CLIP of three layers.
 WORDS = {
     "clip_lora": ["--config", "r=4"],
+    "cocoop": ["--config", "context_init=null"],
     "coop": ["--config", "context_init=a"],
     "kgcoop": ["--config", "context_init=a"],
     "maple": ["--config", "depth=2", "context_init=null"],
@@ -324,7 +325,7 @@ def test_wrong_files_are_named(tmp_path, capsys) -> None:
 def test_presets_are_the_methods_own() -> None:
     """Each method's official configuration by its name; the command line passes the number of shots."""
     names = {"coop": "random", "promptkd": "base_to_new", "promptsrc": "base_to_new", "skip_tuning": "few_shot"}
-    names |= {"clip_lora": "few_shot", "maple": "base_to_new"}
+    names |= {"clip_lora": "few_shot", "maple": "base_to_new", "cocoop": "base_to_new"}
     names |= {"kgcoop": "base_to_new", "tvp": "cifar10", "rpp": "imagenet21k"}
     for method in METHODS:
         if METHODS[method].preset_for is not None:

@@ -126,3 +126,16 @@ def test_maple_is_trained_and_folded(data, tmp_path):
     scores = [PromptedClassifier.from_pretrained(folder).predict(picture) for folder in folders]
     assert [p.label for p in scores[0]] == [p.label for p in scores[1]]
     assert scores[0][0].probability == pytest.approx(scores[1][0].probability, abs=1e-5)
+
+
+def test_cocoop_is_trained_beside_coop(data, tmp_path):
+    result = run(
+        "train_cocoop.py",
+        *("--dataset", str(data), "--shots", str(SHOTS), "--seeds", "1", "--epochs", "1"),
+        *("--output_dir", str(tmp_path)),
+    )
+    assert result.code == 0, result.printed
+    check(tmp_path, ["zero_shot", "coop", "cocoop"], {"base", "new", "h"})
+    picture = str(next(path for path in sorted(data.rglob("*.png"))))
+    folder = tmp_path / "few icons" / "cocoop" / "seed1"
+    assert len(PromptedClassifier.from_pretrained(folder).predict(picture)) == CLASSES // 2

@@ -16,6 +16,8 @@ from transformers import (
 )
 
 from peft_vlm.errors import UnsupportedModelError
+from peft_vlm.models.towers import image_features
+from peft_vlm.text.class_features import conditioned_logits
 from peft_vlm.text.prompts import reserve_slots
 from tests.cases import ADAPTER_CASES, class_prompts, pixels
 from tests.tiny import noise_image, tiny_clip, tiny_siglip
@@ -94,8 +96,11 @@ def test_the_cell_is_true(name, method, cell):
         inputs = {"pixel_values": inputs["pixel_values"]}
     elif name == "CLIPModel":
         inputs["input_ids"] = reserve_slots(adapted, class_prompts()).input_ids
-    output = adapted(**inputs)
-    score = output.loss if "labels" in inputs else output.logits_per_image.square().mean()
+    if CASE_OF[method].image_conditioned:
+        score = conditioned_logits(adapted, class_prompts(), image_features(adapted, pixels())).square().mean()
+    else:
+        output = adapted(**inputs)
+        score = output.loss if "labels" in inputs else output.logits_per_image.square().mean()
     score.backward()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert trained

@@ -163,15 +163,9 @@ def _is_pomp(tensors: Mapping[str, Tensor]) -> bool:
     return {"ctx", "train_token_suffix"} <= set(tensors)
 
 
-def _is_cocoop(tensors: Mapping[str, Tensor]) -> bool:
-    """Recognise a file of CoCoOp: a network shifts the context by the image, for which there is no adapter."""
-    return "meta_net.linear2.weight" in tensors
-
-
 OFFICIAL_FORMATS = (
     OfficialFormat("CoOp", _is_coop, convert_checkpoint),
     OfficialFormat("KgCoOp", _is_kgcoop, _convert_kgcoop),
     OfficialFormat("POMP", _is_pomp, convert_checkpoint),
-    OfficialFormat("CoCoOp", _is_cocoop, None),
     OfficialFormat("CoOp with class-specific contexts (`CSC`)", _is_class_specific, None, _why_not),
 )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from peft_vlm.errors import check_choice
-from peft_vlm.registry import Preset
+from peft_vlm.registry import Preset, RunSize
 
 #: Depth, epochs and learning rate: `vit_b16_c2_ep5_batch4_2ctx`, and the same with `_cross_datasets`.
 PROTOCOLS: dict[str, tuple[int, int, float]] = {"base_to_new": (9, 5, 0.0035), "cross_dataset": (3, 2, 0.0026)}
@@ -22,3 +22,12 @@ def preset_for(protocol: str = "base_to_new") -> Preset:
     training |= {"warmup_epochs": 1, "warmup_learning_rate": 1e-5}
     config = {"num_text_tokens": 2, "depth": depth, "context_init": "a photo of a"}
     return Preset(config=config, training=training)
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: the official ones; on a small model its own depth and rate.
+
+    Args:
+        run: Size of the run.
+    """
+    return run.recommend(preset_for(), rate=0.01, config={"context_init": "a photo of a"})

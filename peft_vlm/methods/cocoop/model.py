@@ -1,0 +1,122 @@
+"""CoCoOp as a PEFT tuner: a context that a network of two layers shifts by the image."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from peft_vlm.adapters.context import complete_context, learned_token_pattern, read_context_words
+from peft_vlm.adapters.layer import PromptLayer, own_module
+from peft_vlm.adapters.learned_tokens import TextContext
+from peft_vlm.adapters.tuner import VLMTuner
+from peft_vlm.errors import AdapterError
+from peft_vlm.methods.cocoop.config import CoCoOpConfig
+from peft_vlm.models.towers import towers_of
+from peft_vlm.text.class_features import ConditionedContext
+
+REDUCTION = 16
+"""The network's hidden layer is this many times narrower than an image feature, in the paper and the official code."""
+
+
+class ImageContext(TextContext, ConditionedContext):
+    """CLIP's token embedding whose reserved slots are filled with context vectors plus a shift by the image.
+
+    Args:
+        base_layer: `nn.Embedding` of the text tower.
+        prefix: The method's parameter prefix.
+        dim: Numbers of an image feature.
+    """
+
+    def __init__(self, base_layer: nn.Module, *, prefix: str, dim: int) -> None:
+        super().__init__(base_layer, prefix=prefix)
+        network = tuple(f"{prefix}{name}" for name in ("weight1", "bias1", "weight2", "bias2"))
+        self.adapter_layer_names = (f"{prefix}prompt", *network)
+        for name in network:
+            setattr(self, name, nn.ParameterDict())
+        self.dim, self.image_feature = dim, None
+
+    def add_adapter(self, adapter_name: str, config: Any) -> None:
+        """The context, and a network that begins as `nn.Linear` does.
+
+        Args:
+            adapter_name: Key of the new tensors.
+            config: A `CoCoOpConfig`, completed by `complete_context`.
+        """
+        super().add_adapter(adapter_name, config)
+        like = self.prompts[adapter_name]
+        hidden, width = max(1, self.dim // REDUCTION), like.shape[-1]
+        shapes = ((hidden, self.dim), (hidden,), (width, hidden), (width,))
+        fan_in = (self.dim, self.dim, hidden, hidden)
+        for name, shape, count in zip(self.adapter_layer_names[1:], shapes, fan_in, strict=True):
+            start = torch.empty(shape).uniform_(-(count**-0.5), count**-0.5)  # drawn on the CPU in float32
+            own_module(self, name)[adapter_name] = nn.Parameter(start if like.is_meta else start.to(like))
+
+    @contextmanager
+    def conditioned_on(self, image_feature: Float[Tensor, "1 dim"]) -> Iterator[None]:
+        """Class prompts of one image.
+
+        Args:
+            image_feature: Its feature, not normalised.
+        """
+        self.image_feature = image_feature
+        try:
+            yield
+        finally:
+            self.image_feature = None
+
+    def active_prompt(self, like: Tensor) -> Float[Tensor, "tokens width"] | None:
+        """The shifted context in the dtype of a tensor; None without an adapter.
+
+        Args:
+            like: Tensor.
+
+        Raises:
+            AdapterError: If there is no image.
+        """
+        name = self.current_adapter
+        if name is None:
+            return None
+        if self.image_feature is None:
+            raise AdapterError(
+                "Class prompts of a CoCoOp adapter depend on the image, so there are no class features without one. "
+                "Classify with `PromptedClassifier`, or `conditioned_logits(model, prompts, image_features)` of "
+                "`peft_vlm.text`; an adapter without the image in its prompts (CoOp) can be exported."
+            )
+        prompt, *network = (own_module(self, part)[name] for part in self.adapter_layer_names)
+        weight1, bias1, weight2, bias2 = network
+        unit = nn.functional.normalize(self.image_feature.to(prompt.dtype), dim=-1)
+        hidden = nn.functional.linear(unit, weight1, bias1).relu()
+        return (prompt + nn.functional.linear(hidden, weight2, bias2)).to(like.dtype)  # one shift for all vectors
+
+
+class CoCoOpModel(VLMTuner):
+    """The tuner behind `get_peft_model(clip, CoCoOpConfig(...))`."""
+
+    prefix = "cocoop_"
+
+    def target_pattern(self, config: CoCoOpConfig) -> str:
+        """Name of the token embedding.
+
+        Args:
+            config: The adapter's configuration; gets the ids of its initial words, and their number.
+
+        Returns:
+            Regular expression over full module names.
+        """
+        pattern = learned_token_pattern(self.model, text_depth=1, vision_depth=0)
+        read_context_words(config, self.model)
+        if config.context_init_ids is not None:
+            config.num_text_tokens = len(config.context_init_ids)
+        complete_context(config, self.model)
+        return pattern
+
+    def wrap(self, target: nn.Module) -> PromptLayer:
+        """The token embedding with an image-conditioned context.
+
+        Args:
+            target: `nn.Embedding` of the text tower.
+        """
+        return ImageContext(target, prefix=self.prefix, dim=towers_of(self.model).model.config.projection_dim)

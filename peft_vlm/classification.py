@@ -159,7 +159,7 @@ class ClassificationObjective(PromptObjective):
             raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
         towers, text = towers_of(model), self._text
         if text is None:
-            text = towers.finish_text(towers.embed_text(self._input_ids), self._input_ids, 0)
+            text = towers.finish_text(towers.embed_text(self._input_ids), self._input_ids, 0)  # (classes, dim)
         logits = towers.similarity_logits(self._image_features(model, batch), text)
         return ObjectiveOutput(self.loss_terms(logits, text, batch["labels"]), logits, batch["labels"])
 
@@ -183,5 +183,6 @@ class ClassificationObjective(PromptObjective):
         if not self.needs_pixels:
             return self._views.read(batch["index"].to(batch["labels"].device))
         towers = towers_of(model)
+        # Without gradients where nothing on the vision side trains: no activations are kept.
         with torch.set_grad_enabled("vision" in (self._trained or ()) and torch.is_grad_enabled()):
             return towers.finish_image(towers.embed_image(batch["pixel_values"]), 0)

@@ -250,7 +250,7 @@ class LayerCopy(PromptLayer):
         if _is_rms_norm(self.base_layer):  # each family has its own formula: theirs runs, with our weight
             norm = _without_offload_hook(self.base_layer)
             return functional_call(norm, {"weight": self.tuned_weight[name]}, (hidden,)).to(hidden.dtype)
-        weight = self.tuned_weight[name].to(hidden.dtype)
+        weight = self.tuned_weight[name].to(hidden.dtype)  # the copy may be stored in another type than it runs in
         bias = self.tuned_bias[name].to(hidden.dtype) if name in self.tuned_bias else None
         if isinstance(self.base_layer, nn.Linear):
             return nn.functional.linear(hidden, weight, bias)

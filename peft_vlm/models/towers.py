@@ -330,6 +330,7 @@ class Towers:
     ) -> Float[Tensor, "batch classes"]:
         """Cosine similarities multiplied by the logit scale, in float32. Inputs need not be normalised."""
         with torch.autocast(image_features.device.type, enabled=False), filled(self.model):
+            # Float32: half precision rounds cosines times 100 to steps that change the order of classes.
             image = nn.functional.normalize(image_features.float(), dim=-1)
             text = nn.functional.normalize(text_features.float(), dim=-1)
             return self.model.logit_scale.float().exp() * (image @ text.T)

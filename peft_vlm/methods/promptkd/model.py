@@ -94,10 +94,11 @@ class Projector(PromptLayer):
         name = self.current_adapter
         assert name is not None, "the callers know that an adapter is active"
         linears = [getattr(self, names)[name] for names in self._linear if name in getattr(self, names)]
+        # In float32, also under autocast: BatchNorm over a small batch overflows in half precision.
         with torch.autocast(features.device.type, enabled=False):
             hidden = features.to(linears[0].weight.dtype)
             for depth, linear in enumerate(linears):
-                hidden = linear(hidden)
+                hidden = linear(hidden)  # (batch, class_dim)
                 if depth + 1 < len(linears):
                     norms = getattr(self, self._norm[depth])
                     hidden = normalise(norms[name], hidden).relu() if name in norms else hidden.relu()
@@ -130,13 +131,13 @@ def _normalise_together(norm: nn.BatchNorm1d, hidden: Float[Tensor, "batch dim"]
     """
     from torch.distributed.nn.functional import all_reduce  # not there in builds of torch without distributed
 
-    kept = hidden[: 0 if is_left_out() else None]
+    kept = hidden[: 0 if is_left_out() else None]  # a filler batch takes part in the sums with no row
     count = float(sum_over_processes(torch.tensor(float(len(hidden)), device=hidden.device)))
     if count == 1:
         return _by_running_statistics(norm, hidden)
     mean = all_reduce(kept.sum(dim=0)) / count
-    variance = all_reduce((kept - mean).square().sum(dim=0)) / count
-    with torch.no_grad():
+    variance = all_reduce((kept - mean).square().sum(dim=0)) / count  # biased, as BatchNorm normalises
+    with torch.no_grad():  # the running variance is the unbiased one
         for statistic, value in ((norm.running_mean, mean), (norm.running_var, variance * count / (count - 1))):
             statistic.lerp_(value, norm.momentum)
         norm.num_batches_tracked.add_(1)
@@ -291,6 +292,7 @@ class PromptKDModel(VLMTuner):
     ) -> dict[str, Tensor]:
         """Make room for a file's class vectors in an adapter that has none yet, as on resuming; then check as ever."""
         for module in model.modules():
+            # A new adapter has no classes before `prepare`, a checkpoint of it has them.
             if isinstance(module, StoredClasses) and not len(module.vectors[adapter_name]):
                 stored = [t for key, t in state_dict.items() if key.endswith("promptkd_class_vectors")]
                 if stored and stored[0].shape[-1] == config.class_dim:

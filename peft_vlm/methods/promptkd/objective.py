@@ -279,6 +279,7 @@ class PromptKDObjective(Objective):
             self._aligned, self.agreement.epoch = self.align_steps == 0, -1
         self._restored = False
         dataset.repeat_views(None if self.cache is None else self.cache.num_views)
+        # Labels are not learned from; they only count how often the student is right.
         rows = {readable(name): row for row, name in enumerate(self.prompts.class_names)}
         self._label_of = torch.tensor([rows.get(readable(name), -1) for name in dataset.class_names])
         labelled = [label for label in dataset.labels if label >= 0]
@@ -359,6 +360,7 @@ class PromptKDObjective(Objective):
             features = self.teachers.features(batch["pixel_values"], self._transform)
         else:
             features = self.cache.read(batch["index"])
+        # (batch, features of all teachers [, features of the student])
         columns = sum(classes.shape[-1] for classes in self.teachers.classes)
         target = self.teachers.logits(features[:, :columns])
         if self.student_cache == "views":
@@ -369,6 +371,7 @@ class PromptKDObjective(Objective):
         loss, logits = self._loss(model, image, target)
         self.agreement.add(logits, target)
         labels = batch["labels"]
+        # From the dataset's class list to the prompts'; -1 where no class has that name.
         labels = torch.where(labels < 0, labels, self._label_of.to(labels.device)[labels.clamp(min=0)])
         return ObjectiveOutput({"distillation": loss}, logits, labels)
 

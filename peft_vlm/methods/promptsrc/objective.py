@@ -213,11 +213,13 @@ class PromptSRCObjective(PromptObjective):
         if self._input_ids is None:
             raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
         towers = towers_of(model)
-        frozen = self._frozen_image_features(model, batch) if self._needs_frozen_images else None
+        frozen = self._frozen_image_features(model, batch) if self._needs_frozen_images else None  # (batch, dim)
         image = frozen
-        if self._trains_vision or image is None:
+        if (
+            self._trains_vision or image is None
+        ):  # without prompts on the vision side, frozen features are the features
             image = towers.finish_image(towers.embed_image(batch["pixel_values"]), 0)
-        text = self._fixed_text
+        text = self._fixed_text  # (classes, dim)
         if text is None:
             text = towers.finish_text(towers.embed_text(self._input_ids), self._input_ids, 0)
         logits = towers.similarity_logits(image, text)
@@ -228,6 +230,7 @@ class PromptSRCObjective(PromptObjective):
             terms["image_consistency"] = self.weights["image"] * feature_distance(image, frozen)
         if self.weights["logit"] and frozen is not None and self._frozen_text is not None:
             frozen_logits = towers.similarity_logits(frozen, self._frozen_text)
+            # Official: KL with reduction "sum", divided by batch x classes.
             divergence = distillation_loss(logits, frozen_logits, reduction="official")
             terms["logit_consistency"] = self.weights["logit"] * divergence
         return ObjectiveOutput(terms, logits, batch["labels"])
@@ -236,6 +239,7 @@ class PromptSRCObjective(PromptObjective):
     def _frozen_image_features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch dim"]:
         """Image features of the model without its adapter."""
         if self._frozen_images is not None:
+            # Stored on the CPU, where they take no memory of the device.
             return self._frozen_images[batch["index"].cpu()].to(batch["labels"].device)
         towers = towers_of(model)
         with model.disable_adapter():

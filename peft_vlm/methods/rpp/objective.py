@@ -217,13 +217,15 @@ class RPPObjective(PromptObjective):
         if self._tokens is None:
             raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
         labels, towers = batch["labels"], towers_of(model)
-        negatives = self._draw(batch["index"]).to(labels.device)
-        rejected = false_negatives(labels, negatives)
+        negatives = self._draw(batch["index"]).to(labels.device)  # (sampled - 1,), the same for all images
+        rejected = false_negatives(labels, negatives)  # (batch, sampled - 1): an image's own class among them
         count, form = len(self.prompts.class_names), str(self.settings["correction"])
         correction = local_correction(rejected, num_classes=count, form=form)
+        # Each class is encoded once, however many images have it; `rows` finds its column again.
         classes, rows = torch.cat([labels, negatives]).unique(return_inverse=True)
 
         def arranged(logits: Tensor, added: Tensor) -> Tensor:
+            # (batch, selected) -> own class first, then the sampled ones: (batch, sampled)
             positive = logits.gather(1, rows[: len(labels), None])[:, 0]
             return sampled_logits(positive, logits[:, rows[len(labels) :]], rejected, added)
 
@@ -259,6 +261,7 @@ class RPPObjective(PromptObjective):
         if self._fixed_text is not None:
             return self._fixed_text.read(classes, classes.device)
         assert self._tokens is not None
+        # By length, so that a chunk pads little; the order is restored at the end.
         lengths = self._tokens.lengths[classes.cpu()]
         order, size = lengths.argsort(stable=True), self.text_chunk_size
         if size is None:
@@ -272,6 +275,7 @@ class RPPObjective(PromptObjective):
         parts = []
         for chunk in chunks:
             ids = self._tokens.rows(chunk).to(classes.device)
+            # One chunk needs no second forward pass in the backward one.
             parts.append(encode(ids) if len(chunks) == 1 else checkpoint(encode, ids, use_reentrant=False))
         return torch.cat(parts)[order.argsort().to(classes.device)]
 

@@ -360,11 +360,12 @@ class SkipTuningObjective(PromptObjective):
             raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
         ids, text_hidden, prototypes = self._text
         towers, labels = towers_of(model), batch["labels"]
-        image = towers.finish_image(self._image_hidden(model, batch), self._starts[0])
+        image = towers.finish_image(self._image_hidden(model, batch), self._starts[0])  # (batch, dim)
+        # The choice of classes follows the image features of this step, but no gradient flows through it.
         selected = self._select_classes(image.detach(), prototypes, labels)
         if selected is not None:
             ids, text_hidden = ids[selected], text_hidden[selected]
-            labels = torch.searchsorted(selected, labels)
+            labels = torch.searchsorted(selected, labels)  # positions among the selected classes, which are sorted
         if towers.text_is_causal:  # states behind the last end-of-text token influence nothing
             length = int(towers.pooled_positions(ids).max()) + 1
             ids, text_hidden = ids[:, :length], text_hidden[:, :length]
@@ -424,6 +425,7 @@ class SkipTuningObjective(PromptObjective):
         if self.redraw_tail == "step":
             self._draw_tail()
         image, labels = gather_rows(image), gather_rows(labels)  # the batch of all processes decides
+        # Rank by cosine to the initial text features: position 0 is the class most similar to the batch.
         ranked = rank_classes(nn.functional.normalize(image.float(), dim=-1), prototypes, labels)
         keep_rank = (self.tail_uniform < self.keep_probability).to(ranked.device)
         return selected_classes(ranked, keep_rank, labels)

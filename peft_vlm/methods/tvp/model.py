@@ -148,6 +148,7 @@ class TVPModel(VLMTuner):
     ) -> dict[str, Tensor]:
         """Put the prompt of the file where this model has its patch embedding, whatever the file calls that place."""
         ending = f"{cls.prefix}prompt"
+        # The key names the module that the prompt stood before, which every architecture calls differently.
         stored = [key for key in state_dict if key.endswith(ending)]
         own = [key for key in cls._own_tensors(model, adapter_name) if key.endswith(f"{ending}.{adapter_name}")]
         if len(stored) == len(own) == 1:

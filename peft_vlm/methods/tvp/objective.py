@@ -203,13 +203,14 @@ class TVPObjective(Objective):
     def _run(self, number: int, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[TaskOutput, Tensor]:
         """One model's task, and the distance of its visual tokens from those of clean images."""
         task = self._tasks[number]
-        if number:
+        if number:  # a further source sees the same images through a processor of its own
             model = self._shared[number - 1]
             batch = batch_at(self._source_images[number - 1], batch["index"].tolist(), batch["index"].device)
         set_eval_mode(model)
         output = task.run(model, batch)
         if not self.fca_weight:
             return output, output.loss.new_zeros(())
+        # Visual tokens of the clean image: (rows, tokens, width), the anchor that FCA pulls to.
         with torch.no_grad(), without_prompt(model):
             clean = task.encode(model, batch)
         return output, feature_consistency(output.tokens, clean)
@@ -217,8 +218,9 @@ class TVPObjective(Objective):
     def _semantics(self, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, ""], int]:
         """TSE over the images with a class, and their number."""
         labels, logits = batch["labels"], self.tse_clip.logits(batch)
-        known = labels >= 0
+        known = labels >= 0  # (batch,): images without a class take no part
         count = int(known.sum())
+        # Where no image counts, the sum keeps the prompt in the graph, as the other processes have it.
         return semantic_enhancement(logits[known], labels[known]) if count else 0.0 * logits.sum(), count
 
     def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
@@ -242,7 +244,7 @@ class TVPObjective(Objective):
         layer = prompt_layer_of(model)
         name = active_name(layer)
         prompt = layer.prompts[name]
-        mask = layer.settings[name].mask(prompt.device).expand_as(prompt)
+        mask = layer.settings[name].mask(prompt.device).expand_as(prompt)  # (3, canvas, canvas)
         return NormalizedGradient([prompt], lr=learning_rate, masks={prompt: mask})
 
     def state_dict(self) -> dict[str, Tensor]:

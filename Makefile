@@ -16,7 +16,7 @@ PYTEST = $(BIN)/python -m pytest
 # Each process takes a run of neighbouring tests, which share their fixtures, and then work from the slower one.
 PARALLEL = -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo smoke test test-newest test-oldest test-slow test-distributed test-faults test-first-hour check format size wheel ci clean
+.PHONY: help demo smoke test test-newest test-oldest test-slow test-distributed test-faults test-hostile test-first-hour check format size wheel ci clean
 
 help:
 	@echo "make demo              train Skip Tuning on the bundled models and data; results in outputs/demo"
@@ -26,7 +26,7 @@ help:
 	@echo "make check             lint, format, types, docstrings, spelling"
 	@echo "make ci                check, wheel, then all tests that are not slow and need no GPU"
 	@echo "make wheel             build the wheel and try it outside the repository"
-	@echo "make test-slow         the slow tests; test-distributed, test-faults, test-first-hour: those parts alone"
+	@echo "make test-slow         the slow tests; test-distributed, test-faults, test-hostile, test-first-hour: parts"
 	@echo "make format            apply the formatter and the safe lint fixes"
 	@echo "make size              files, code lines and public names of the package; never fails"
 	@echo "make clean             remove .venv*, caches and build results (outputs/ is kept)"
@@ -62,6 +62,10 @@ test-distributed: $(STAMP)
 
 test-faults: $(STAMP)
 	@$(PYTEST) tests/faults $(ARGS)
+
+test-hostile: $(STAMP)
+	@echo "All attacks and all mutations of files: about 15 minutes"
+	@$(PYTEST) -m "not gpu" tests/hostile --timeout=1800 $(ARGS)
 
 test-first-hour: $(STAMP)
 	@$(PYTEST) -m "not gpu" tests/hub/test_first_hour.py $(ARGS)

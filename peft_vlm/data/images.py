@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,16 @@ def read_image(value: Any, *, where: str = "image", value_range: Sequence[int | 
         DataError: If there is no such file, it is no image or a damaged one, the image has no pixels, or its numbers
             do not fit their range.
     """
-    name = f"{where} ({_source_name(value)})"
+    black_and_white = as_value_range(value_range)
+    with _reading(f"{where} ({_source_name(value)})"):
+        return decode_rgb(_open(value), black_and_white)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Within this, whatever opening or decoding an image raises is a `DataError` that names it."""
     try:
-        return decode_rgb(_open(value), as_value_range(value_range))
+        yield
     except DataError:
         raise
     except PixelError as error:
@@ -123,13 +131,15 @@ def top_of(value: Any) -> tuple[float, float] | None:
         value: What `read_image` opens. An image that cannot be read is named when it is needed.
     """
     try:
-        image = _open(value)
-        check_size(image)
+        with _reading("image"):
+            image = _open(value)
+            check_size(image)
         white = white_of(image)
-        if white is None:
+        if white is None or 0 in image.size:
             return None
-        image.load()
-    except Exception:  # as in `read_image`
+        with _reading("image"):
+            image.load()
+    except DataError:
         return None
     top = extrema_of(image)[1]
     return white, (top if image.mode[0] in "IF" else 257 * top)  # of 16-bit colours the upper half is read

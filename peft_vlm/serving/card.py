@@ -201,10 +201,10 @@ class ClassifierCard:
                 f"Expected {where!r} to be a classifier that `peft-vlm export` wrote, got a file without the metadata "
                 f"{METADATA_KEY!r}."
             )
+        expect(len(text) <= MAX_TEXT, f"a card of at most {MAX_TEXT:,} characters", len(text), where=where)
         try:
-            expect(len(text) <= MAX_TEXT, f"a card of at most {MAX_TEXT:,} characters", len(text), where=where)
             values = json.loads(text)
-        except (RecursionError, json.JSONDecodeError) as error:
+        except (RecursionError, ValueError) as error:  # a number of 5,000 digits as well
             raise ExportedFileError(
                 f"Expected JSON as {METADATA_KEY!r} in {where!r}, got something else ({error}). Export again."
             ) from error

@@ -12,11 +12,13 @@ from PIL import Image
 from peft_vlm.data import (
     EvalTransform,
     ImageClassificationDataset,
+    images,
     load_image_dataset,
     load_image_stream,
     load_unlabelled_images,
     read_image,
 )
+from peft_vlm.data.images import top_of
 from peft_vlm.errors import DataError
 from peft_vlm.export.classifier import preprocessing_of
 from peft_vlm.serving.card import ClassifierCard
@@ -185,3 +187,18 @@ def test_an_exported_classifier_keeps_the_range() -> None:
     assert "value_range" not in json.loads(ClassifierCard(("a",), plain, {}).to_json())["preprocessing"]
     with pytest.raises(ValueError, match="all black where 65535 is white"):
         plain(as_file((RAMP * 200).astype(np.uint16)))
+
+
+def test_the_range_check_leaves_out_images_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are named when they are needed; an error of our own in the check must not pass for one of them."""
+    cells = [as_file(RAMP.astype(np.float32)), b"damaged", as_file(RAMP.astype(np.float32))[:40], "/no/such.png", 3]
+    assert [top_of(cell) for cell in cells] == [(1.0, 1.0), None, None, None, None]
+    assert top_of(Image.new("F", (0, 3))) is None
+
+    def broken(image: Image.Image) -> float:
+        raise ValueError("a mistake of ours")
+
+    for name in ("white_of", "extrema_of"):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="a mistake of ours"):
+            patch.setattr(images, name, broken)
+            top_of(cells[0])

@@ -34,6 +34,7 @@ from peft_vlm.serving.escape import (
     spreadsheet_cell,
 )
 from peft_vlm.serving.images import say_left_out
+from tests.hostile.attack import obeyed
 from tests.hostile.folders import change
 from tests.tiny import noise_image
 
@@ -81,13 +82,7 @@ HARMLESS = [
     "3-d",
     "1",
 ]
-FORBIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 RENDER = MarkdownIt("gfm-like", {"html": True, "linkify": False})
-
-
-def obeyed(text: str) -> list[str]:
-    """Characters that a terminal or a reader's eye would obey; ends of lines are ours."""
-    return [letter for letter in text if unicodedata.category(letter) in FORBIDDEN and letter not in "\n\u200c\u200d"]
 
 
 def shown_as(rendered: str) -> str:

@@ -88,6 +88,7 @@ _HOMES = {
     "VLMTrain": "training",
     "publish": "hub",
 }
+_PIPELINES = "transformers.pipelines"
 #: Parts of this package that need neither PEFT nor torch.
 _LIGHT = ("cli", "errors", "files", "serving", "settings")
 
@@ -116,6 +117,51 @@ def _register() -> None:
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
     importlib.import_module(f"{__name__}.methods")
     importlib.import_module(f"{__name__}.hub")
+    if _PIPELINES in sys.modules:
+        _extend_pipelines()
+
+
+def _extend_pipelines() -> None:
+    """Make transformers' pipelines know the adapters, as soon as both are there."""
+    importlib.import_module(f"{__name__}.hub.pipelines").extend_pipelines()
+
+
+class _ExtendPipelines(MetaPathFinder, Loader):
+    """Extends transformers' pipelines when they are imported: they load adapters by name without importing us."""
+
+    def __init__(self) -> None:
+        self._loader: Any = None
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _PIPELINES:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None:
+            spec.loader, self._loader = self, spec.loader
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Leave it to the loader of the module.
+
+        Args:
+            spec: Of the module.
+        """
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the module and extend it.
+
+        Args:
+            module: `transformers.pipelines`.
+        """
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        _extend_pipelines()
 
 
 class _RegisterFirst(MetaPathFinder):
@@ -169,6 +215,8 @@ class _LoadAfterRegistering(Loader):
 
 
 _FINDER = _RegisterFirst()
+if _PIPELINES not in sys.modules:
+    sys.meta_path.insert(0, _ExtendPipelines())
 if "peft" in sys.modules:
     _register()
 else:

@@ -210,6 +210,44 @@ class PromptedClassifier:
             ]
         return results[0] if isinstance(images, ImageInput) else results
 
+    def __call__(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        candidate_labels: Sequence[str] | None = None,
+        *,
+        top_k: int | None = None,
+        batch_size: int = 32,
+    ) -> list[dict[str, str | float]] | list[list[dict[str, str | float]]]:
+        """Labels in the format of transformers' pipelines, `[{"label": ..., "score": ...}]`, best first.
+
+        Args:
+            images: One image or a list.
+            candidate_labels: Choose among these instead of the classifier's own names.
+            top_k: Maximum number of labels per image; None for all.
+            batch_size: Images per forward pass.
+
+        Returns:
+            A list of labels for one image; a list of such lists for a list of images.
+        """
+        several = [images] if isinstance(images, ImageInput) else list(images)
+        names = candidate_labels if candidate_labels is not None else self.class_names or ()
+        found = self.predict(
+            several,
+            class_names=candidate_labels,
+            top_k=max(1, len(names)) if top_k is None else top_k,
+            batch_size=batch_size,
+        )
+        rows = [[{"label": p.label, "score": p.probability} for p in row] for row in found]
+        return rows[0] if isinstance(images, ImageInput) else rows
+
+    def __repr__(self) -> str:
+        """Model, adapter, classes and template, in one line."""
+        config = getattr(self.model, "active_peft_config", None)
+        adapter = "no adapter" if config is None else f"{config.peft_type.value} adapter"
+        base = self.model if config is None else self.model.get_base_model()
+        count = "no classes" if self.class_names is None else f"{len(self.class_names)} classes"
+        return f"PromptedClassifier({type(base).__name__}, {adapter}, {count}, template={self.template!r})"
+
     def _pixel_batches(
         self, inputs: Sequence[ImageInput], batch_size: int
     ) -> Iterator[Float[Tensor, "batch channels rows cols"]]:

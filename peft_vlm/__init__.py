@@ -133,7 +133,7 @@ class _ExtendPipelines(MetaPathFinder, Loader):
         self._loader: Any = None
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Any, target: ModuleType | None = None  # a folder without `__init__` has no sequence
     ) -> ModuleSpec | None:
         if fullname != _PIPELINES:
             return None

@@ -31,18 +31,16 @@ class OfficialFormat:
     Args:
         name: What its makers call it.
         recognises: Whether tensors are of this kind, by their names.
-        convert: Writes an adapter: `convert(file, folder, **settings)`. None: known, and refused by name.
-        reason: Why such a file is refused, from its tensors, without a full stop.
+        convert: Writes an adapter: `convert(file, folder, **settings)`.
     """
 
     name: str
     recognises: Callable[[Mapping[str, Tensor]], bool]
-    convert: Callable[..., Any] | None
-    reason: Callable[[Mapping[str, Tensor]], str] | None = None
+    convert: Callable[..., Any]
 
     def settings(self) -> dict[str, bool]:
         """What the converter takes beside file and folder: name, and whether it must be given."""
-        parameters = inspect.signature(self.convert).parameters.values() if self.convert else ()
+        parameters = inspect.signature(self.convert).parameters.values()
         return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 

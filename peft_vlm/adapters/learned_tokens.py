@@ -60,7 +60,7 @@ class TextSlots(_ContextLayer):
             words = embedded.new_zeros(slots.num_tokens, embedded.shape[-1])  # (slots, width)
         else:
             words = self.base_layer(torch.tensor(slots.initial_ids, device=input_ids.device))
-        return _fill_slots(embedded, input_ids, words, slots)
+        return fill_slots(embedded, input_ids, words, slots)
 
 
 class VisionSlots(DelegatingLayer):
@@ -143,21 +143,21 @@ class TextContext(LearnedTokens, _ContextLayer):
         context, slots = self.active_prompt(embedded), self.slots
         if context is None or slots is None:
             return embedded
-        return _fill_slots(embedded, input_ids, context, slots)
+        return fill_slots(embedded, input_ids, context, slots)
 
 
-def _fill_slots(
+def fill_slots(
     embedded: Float[Tensor, "prompts tokens width"],
     input_ids: Int[Tensor, "prompts tokens"],
-    vectors: Float[Tensor, "slots width"],
+    vectors: Float[Tensor, "*prompts slots width"],
     slots: Slots,
 ) -> Float[Tensor, "prompts tokens width"]:
-    """Put the same vectors into the reserved places of every prompt.
+    """Put vectors into the reserved places of every prompt, the same ones or each prompt's own.
 
     Args:
         embedded: Embeddings of the prompts.
         input_ids: Their token ids, which say where the places are.
-        vectors: One per place.
+        vectors: One per place, for all prompts or for each.
         slots: Places that the active adapter needs.
 
     Raises:
@@ -172,8 +172,9 @@ def _fill_slots(
             "`peft_vlm.text`; in texts of your own write the tokenizer's start token "
             f"{slots.num_tokens} times first, as in '{'<|startoftext|>' * min(slots.num_tokens, 2)} ... a cat.'"
         )
-    # `masked_scatter` reads its source row by row: one copy of the vectors, (slots, width), per prompt.
-    return embedded.masked_scatter(mask[..., None], vectors.repeat(len(input_ids), 1))
+    # `masked_scatter` reads its source row by row: vectors, (slots, width), per prompt.
+    rows = vectors.repeat(len(input_ids), 1) if vectors.ndim == 2 else vectors.flatten(0, 1)
+    return embedded.masked_scatter(mask[..., None], rows)
 
 
 class VisionTokens(LearnedTokens):

@@ -15,7 +15,7 @@ from peft_vlm.registry import ADAPTERS, OfficialFormat
 def known_formats() -> list[OfficialFormat]:
     """Kinds of official checkpoints that become adapters, by name."""
     formats = [official for adapter in ADAPTERS.values() for official in adapter.formats]
-    return sorted((official for official in formats if official.convert), key=lambda official: official.name)
+    return sorted(formats, key=lambda official: official.name)
 
 
 def recognise(file: OfficialFile) -> OfficialFormat:
@@ -25,17 +25,10 @@ def recognise(file: OfficialFile) -> OfficialFormat:
         file: The file.
 
     Raises:
-        AdapterError: If it is of no kind that can be converted; methods that are known but not supported are named.
+        AdapterError: If it is of no kind that can be converted.
     """
     names = ", ".join(official.name for official in known_formats())
     found = [o for adapter in ADAPTERS.values() for o in adapter.formats if o.recognises(file.tensors)]
-    for official in found:
-        if official.convert is None:
-            reason = ", which is no method of this package: no adapter could give its outputs"
-            reason = reason if official.reason is None else f": {official.reason(file.tensors)}"
-            raise AdapterError(
-                f"{str(file.path)!r} is a checkpoint of {official.name}{reason}. Kinds that can be converted: {names}."
-            )
     if is_clip(file.tensors):
         raise AdapterError(
             f"{str(file.path)!r} is a complete CLIP and no adapter. `convert_clip` (and `peft-vlm convert` without "
@@ -67,7 +60,6 @@ def convert(source: str | Path | OfficialFile, folder: str | Path, **settings: A
     """
     file = OfficialFile.open(source)
     official = recognise(file)
-    assert official.convert is not None, f"{official.name} is refused by `recognise`"
     known = official.settings()
     unknown = [name for name in settings if name not in known]
     missing = [name for name, needed in known.items() if needed and settings.get(name) is None]

@@ -126,9 +126,7 @@ class TextClassifier:
         if prompts is None or (prompts.class_names, prompts.templates) != wanted:
             prompts = tokenize_for_model(self.model, self.tokenizer, class_names, template=chosen)
             self._prompts = prompts
-        if conditioned_context(self.model) is not None:
-            return image_wise_logits(self.model, prompts)
-        return cosine_logits(self.model, self._cache.get(self.model, prompts))
+        return _logits_of(self.model, prompts, self._cache)
 
 
 def cosine_logits(model: nn.Module, class_features: Float[Tensor, "classes dim"]) -> LogitsFn:
@@ -145,6 +143,13 @@ def cosine_logits(model: nn.Module, class_features: Float[Tensor, "classes dim"]
             return similarity_logits(model, image_features(model, pixels), class_features)
 
     return logits
+
+
+def _logits_of(model: nn.Module, prompts: ClassPrompts, cache: ClassFeatureCache) -> LogitsFn:
+    """Logits over class prompts, by class features where the prompts do not depend on the image."""
+    if conditioned_context(model) is not None:
+        return image_wise_logits(model, prompts)
+    return cosine_logits(model, cache.get(model, prompts))
 
 
 def image_wise_logits(model: nn.Module, prompts: ClassPrompts) -> LogitsFn:
@@ -241,8 +246,7 @@ def evaluate_classifier(
             f"{list(dataset.class_names[:3])!r}, got {len(prompts.class_names)}, beginning "
             f"{list(prompts.class_names[:3])!r}. Tokenise `dataset.class_names`."
         )
-    features = (cache or ClassFeatureCache()).get(model, prompts)
-    return classify(cosine_logits(model, features), dataset, **options)
+    return classify(_logits_of(model, prompts, cache or ClassFeatureCache()), dataset, **options)
 
 
 def predict_logits(

@@ -8,6 +8,7 @@ works on single tokens, so layers, and the prompts and tuners in them, run on th
 The sums are the same as in the model's own forward, in another order: results differ by rounding only.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,15 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 #: Passes of the text tower by the way they took: `"packed"`, or `"plain: <reason>"`. Tests read it.
 passes: Counter[str] = Counter()
+
+
+class OwnContexts(ABC):
+    """A layer around the token embedding that may put other vectors into every prompt, where token ids are equal."""
+
+    @property
+    @abstractmethod
+    def contexts_differ(self) -> bool:
+        """Whether it does so with the active adapter."""
 
 
 @runtime_checkable

@@ -28,7 +28,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from peft_vlm.errors import UnsupportedModelError
-from peft_vlm.models.packed_texts import PackedTexts, num_required, passes, reason_against, run_packed
+from peft_vlm.models.packed_texts import OwnContexts, PackedTexts, num_required, passes, reason_against, run_packed
 
 LEAVES_OF_A_LAYER = (
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
@@ -304,6 +304,9 @@ class Towers:
         """
         layers, positions = list(self.text_layers[start:]), self.pooled_positions(input_ids)
         reason = reason_against(layers) if layers else "no layer is left"
+        embedding = self.token_embedding
+        if start == 0 and isinstance(embedding, OwnContexts) and embedding.contexts_differ:
+            reason = "each class has a context of its own"
         if reason is None:
             texts = PackedTexts.of(input_ids, positions)
             if texts.num_shared >= num_required(layers):

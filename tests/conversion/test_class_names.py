@@ -8,12 +8,11 @@ from torch.testing import assert_close
 from peft_vlm import CoOpConfig, PromptKDConfig
 from peft_vlm.conversion.formats import convert, export
 from peft_vlm.data.dataset import ImageClassificationDataset
-from peft_vlm.errors import AdapterError, ClassNameError, PeftVLMWarning
+from peft_vlm.errors import ClassNameError, PeftVLMWarning
 from peft_vlm.evaluation.run import load_model
 from peft_vlm.text import encode_classes
 from peft_vlm.text.prompts import ClassPrompts, places_of
 from tests.cases import NUM_CLASSES, images, promptkd_config
-from tests.conversion.official_files import official
 from tests.source_tree import ROOT
 from tests.tiny import tiny_clip
 
@@ -133,10 +132,3 @@ def test_a_dataset_finds_the_classes_of_an_adapter_under_another_spelling():
         "PURPLE",
     ]
     assert len(moved.labels) == NUM_CLASSES
-
-
-@pytest.mark.parametrize("settings", [{}, {"class_position": "end", "start_layer": 3}])
-def test_contexts_per_class_are_refused_before_settings_are_asked_for(settings, student_folder, tmp_path):
-    """Whoever answers a question about a file should not learn afterwards that it was for nothing."""
-    with pytest.raises(AdapterError, match=r"class-specific contexts \(`CSC`\): 16 vectors for each of 7 classes"):
-        convert(official("E5_coop_csc16_end"), tmp_path / "a", base_model=student_folder, **settings)

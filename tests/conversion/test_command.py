@@ -86,7 +86,7 @@ def test_wrong_input_is_one_line_and_exit_code_two(student_folder, tmp_path, cap
         assert not (tmp_path / "out").exists()
 
     base = ("--base_model", student_folder)
-    refused("is a checkpoint of CoCoOp, which is no method", official("F_cocoop"), *base, *target)
+    refused("Missing: `--class_position`", official("E5_coop_csc16_end"), *base, *target)
     refused("Missing: `--base_model`, `--class_position`", official("E1_coop_words4_end"), *target)
     refused("Expected `--teacher` for a PromptKD student", official("D2_promptkd_5steps"), *base, *target)
     refused("does not exist", tmp_path / "none.pth", *target)

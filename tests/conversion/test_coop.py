@@ -20,6 +20,8 @@ CASES = {
     "E2_coop_random16_end": "end",
     "E3_coop_random16_middle": "middle",
     "E4_coop_random16_front": "front",
+    "E5_coop_csc16_end": "end",
+    "E6_coop_csc4_middle": "middle",
     "E7_coop_punct4_front": "front",
 }
 NAMES = facts("E1_coop_words4_end")["classnames"]
@@ -122,10 +124,3 @@ def test_unknown_files_are_refused(student_folder, tmp_path):
     torch.save({"ctx": torch.full((4, 64), torch.nan)}, tmp_path / "nan.pth")
     with pytest.raises(AdapterError, match=r"finite values in 'ctx' of .*nan\.pth"):
         convert(tmp_path / "nan.pth", tmp_path / "a", base_model=student_folder, class_position="end")
-
-
-def test_contexts_per_class_are_refused_by_name(student_folder, tmp_path):
-    message = r"class-specific contexts \(`CSC`\): 16 vectors for each of 7 classes"
-    with pytest.raises(AdapterError, match=message):
-        convert(official("E5_coop_csc16_end"), tmp_path / "a", base_model=student_folder, class_position="end")
-    assert not (tmp_path / "a").exists()

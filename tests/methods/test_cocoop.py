@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from peft_vlm import CoCoOpConfig, CoOpConfig, PromptedClassifier
 from peft_vlm.data.dataset import collate
 from peft_vlm.errors import AdapterError
-from peft_vlm.evaluation.classify import TextClassifier
+from peft_vlm.evaluation.classify import TextClassifier, evaluate_classifier
 from peft_vlm.methods.cocoop import preset_for
 from peft_vlm.models import packed_texts
 from peft_vlm.models.towers import image_features, towers_of
@@ -111,6 +111,12 @@ def test_classifiers_take_the_image_into_their_prompts():
         expected = conditioned_logits(model, class_prompts(), image_features(model, pixel_values))
     logits = TextClassifier(model, tools.tokenizer, template="a {}.").logits_for(colour_names())(pixel_values)
     assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+    data = images(per_class=1)
+    result = evaluate_classifier(model, data, class_prompts())
+    with torch.no_grad():
+        every = torch.stack([data[i]["pixel_values"] for i in range(len(data))])
+        own = conditioned_logits(model, class_prompts(), image_features(model, every))
+    assert torch.equal(result.predicted, own.argmax(dim=-1))
     for row, predictions in zip(expected.softmax(-1), classifier.predict(pictures), strict=True):
         assert predictions[0].label == colour_names()[int(row.argmax())]
         assert predictions[0].probability == pytest.approx(float(row.max()), rel=1e-3)

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.testing import assert_close
 from transformers import pipeline
 
 from peft_vlm import CoOpConfig, CoOpObjective, PromptedClassifier, VLMTrainer, VLMTrainingArguments
 from peft_vlm.data.dataset import collate
-from peft_vlm.errors import AdapterError
+from peft_vlm.errors import AdapterError, ClassNameError
 from peft_vlm.methods.coop import preset_for
-from peft_vlm.text import reserve_slots, tokenize_classes
+from peft_vlm.text import encode_classes, reserve_slots, tokenize_classes
 from tests.cases import CASES as ALL_CASES
 from tests.cases import NUM_CLASSES, augmented, class_prompts, images, perturb, pixels, prepared, processor
 from tests.tiny import CONTEXT_LENGTH, colour_names, tiny_clip, tiny_tokenizer
@@ -113,9 +113,88 @@ def test_learning_lowers_the_loss(tmp_path):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_class_specific_contexts_are_refused_with_the_reason():
-    with pytest.raises(ValueError, match="nothing to say about new classes"):
-        CoOpConfig(class_specific=True)
+def specific(**settings):
+    """A model with a context for each colour."""
+    torch.manual_seed(0)
+    ids = class_prompts().input_ids.tolist()
+    own = {"num_text_tokens": 2, "class_specific": True, "class_token_ids": ids}
+    return get_peft_model(tiny_clip(), CoOpConfig(**(own | settings))).eval()
+
+
+def test_a_context_per_class_is_a_coop_adapter_for_each_class():
+    """By hand: the feature of class c is that of a CoOp adapter with the context of c."""
+    model = specific()
+    (contexts,) = [p for p in model.parameters() if p.requires_grad]
+    assert contexts.shape == (NUM_CLASSES, 2, 32)
+    features = encode_classes(model, class_prompts())
+    plain = get_peft_model(tiny_clip(), CoOpConfig(num_text_tokens=2)).eval()
+    (shared,) = [p for p in plain.parameters() if p.requires_grad]
+    for label, context in enumerate(contexts):
+        with torch.no_grad():
+            shared.copy_(context)
+        assert_close(features[label], encode_classes(plain, class_prompts())[label], rtol=1e-5, atol=1e-5)
+
+
+def test_classes_with_contexts_come_in_any_order_and_new_ones_are_refused(tmp_path):
+    """A context in the place of another class's would be a wrong answer without an error."""
+    model = specific()
+    features = encode_classes(model, class_prompts())
+    names = list(class_prompts().class_names)
+    assert_close(encode_classes(model, class_prompts(names[::-1])), features.flip(0), rtol=1e-5, atol=1e-5)
+    assert_close(encode_classes(model, class_prompts(names[2:4])), features[2:4], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ClassNameError, match=r"of the 6 classes .*at position 1.*nothing to say about new classes"):
+        encode_classes(model, class_prompts(["red", "pink"]))
+    other = tokenize_classes(tiny_tokenizer(), names, template="the {}.", max_length=CONTEXT_LENGTH)
+    with pytest.raises(ClassNameError, match="in the template of its training"):
+        encode_classes(model, other)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_clip(), tmp_path, adapter_name="other").eval()
+    assert torch.equal(encode_classes(again, class_prompts()), features)
+
+
+def test_contexts_per_class_train_and_lie_beside_a_shared_one(tmp_path):
+    model = specific()
+    before = encode_classes(model, class_prompts())
+    args = VLMTrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, learning_rate=0.1, warmup_epochs=0, use_cpu=True, disable_tqdm=True
+    )
+    VLMTrainer(model, args, train_dataset=images(), objective=CoOpObjective(class_prompts())).train()
+    trained = encode_classes(model, class_prompts())
+    assert (trained - before).abs().max() > 1e-4
+    model.add_adapter("shared", CoOpConfig(num_text_tokens=3))
+    model.set_adapter("shared")
+    assert not torch.equal(encode_classes(model, class_prompts()), trained)
+    assert encode_classes(model, class_prompts(["quite", "new"])).shape == (2, 16)
+    model.set_adapter("default")
+    assert torch.equal(encode_classes(model, class_prompts()), trained)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"class_specific": True}, "nothing to say about new classes"),
+        (
+            {"class_specific": True, "class_names": ["a"], "template": "{}.", "context_init": "a"},
+            "leave the words out",
+        ),
+        ({"class_token_ids": [[512, 5, 513]]}, "without `class_specific`=True"),
+    ],
+)
+def test_contexts_per_class_need_a_class_list_and_no_words(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CoOpConfig(**settings)
+
+
+def test_class_names_need_a_tokenizer_beside_the_base_model(tmp_path):
+    """The tuner reads the names itself where it can."""
+    settings = {"num_text_tokens": 2, "class_specific": True, "class_names": ["red", "blue"], "template": "a {}."}
+    with pytest.raises(ValueError, match="no tokenizer to read the class names.*class_token_ids=prompts"):
+        get_peft_model(tiny_clip(), CoOpConfig(**settings))
+    tiny_clip().save_pretrained(tmp_path)
+    processor().save_pretrained(tmp_path)
+    model = get_peft_model(type(tiny_clip()).from_pretrained(tmp_path), CoOpConfig(**settings))
+    assert len(model.active_peft_config.class_token_ids) == 2
+    assert encode_classes(model, class_prompts(["blue", "red"])).shape == (2, 16)
 
 
 def test_the_number_of_words_is_the_number_of_vectors():

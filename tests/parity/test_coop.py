@@ -25,6 +25,8 @@ CASES = [
     "E2_coop_random16_end",
     "E3_coop_random16_middle",
     "E4_coop_random16_front",
+    "E5_coop_csc16_end",
+    "E6_coop_csc4_middle",
     "E7_coop_punct4_front",
 ]
 
@@ -33,15 +35,19 @@ def setup(name: str):
     """The tiny CLIP with the case's adapter, its prompts from the class names, and the record."""
     case, recorded, tokenizer = facts(name), tensors(name), recorded_tokenizer()
     words = case["ctx_init"]
+    template = f"{words} {{}}." if words else "{}."
+    clip = recorded_clip("weights_student")
+    prompts = tokenize_for_model(clip, tokenizer, case["classnames"], template=template)
+    specific = bool(case.get("class_specific_context"))
     config = CoOpConfig(
         num_text_tokens=16 if words else case["n_ctx"],
         context_init=words,
         context_init_ids=tokenizer(words, add_special_tokens=False)["input_ids"] if words else None,
         class_position=case["class_token_position"],
+        class_specific=specific,
+        class_token_ids=prompts.input_ids.tolist() if specific else None,
     )
-    model = get_peft_model(recorded_clip("weights_student"), config)
-    template = f"{words} {{}}." if words else "{}."
-    prompts = tokenize_for_model(model, tokenizer, case["classnames"], template=template)
+    model = get_peft_model(clip, config)
     return case, recorded, model, prompts
 
 
@@ -69,7 +75,11 @@ def test_token_ids_are_the_recorded_ones_with_slots_for_the_context(name: str):
 @pytest.mark.parametrize("image_cache", ["ram", "none"])
 def test_logits_features_loss_and_gradient(name: str, image_cache: str):
     case, recorded, model, prompts = setup(name)
-    load_prompts(model, recorded, prefix="coop_")
+    if case.get("class_specific_context"):
+        with torch.no_grad():
+            prompt_tensors(model, prefix="coop_")["text_ctx"][0].copy_(recorded["in.text_ctx"])
+    else:
+        load_prompts(model, recorded, prefix="coop_")
     tolerance = case["tolerance"]
     dataset = RecordedImages(recorded["in.images"], recorded["in.labels"], case["classnames"])
     objective = CoOpObjective(prompts, image_cache=image_cache)

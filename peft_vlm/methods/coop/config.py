@@ -6,9 +6,10 @@ from typing import ClassVar, no_type_check
 
 from peft import PeftType
 
+from peft_vlm.adapters.adapter_files import Shape
 from peft_vlm.adapters.config import fit_fields
 from peft_vlm.adapters.context import TextContextConfig, check_count
-from peft_vlm.errors import check_choice
+from peft_vlm.errors import check_choice, shown
 from peft_vlm.registry import extend_peft_type
 from peft_vlm.text.prompts import POSITIONS
 
@@ -21,7 +22,7 @@ NUM_TOKENS = 16
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too
 @dataclass
 class CoOpConfig(TextContextConfig):
-    """Context vectors in the class prompts of a CLIP, shared by all classes; nothing else is trained.
+    """Context vectors in the class prompts of a CLIP, shared by all classes or one set per class; nothing else trains.
 
     Args:
         num_text_tokens: Context vectors per prompt. Paper: M; official `N_CTX`, 16. With `context_init` it becomes the
@@ -30,7 +31,10 @@ class CoOpConfig(TextContextConfig):
         context_init: Words whose embeddings the context starts from, such as `"a photo of a"`. None: N(0, 0.02).
         class_position: Where the class name stands: `"end"`: behind the context, `"middle"`: between its halves,
             `"front"`: before it. Official `CLASS_TOKEN_POSITION`.
-        class_specific: Only False. Contexts per class (official `CSC`) cannot name a class that was not trained on.
+        class_specific: A context for each class of a fixed list, official `CSC`. Needs `class_names` and `template`
+            (or `class_token_ids`); the adapter then classifies with those prompts alone.
+        class_token_ids: Token ids of the plain class prompts, in label order; with `class_specific` only. Filled in
+            from the base model's tokenizer; give them (`prompts.input_ids.tolist()`) where there is none.
 
     References:
         Learning to Prompt for Vision-Language Models, 2022, arXiv 2109.01134, Sec. 3.2.
@@ -40,6 +44,7 @@ class CoOpConfig(TextContextConfig):
     context_init: str | None = field(default=None)
     class_position: str = field(default="end")
     class_specific: bool = field(default=False)
+    class_token_ids: list[list[int]] | None = field(default=None)
 
     fits_model: ClassVar[tuple[str, ...]] = ("num_text_tokens",)
 
@@ -48,12 +53,26 @@ class CoOpConfig(TextContextConfig):
         self.peft_type = PeftType["COOP"]
         check_count(self, "num_text_tokens", minimum=1, optional=True)
         check_choice("class_position", self.class_position, POSITIONS)
-        if self.class_specific:
+        if self.class_specific and self.class_token_ids is None and (self.class_names is None or not self.template):
             raise ValueError(
-                f"Expected `class_specific`=False, got {self.class_specific!r}. A context per class fits one fixed "
-                "class list: it has nothing to say about new classes, and its size grows with their number. Use the "
-                "shared context."
+                "Expected `class_names` and `template` (or `class_token_ids`) with `class_specific`=True, got "
+                f"{shown(self.class_names)} and {shown(self.template)}. A context per class fits one fixed class list "
+                "and has nothing to say about new classes. Name the classes, or use the shared context."
             )
+        if self.class_specific and (self.context_init is not None or self.context_init_ids is not None):
+            raise ValueError(
+                f"Expected `context_init`=None with `class_specific`=True, got {shown(self.context_init)}. The "
+                "official code starts contexts per class from random vectors only; leave the words out."
+            )
+        if self.class_token_ids is not None and not self.class_specific:
+            raise ValueError("Expected no `class_token_ids` without `class_specific`=True. Leave them out.")
+
+    def file_shapes(self) -> dict[str, Shape]:
+        """The shape of the context: (tokens, width), with one such table per class where it is class-specific."""
+        if not self.class_specific:
+            return super().file_shapes()
+        classes = len(self.class_token_ids or self.class_names or ())
+        return {r".*\btext_model\..*coop_\w+": (classes, self.num_text_tokens, None)}
 
     def fit(self, layers: Mapping[str, int], length: int | None) -> None:
         """Fill in a number of context vectors that is None.

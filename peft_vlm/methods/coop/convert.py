@@ -52,10 +52,11 @@ def convert_checkpoint(
     base = load_base(base_model)
     tokenizer = tokenizer_of(base)
     context = _context(file, f"{prefix}ctx")
+    count, is_specific = context.shape[-2], context.ndim == 3
     ids = word_ids(context_init, tokenizer)
-    if ids is not None and len(ids) != len(context):
+    if ids is not None and len(ids) != count:
         raise AdapterError(
-            f"Expected `context_init` of {len(context)} tokens, as many as {str(file.path)!r} has context vectors, "
+            f"Expected `context_init` of {count} tokens, as many as {str(file.path)!r} has context vectors, "
             f"got {context_init!r} with {len(ids)}. Leave it out where the training started from random vectors."
         )
     buffers = f"{prefix}{'train_' if kind == 'POMP' else ''}token"
@@ -64,8 +65,9 @@ def convert_checkpoint(
     file.set_aside(rf"{prefix}(bias_vectors|meta_net\..*)", "read by nothing in the official code")
     words = f"{context_init} " if context_init is not None and class_position == "end" else ""
     config = CoOpConfig(
-        num_text_tokens=len(context),
+        num_text_tokens=count,
         context_init=context_init,
+        class_specific=is_specific,
         class_position=class_position,
         class_names=names,
         template=f"{words}{{}}.",
@@ -96,10 +98,13 @@ def _convert_kgcoop(
 
 
 def _context(file: OfficialFile, name: str) -> Tensor:
-    """The context vectors, shared by all classes."""
+    """The context vectors, shared by all classes or of each."""
     shape = tuple(file.tensors[name].shape)
-    if len(shape) != 2:
-        raise AdapterError(f"Expected {name!r} of shape (tokens, width), got {shape} in {str(file.path)!r}.")
+    if len(shape) not in (2, 3):
+        raise AdapterError(
+            f"Expected {name!r} of shape (tokens, width), or (classes, tokens, width), got {shape} in "
+            f"{str(file.path)!r}."
+        )
     return file.take(name)
 
 
@@ -129,28 +134,14 @@ def export_checkpoint(
     table, length = (base[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
     tensors |= prompt_buffers(table, tokenizer, config=config, length=len(length))
     save_official(tensors, path, epoch=epoch)
-    settings = {"N_CTX": config.num_text_tokens, "CTX_INIT": config.context_init or "", "CSC": False}
+    settings = {"N_CTX": config.num_text_tokens, "CTX_INIT": config.context_init or "", "CSC": config.class_specific}
     return settings | {"CLASS_TOKEN_POSITION": config.class_position}
 
 
 def _is_coop(tensors: Mapping[str, Tensor]) -> bool:
     """Recognise a file of CoOp: a context, and at most the buffers beside it."""
     names = {name.removeprefix("prompt_learner.") for name in tensors}
-    return "ctx" in names <= COOP_TENSORS and not _is_class_specific(tensors)
-
-
-def _is_class_specific(tensors: Mapping[str, Tensor]) -> bool:
-    """Recognise a context of its own for each class."""
-    return any(tensors[name].ndim == 3 for name in ("ctx", "prompt_learner.ctx") if name in tensors)
-
-
-def _why_not(tensors: Mapping[str, Tensor]) -> str:
-    """Reason against contexts per class, with their numbers."""
-    classes, count, _ = (tensors["ctx"] if "ctx" in tensors else tensors["prompt_learner.ctx"]).shape
-    return (
-        f"{count} vectors for each of {classes} classes, which fit that one class list and have nothing to say about "
-        "others, so there is no adapter for them. Train with the shared context (`CSC False`)"
-    )
+    return "ctx" in names <= COOP_TENSORS
 
 
 def _is_kgcoop(tensors: Mapping[str, Tensor]) -> bool:
@@ -167,5 +158,4 @@ OFFICIAL_FORMATS = (
     OfficialFormat("CoOp", _is_coop, convert_checkpoint),
     OfficialFormat("KgCoOp", _is_kgcoop, _convert_kgcoop),
     OfficialFormat("POMP", _is_pomp, convert_checkpoint),
-    OfficialFormat("CoOp with class-specific contexts (`CSC`)", _is_class_specific, None, _why_not),
 )

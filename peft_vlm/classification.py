@@ -113,6 +113,7 @@ class ClassificationObjective(PromptObjective):
             model: Model with its adapter.
             dataset: Training images; the classes come from the prompts.
         """
+        super().prepare(model, dataset)
         self.adapt_to(model, dataset)
         logger.info("Image features are %s: %s.", "computed per batch" if self.needs_pixels else "stored", self._why)
         if not self.needs_pixels:

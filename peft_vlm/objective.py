@@ -25,10 +25,11 @@ Names of tensor axes, used in every annotation of the package:
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -138,6 +139,48 @@ class ClassNames:
     templates: tuple[str, ...] = ()
 
 
+@runtime_checkable
+class RecordsData(Protocol):
+    """What an adapter's configuration says about classes and images; those of this package have it."""
+
+    class_names: Any
+    template: Any
+    image_mean: Any
+    image_std: Any
+    image_size: Any
+    value_range: Any
+
+
+@runtime_checkable
+class _Preprocessing(Protocol):
+    """A transform that makes the pixels of a model."""
+
+    image_mean: Any
+    image_std: Any
+    image_size: Any
+
+
+def record_data(config: RecordsData, prompts: Any, dataset: Any) -> None:
+    """Write classes, template and preprocessing into a configuration.
+
+    Args:
+        config: Configuration of an adapter.
+        prompts: Class prompts or names of classes; None where there are none.
+        dataset: Its transform, if it makes pixels, holds mean, standard deviation and size.
+    """
+    if prompts is not None:
+        if not getattr(config, "num_classes", 0):  # stored class vectors name their classes themselves
+            config.class_names = list(prompts.class_names)
+        if prompts.templates:  # multimodal models have none: a question stands before the class name
+            config.template = prompts.templates[0] if len(prompts.templates) == 1 else list(prompts.templates)
+    transform = getattr(dataset, "transform", None)
+    if isinstance(transform, _Preprocessing):
+        config.image_mean, config.image_std = list(transform.image_mean), list(transform.image_std)
+        config.image_size = list(transform.image_size)
+    if getattr(dataset, "value_range", None) is not None:
+        config.value_range = list(dataset.value_range)
+
+
 class Objective(ABC):
     """Loss and logits of one method, plus the hooks by which it shapes the training run.
 
@@ -172,8 +215,19 @@ class Objective(ABC):
         """Called when the trainer is made, before it asks for batches: what of the model trains, and whether images
         come again unchanged, may decide what the objective needs of them (`needs_pixels`)."""
 
-    def prepare(self, model: nn.Module, dataset: Dataset) -> None:  # noqa: B027 - an optional hook
-        """Called once before the first step, with the model on its device and the initial adapter."""
+    def prepare(self, model: nn.Module, dataset: Dataset) -> None:
+        """Called once before the first step, with the model on its device and the initial adapter.
+
+        This one writes classes, template and preprocessing into the adapter's configuration, so that what
+        `save_pretrained` writes is enough to predict, also without a trainer; overrides call it.
+
+        Args:
+            model: Model to train.
+            dataset: Training images.
+        """
+        config = model.active_peft_config if isinstance(model, PeftModel) else None
+        if isinstance(config, RecordsData):  # PEFT's own types have no place for it
+            record_data(config, self.prompts, dataset)
 
     def epoch_start(self, model: nn.Module, dataset: Dataset, epoch: int) -> None:  # noqa: B027 - an optional hook
         """Called before each epoch (also the one a resumed run continues); builds caches."""

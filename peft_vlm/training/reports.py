@@ -16,15 +16,13 @@ from transformers.utils import PushInProgress
 from peft_vlm.adapters.config import VLMConfig, architecture_of, installed_version
 from peft_vlm.data.dataset import ImageClassificationDataset, RunImages
 from peft_vlm.data.splits import image_sample
-from peft_vlm.data.streaming import ImageStream
-from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.distributed import wait_for_everyone
 from peft_vlm.evaluation.plots import has_matplotlib, new_figure, save_figure
 from peft_vlm.files import CARD_NAME, CURVE_NAME, METRICS_NAME, SUMMARY_NAME, finite_or_null, write_json
 from peft_vlm.hub.card import write_card
 from peft_vlm.hub.publish import Published, publish, saved_adapter
 from peft_vlm.models.towers import unwrap
-from peft_vlm.objective import Objective
+from peft_vlm.objective import Objective, record_data
 from peft_vlm.training.arguments import VLMTrainingArguments
 from peft_vlm.training.checkpoints import MANIFEST_NAME, numbered_checkpoints
 
@@ -208,18 +206,7 @@ def describe_adapter(model: nn.Module, objective: Objective, dataset: RunImages)
     config = model.active_peft_config
     if not isinstance(config, VLMConfig):
         config = VLMConfig(base_architecture=architecture_of(unwrap(model).config.to_dict()))
-    prompts = objective.prompts
-    if prompts is not None:
-        if not getattr(config, "num_classes", 0):  # stored class vectors name their classes themselves
-            config.class_names = list(prompts.class_names)
-        if prompts.templates:  # multimodal models have none: a question stands before the class name
-            config.template = prompts.templates[0] if len(prompts.templates) == 1 else list(prompts.templates)
-    transform = dataset.transform
-    if isinstance(transform, ImageTransform):
-        config.image_mean, config.image_std = list(transform.image_mean), list(transform.image_std)
-        config.image_size = list(transform.image_size)
-    if isinstance(dataset, ImageClassificationDataset | ImageStream) and dataset.value_range is not None:
-        config.value_range = list(dataset.value_range)
+    record_data(config, objective.prompts, dataset)
     return config
 
 

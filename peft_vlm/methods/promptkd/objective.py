@@ -245,6 +245,7 @@ class PromptKDObjective(Objective):
         Raises:
             PeftVLMError: If the student is its own teacher.
         """
+        super().prepare(model, dataset)
         for member in self.teachers.members:
             check_other_model(member.model, model)
             member.check_pixels(model)

@@ -177,6 +177,7 @@ class PromptSRCObjective(PromptObjective):
             model: `PeftModel` with the active adapter.
             dataset: Training images.
         """
+        super().prepare(model, dataset)
         trained = towers_of(model).trained_sides()
         self._trains_vision = "vision" in trained
         ids = reserve_slots(model, self.prompts).input_ids

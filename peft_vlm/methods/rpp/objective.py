@@ -176,6 +176,7 @@ class RPPObjective(PromptObjective):
             AdapterError: If the student is its own teacher.
             DataError: If the teacher takes images of another size.
         """
+        super().prepare(model, dataset)
         towers, prompts = towers_of(model), reserve_slots(model, self.prompts)
         if not isinstance(towers.model, CLIPModel):
             raise UnsupportedModelError(

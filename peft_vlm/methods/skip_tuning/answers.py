@@ -238,6 +238,7 @@ class SkipTuningAnswerObjective(Objective):
         Raises:
             ValueError: If the states cannot be stored: nothing lies below the tuned layers, or modules there train.
         """
+        super().prepare(model, dataset)
         device = next(model.parameters()).device
         batch = {name: column.to(device) for name, column in dataset.collate([dataset[0]]).items()}
         answers_of(batch)

@@ -284,6 +284,7 @@ class SkipTuningObjective(PromptObjective):
             model: `PeftModel` with the active Skip Tuning adapter.
             dataset: Training images; the classes come from the prompts.
         """
+        super().prepare(model, dataset)
         self.adapt_to(model, dataset)
         logger.info("Image states are %s: %s.", "computed per batch" if self.needs_pixels else "stored", self._why)
         self._views.num_views = 1 if dataset.has_fixed_pixels else self.settings["num_views"]

@@ -130,6 +130,7 @@ class TVPObjective(Objective):
             ValueError: If anything but the prompt is to be trained, or TSE has no labels to go by.
             DataError: If the data do not fit the models or the prompt.
         """
+        super().prepare(model, dataset)
         layer = prompt_layer_of(model)
         prompt, settings = layer.prompts[active_name(layer)], layer.settings[active_name(layer)]
         others = [name for name, p in model.named_parameters() if p.requires_grad and p is not prompt]

@@ -51,7 +51,8 @@ class PromptedClassifier:
     The class features of a class list are computed once per state of the model: they follow an adapter that is
     activated, switched off, merged, loaded or deleted, and another device or type. Weights changed in place by a fused
     optimizer or through `.data` are not noticed; call `refresh()` after that. Several threads may predict at once,
-    each with its own class list.
+    each with its own class list. Which adapter is active is PEFT's state of the model, for all threads: for several
+    adapters at once make a classifier of each.
 
     Args:
         model: CLIP-like model in evaluation mode.

@@ -346,6 +346,28 @@ def test_threads_with_different_class_lists_get_their_own_labels() -> None:
         assert result == pytest.approx(expected[number % 4], abs=1e-6)
 
 
+def test_threads_use_an_adapter_each_by_a_classifier_each(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """`set_adapter` is a state of the model: a thread that switches takes the adapter from under the others."""
+    lora = get_peft_model(tiny_clip(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "lora")
+    classifiers = [
+        PromptedClassifier.from_pretrained(adapter),
+        PromptedClassifier.from_pretrained(tmp_path / "lora", base_model=base, class_names=NAMES),
+        PromptedClassifier.from_pretrained(None, base_model=base, class_names=NAMES),
+    ]
+    expected = [scores(classifier) for classifier in classifiers]
+    assert len({round(values[0], 4) for values in expected}) == 3, "the adapters must differ"
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            results = list(pool.map(lambda number: scores(classifiers[number % 3]), range(60)))
+    finally:
+        sys.setswitchinterval(before)
+    for number, result in enumerate(results):
+        assert result == expected[number % 3]
+
+
 def test_a_bare_string_is_no_class_list() -> None:
     """It would be taken as a class per letter."""
     with pytest.raises(ClassNameError, match="list of at least one class name, got 'cat'"):

@@ -133,7 +133,10 @@ class _ExtendPipelines(MetaPathFinder, Loader):
         self._loader: Any = None
 
     def find_spec(
-        self, fullname: str, path: Any, target: ModuleType | None = None  # a folder without `__init__` has no sequence
+        self,
+        fullname: str,
+        path: Any,
+        target: ModuleType | None = None,  # a folder without `__init__` has no sequence
     ) -> ModuleSpec | None:
         if fullname != _PIPELINES:
             return None

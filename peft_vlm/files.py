@@ -5,14 +5,16 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath, PureWindowsPath
 from tempfile import mkdtemp
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
-from peft_vlm.errors import AdapterError, DataError
+from peft_vlm.errors import AdapterError, DataError, shown
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -73,8 +75,24 @@ def weights_sha256(folder: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file through a temporary one, so that a reader never sees half of it.
+
+    A link in its place is replaced, not followed: the folder may be a stranger's.
+
+    Args:
+        path: Target; its folder must exist.
+        content: All of it.
+    """
+    temporary = path.with_name(path.name + ".part")
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:
+        file.write(content)
+    temporary.replace(path)
+
+
 def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
-    """Write JSON through a temporary file, so that a reader never sees half of it.
+    """Write JSON as `write_bytes` does.
 
     Args:
         path: Target; its folder must exist.
@@ -83,9 +101,7 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = True) -> None:
             that holds one is a `ValueError`, and nothing is written.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_bytes(path, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def write_class_names(path: Path, names: Sequence[str]) -> None:
@@ -95,7 +111,7 @@ def write_class_names(path: Path, names: Sequence[str]) -> None:
         path: Target.
         names: Names without ends of lines, as `check_class_names` leaves them.
     """
-    path.write_text("".join(f"{name}\n" for name in names), encoding="utf-8", newline="\n")
+    write_bytes(path, "".join(f"{name}\n" for name in names).encode())
 
 
 def read_class_names_file(path: Path, count: int | None = None) -> list[str]:
@@ -177,6 +193,65 @@ def read_json(path: Path) -> Any:
         raise AdapterError(
             f"Expected JSON in {str(path)!r}, got something else ({reason}). The file is damaged: get it again."
         ) from error
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value has the type that a field's annotation names; numbers must be finite.
+
+    Args:
+        value: Value, as JSON has it; tuples count as lists.
+        kind: Type, union, `Any`, or list, tuple or dictionary of a type.
+    """
+    if isinstance(kind, UnionType):
+        return any(is_of(value, part) for part in get_args(kind))
+    if get_origin(kind) in (list, tuple):
+        return isinstance(value, list | tuple) and all(is_of(entry, get_args(kind)[0]) for entry in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(is_of(entry, get_args(kind)[1]) for entry in value.values())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return kind is Any or isinstance(value, kind)
+
+
+#: What the parts of a training summary are, where they are there.
+SUMMARY_PARTS: dict[str, Any] = {
+    "content": dict[str, Any],  # of a file that holds something else
+    **dict.fromkeys(("objective", "training", "environment", "metrics"), dict[str, Any] | None),
+    **dict.fromkeys(("training_images", "selection"), dict[str, Any] | None),
+    **{"data": dict[str, int] | None, "steps": int | None, "epochs": float | None},
+}
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The training summary in an adapter folder; None where there is none.
+
+    Args:
+        folder: Folder that may come from anybody.
+
+    Raises:
+        AdapterError: If it is damaged, or holds values of other types.
+    """
+    path = file_inside(folder, SUMMARY_NAME)
+    if path is None:
+        return None
+    summary = read_json(path)
+    values = summary if isinstance(summary, dict) else {"content": summary}
+    wrong = {name: value for name, value in values.items() if not is_of(value, SUMMARY_PARTS.get(name, Any))}
+    data = values.get("data")
+    if not wrong and data and not {"num_images", "num_classes"} <= set(data):
+        wrong["data"] = data
+    for name in ("training_images", "selection"):
+        images = {} if wrong else values.get(name) or {}
+        if not is_of(images.get("sample"), list[str] | None) or not is_of(images.get("count"), int | None):
+            wrong[name] = images
+    for name, value in wrong.items():
+        raise AdapterError(
+            f"Expected a training summary in {str(path)!r}, got `{name}` of {shown(value)}. The file is damaged: get "
+            "it again, or remove it."
+        )
+    return summary
 
 
 def file_inside(folder: Path, name: str) -> Path | None:

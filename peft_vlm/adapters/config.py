@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -25,6 +24,7 @@ from peft_vlm.files import (
     CONFIG_NAME,
     FACTS_NAME,
     installed_version,
+    is_of,
     read_json,
     write_class_names,
     write_json,
@@ -152,7 +152,7 @@ class VLMConfig(PeftConfig):
         for setting in fields(self):
             kind = PEFT_FIELDS.get(setting.name, setting.type)
             value = getattr(self, setting.name)
-            if not isinstance(kind, str) and not _is_of(value, kind):
+            if not isinstance(kind, str) and not is_of(value, kind):
                 raise TypeError(f"Expected `{setting.name}` to be {_in_words(kind)}, got {shown(value)}.")
 
     @classmethod
@@ -392,26 +392,6 @@ def check_weights(source: AdapterSource, config: PeftConfig) -> None:
     check_header(source.weights(), shapes)
     if not isinstance(config, VLMConfig):
         check_foreign_weights(source.weights(), config)
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value has the type that a field's annotation names; numbers must be finite.
-
-    Args:
-        value: Value, as JSON has it; tuples count as lists.
-        kind: Type, union, or list of a type.
-    """
-    if isinstance(kind, UnionType):
-        return any(_is_of(value, part) for part in get_args(kind))
-    if get_origin(kind) is list:
-        return isinstance(value, list | tuple) and all(_is_of(entry, get_args(kind)[0]) for entry in value)
-    if get_origin(kind) is dict:
-        return isinstance(value, dict)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
 
 
 def _in_words(kind: Any) -> str:

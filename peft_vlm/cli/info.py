@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_vlm.cli.command import add_command, print_json, print_line
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.files import BASELINE_NAME, REPORT_NAME, SUMMARY_NAME, WEIGHTS_NAME
+from peft_vlm.files import BASELINE_NAME, REPORT_NAME, WEIGHTS_NAME, file_inside, read_summary
 
 if TYPE_CHECKING:
     from peft_vlm.objective import Paper
@@ -22,6 +21,10 @@ EXAMPLES = """
   peft-vlm info outputs/readme                     an adapter: method, base model, classes, settings, results
   peft-vlm info exported/classifier.safetensors    an exported classifier
 """
+
+
+#: Letters of a value that are shown; `--json` shows all.
+MAX_SHOWN = 2000
 
 
 def register(commands: Any) -> None:
@@ -125,16 +128,19 @@ def _adapter(adapter: str) -> dict[str, Any]:
 
 def _folder(folder: Path) -> dict[str, Any]:
     """Size of the weights, training and results of a local adapter folder."""
+    from peft_vlm.evaluation.report import EvalReport
+
     facts: dict[str, Any] = {}
     if (folder / WEIGHTS_NAME).is_file():
         facts["weights"] = f"{(folder / WEIGHTS_NAME).stat().st_size / 1e6:.2f} MB"
-    if (folder / SUMMARY_NAME).is_file():
-        summary = json.loads((folder / SUMMARY_NAME).read_text("utf-8"))
+    summary = read_summary(folder)
+    if summary is not None:
         facts |= {"data": summary.get("data"), "steps": summary.get("steps"), "objective": summary.get("objective")}
     for key, name in (("results", REPORT_NAME), ("results of the base model", BASELINE_NAME)):
-        if (folder / name).is_file():
-            report = json.loads((folder / name).read_text("utf-8"))
-            facts[key] = {"dataset": report["dataset"], "protocol": report["protocol"], **report["scores"]}
+        path = file_inside(folder, name)
+        if path is not None:
+            report = EvalReport.load(path)
+            facts[key] = {"dataset": report.dataset, "protocol": report.protocol, **report.scores}
     return facts
 
 

@@ -1,5 +1,6 @@
 """Plots: bars, curves, confusion matrices. matplotlib is imported on use and comes with the extra `plots`."""
 
+import io
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 from torch import Tensor
+
+from peft_vlm.files import write_bytes
 
 
 def has_matplotlib() -> bool:
@@ -64,7 +67,9 @@ def save_figure(figure: Any, path: str | Path) -> None:
             text.set_fontfamily(families)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
-        figure.savefig(Path(path))
+        content = io.BytesIO()
+        figure.savefig(content, format="png")
+    write_bytes(Path(path), content.getvalue())
 
 
 def font_families(text: str) -> list[str]:

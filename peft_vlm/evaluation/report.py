@@ -1,18 +1,17 @@
 """Evaluation results as JSON, and their summary over seeds."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.errors import DataError
+from peft_vlm.errors import AdapterError, DataError, shown
 from peft_vlm.evaluation.classify import EvalResult
 from peft_vlm.evaluation.metrics import harmonic_mean
 from peft_vlm.evaluation.protocols import ProtocolResult
-from peft_vlm.files import write_json
+from peft_vlm.files import is_of, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,31 @@ class EvalReport:
             DataError: If the file holds something else.
         """
         try:
-            values = json.loads(Path(path).read_text("utf-8"))
+            values = checked_fields(cls, read_json(Path(path)))
+            counts = [part.get("num_images") for part in values["parts"].values()]
+            if not values["scores"] or not is_of(counts, list[int]):
+                raise TypeError("it has no scores, or a part without `num_images`")
             return cls(**{**values, "template": tuple(values["template"])})
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
+        except (TypeError, KeyError, AdapterError) as error:
             raise DataError(f"Expected {str(path)!r} to be an evaluation report of peft_vlm; {error}.") from error
+
+
+def checked_fields(cls: Any, values: Any) -> dict[str, Any]:
+    """Values of a dataclass out of a file, refused where they are of other types than its fields.
+
+    Args:
+        cls: The dataclass.
+        values: JSON value.
+
+    Raises:
+        TypeError: Naming the first.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"it holds {shown(values)}")
+    for part in fields(cls):
+        if part.name in values and not is_of(values[part.name], part.type):
+            raise TypeError(f"`{part.name}` is {shown(values[part.name])}")
+    return values
 
 
 def describe(result: EvalResult) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """An evaluation from start to finish: load model and data, classify, write the report and the plots."""
 
 import csv
+import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,11 +37,11 @@ from peft_vlm.files import (
     BASELINE_NAME,
     CONFIG_NAME,
     REPORT_NAME,
-    SUMMARY_NAME,
     file_name,
     last_part,
-    read_json,
+    read_summary,
     weights_sha256,
+    write_bytes,
 )
 from peft_vlm.models.repository import hub_options, is_local, why_cache_only
 from peft_vlm.models.towers import towers_of
@@ -308,15 +309,14 @@ def _check_new(arguments: EvaluationArguments, datasets: Mapping[str, ImageClass
     """Compare the test images with those that the adapter's summary remembers; True if its checkpoint was chosen on
     them.
     """
-    path = Path(arguments.adapter or "") / SUMMARY_NAME
-    if arguments.adapter is None or not path.is_file():
+    summary = None if arguments.adapter is None else read_summary(Path(arguments.adapter))
+    if summary is None:
         return False
-    summary = read_json(path)
     data, selection = summary.get("training_images") or {}, summary.get("selection") or {}
     refuse = not any(split_of(split) == "train" for split in arguments.split)  # asked for by its name
     for dataset in datasets.values():
-        check_not_trained_on(dataset, data.get("sample", []), num_train=data.get("count", 0), refuse=refuse)
-    return any(is_chosen_on(dataset, selection.get("sample", [])) for dataset in datasets.values())
+        check_not_trained_on(dataset, data.get("sample") or [], num_train=data.get("count") or 0, refuse=refuse)
+    return any(is_chosen_on(dataset, selection.get("sample") or []) for dataset in datasets.values())
 
 
 def _with_trained_classes(
@@ -360,7 +360,7 @@ def _write(report: EvalReport, result: ProtocolResult, arguments: EvaluationArgu
 
 
 def _write_predictions(parts: dict[str, EvalResult], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with io.StringIO(newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["part", "position", "label", "predicted", "confidence"])
         for part, result in parts.items():
@@ -368,3 +368,4 @@ def _write_predictions(parts: dict[str, EvalResult], path: Path) -> None:
             for position, (label, predicted, confidence) in enumerate(rows):
                 names = result.class_names[label], result.class_names[predicted]
                 writer.writerow([*map(spreadsheet_cell, (part, position, *names)), f"{confidence:.6f}"])
+        write_bytes(path, file.getvalue().encode(errors="backslashreplace"))

@@ -1,6 +1,6 @@
 """One prompt on many models: scores per model, mean gain on unseen models, as JSON, tables and plots."""
 
-import json
+import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,11 +12,11 @@ from PIL import Image
 from torch import nn
 
 from peft_vlm.adapters.pixel_prompt import active_name, draw_prompt, prompt_layer_of, prompt_of
-from peft_vlm.errors import DataError, check_choice
+from peft_vlm.errors import AdapterError, DataError, check_choice
 from peft_vlm.evaluation.mllm import PromptEffect
 from peft_vlm.evaluation.plots import bars_png
-from peft_vlm.evaluation.report import summarize
-from peft_vlm.files import write_json
+from peft_vlm.evaluation.report import checked_fields, summarize
+from peft_vlm.files import read_json, write_bytes, write_json
 from peft_vlm.serving.escape import markdown
 
 #: Conditions of `PromptEffect` as tables and plots name them.
@@ -101,11 +101,12 @@ class TransferReport:
             DataError: If the file holds something else.
         """
         try:
-            values = json.loads(Path(path).read_text("utf-8"))
+            values = read_json(Path(path))
             values.pop("mean_gain_on_unseen")
-            values["effects"] = {name: PromptEffect(**effect) for name, effect in values["effects"].items()}
-            return cls(**{**values, "sources": tuple(values["sources"])})
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            effects = {n: PromptEffect(**checked_fields(PromptEffect, e)) for n, e in values.pop("effects").items()}
+            values = checked_fields(cls, values)
+            return cls(**{**values, "effects": effects, "sources": tuple(values["sources"])})
+        except (TypeError, KeyError, AttributeError, AdapterError) as error:
             raise DataError(f"Expected {str(path)!r} to be a transfer report of peft_vlm; {error}.") from error
 
     def table(self) -> str:
@@ -200,7 +201,9 @@ def prompt_png(model: nn.Module, path: str | Path, *, side: int = 448, limit: fl
     """
     layer = prompt_layer_of(model)
     image = draw_prompt(prompt_of(model), layer.settings[active_name(layer)].mask(), limit=limit, side=side)
-    image.save(Path(path))
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_bytes(Path(path), content.getvalue())
     return image
 
 

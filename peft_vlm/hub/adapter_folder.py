@@ -1,6 +1,5 @@
 """An adapter folder as data: configuration, training summary, evaluation, and missing parts."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from peft_vlm.files import (
     SUMMARY_NAME,
     TRANSFER_NAME,
     WEIGHTS_NAME,
+    read_summary,
     weights_sha256,
 )
 from peft_vlm.hub.scores import Evaluation, read_evaluation
@@ -82,7 +82,7 @@ class AdapterFolder:
                 f"{peft_config.peft_type.value!r} without {FACTS_NAME!r}. Publish it with PEFT's own `push_to_hub`."
             )
         tensors = load_file(path / WEIGHTS_NAME)
-        summary, evaluation = path / SUMMARY_NAME, read_evaluation(path)
+        evaluation = read_evaluation(path)
         of_others = evaluation is not None and evaluation.weights_sha256 not in (None, weights_sha256(path))
         return cls(
             path,
@@ -91,7 +91,7 @@ class AdapterFolder:
             sum(tensor.numel() for tensor in tensors.values()),
             all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()),
             config.prompt_image(tensors),
-            json.loads(summary.read_text("utf-8")) if summary.is_file() else None,
+            read_summary(path),
             None if of_others else evaluation,
             of_others,
         )

@@ -5,9 +5,21 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from peft_vlm.adapters.config import VLMConfig, adapter_settings, read_config
-from peft_vlm.files import CARD_NAME, CURVE_NAME, FACTS_NAME, PROMPT_IMAGE_NAME, WEIGHTS_NAME, last_part
+from peft_vlm.files import (
+    CARD_NAME,
+    CURVE_NAME,
+    FACTS_NAME,
+    PROMPT_IMAGE_NAME,
+    WEIGHTS_NAME,
+    file_inside,
+    is_of,
+    last_part,
+    read_text,
+    write_bytes,
+)
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.scores import index_entries, score_table
 from peft_vlm.serving.escape import code_span, markdown, printable, python_string
@@ -88,13 +100,23 @@ def write_card(folder: Path, *, license: str | None = None) -> None:
         folder: The adapter.
         license: Identifier of its licence; None for the one of the card that is there.
     """
-    card = folder / CARD_NAME
+    card = file_inside(folder, CARD_NAME)
     if not isinstance(read_config(folder), VLMConfig) and not (folder / FACTS_NAME).is_file():
         return
-    if license is None and card.is_file():
-        license = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    if license is None and card is not None:
+        license = _license_of(card)
     name = folder.resolve().name
-    render_card(AdapterFolder.read(folder), repo_id=f"path/to/{name}", license=license).save(card)
+    content = render_card(AdapterFolder.read(folder), repo_id=f"path/to/{name}", license=license)
+    write_bytes(folder / CARD_NAME, str(content).encode())
+
+
+def _license_of(card: Path) -> str | None:
+    """The licence on a card; None where it names none that can be read."""
+    try:
+        license = ModelCard(read_text(card), ignore_metadata_errors=True).data.license
+    except (ValueError, TypeError, AttributeError, RecursionError, YAMLError):
+        return None
+    return license if isinstance(license, str) else None
 
 
 def _portable(text: str) -> str:
@@ -166,7 +188,8 @@ def _settings_of(folder: AdapterFolder) -> dict[str, Any]:
     settings = adapter_settings(folder.peft_config)
     for part in ("objective", "training"):
         settings |= {k: v for k, v in ((folder.summary or {}).get(part) or {}).items() if k not in settings}
-    settings.pop("num_train_epochs" if settings.get("max_steps", -1) > 0 else "max_steps", None)
+    steps = settings.get("max_steps")
+    settings.pop("num_train_epochs" if is_of(steps, int) and steps > 0 else "max_steps", None)
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -220,7 +243,7 @@ def _data_facts(folder: AdapterFolder) -> list[str]:
     facts.append(markdown(f"Seed {training.get('seed')}, one run; {folder.summary.get('steps')} steps{length}."))
     metrics = folder.summary.get("metrics") or {}
     shown = {name: metrics.get(name) for name in ("train_loss", "eval_accuracy")}
-    return facts + [f"`{name}`: {value:.4g}." for name, value in shown.items() if value is not None]
+    return facts + [f"`{name}`: {value:.4g}." for name, value in shown.items() if is_of(value, float)]
 
 
 def _limits(folder: AdapterFolder, base: str) -> list[str]:

@@ -5,6 +5,7 @@ which it writes after every hook an adapter has, and keeps on the next upload. S
 models whose active adapter is of this package; all others get PEFT's.
 """
 
+import io
 import shutil
 import tempfile
 import warnings
@@ -30,6 +31,8 @@ from peft_vlm.files import (
     SUMMARY_NAME,
     TRANSFER_NAME,
     WEIGHTS_NAME,
+    file_inside,
+    write_bytes,
     write_class_names,
 )
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
@@ -98,8 +101,8 @@ def write_folder(
     """
     reports = [name for name in REPORTS if not folder.evaluated_others or name not in EVALUATIONS]
     for name in (WEIGHTS_NAME, *reports):
-        source = folder.path / name
-        if source.is_file() and source.resolve() != (target / name).resolve():
+        source = file_inside(folder.path, name)  # never what a link of a stranger's leads to
+        if source is not None and source.resolve() != (target / name).resolve():
             shutil.copyfile(source, target / name)
     config = folder.config
     if base_model is not None and base_model != config.base_model_name_or_path:
@@ -110,9 +113,12 @@ def write_folder(
     if config.class_names:
         write_class_names(target / CLASSES_NAME, config.class_names)
     if folder.prompt_image is not None:
-        folder.prompt_image.save(target / PROMPT_IMAGE_NAME)
+        content = io.BytesIO()
+        folder.prompt_image.save(content, "PNG")
+        write_bytes(target / PROMPT_IMAGE_NAME, content.getvalue())
     place = {"repo_id": repo_id, "base_model": base_model, "subfolder": subfolder}
-    render_card(folder, license=license, title=title, note=note, **place).save(target / CARD_NAME)
+    card = render_card(folder, license=license, title=title, note=note, **place)
+    write_bytes(target / CARD_NAME, str(card).encode())
 
 
 def publish(
@@ -219,8 +225,9 @@ def push_model(
         model.save_pretrained(saved, selected_adapters=list(model.active_adapters))
         folder = saved_adapter(model, saved) or Path(saved)
         for report in REPORTS if run_folder is not None else ():
-            if (Path(run_folder) / report).is_file():
-                shutil.copyfile(Path(run_folder) / report, folder / report)
+            source = file_inside(Path(run_folder), report)
+            if source is not None:
+                shutil.copyfile(source, folder / report)
         return publish(folder, repo_id, **options)
 
 

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult
 
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.evaluation.transfer import TransferReport
-from peft_vlm.files import BASELINE_NAME, REPORT_NAME, TRANSFER_NAME, last_part
+from peft_vlm.files import BASELINE_NAME, REPORT_NAME, TRANSFER_NAME, file_inside, last_part
 from peft_vlm.serving.escape import code_span, markdown, printable
 
 TITLES = {"accuracy": "accuracy", "base": "base accuracy", "new": "new accuracy", "h": "harmonic mean"}
@@ -56,12 +56,12 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     Args:
         folder: Holds `report.json` and `zero_shot.json`, or `transfer.json`.
     """
-    if (folder / TRANSFER_NAME).is_file():
-        return _of_transfer(TransferReport.load(folder / TRANSFER_NAME))
-    if not (folder / REPORT_NAME).is_file():
+    transfer, report, baseline = (file_inside(folder, name) for name in (TRANSFER_NAME, REPORT_NAME, BASELINE_NAME))
+    if transfer is not None:
+        return _of_transfer(TransferReport.load(transfer))
+    if report is None:
         return None
-    baseline = EvalReport.load(folder / BASELINE_NAME) if (folder / BASELINE_NAME).is_file() else None
-    return _of_report(EvalReport.load(folder / REPORT_NAME), baseline)
+    return _of_report(EvalReport.load(report), EvalReport.load(baseline) if baseline is not None else None)
 
 
 def _of_report(report: EvalReport, baseline: EvalReport | None) -> Evaluation:
@@ -70,7 +70,9 @@ def _of_report(report: EvalReport, baseline: EvalReport | None) -> Evaluation:
     zero_shot = baseline.scores if baseline is not None and alike else {}
     if set(report.scores) != set(zero_shot):
         zero_shot = {}
-    sources, split = re.fullmatch(r"(.*?)(?: \((.*)\))?", report.dataset, re.DOTALL).groups()
+    sources, _, split = (
+        report.dataset.removesuffix(")").partition(" (") if report.dataset.endswith(")") else (report.dataset, "", "")
+    )
     name = ", ".join(last_part(source) for source in sources.split(", "))
     scores = []
     for key, value in report.scores.items():

@@ -24,7 +24,8 @@ def printable(text: object) -> str:
     Args:
         text: Anything.
     """
-    return "".join(letter if _is_harmless(letter) else _spelt(letter) for letter in str(text))
+    text = str(text)
+    return text if text.isprintable() else "".join(c if _is_harmless(c) else _spelt(c) for c in text)
 
 
 def one_line(text: object) -> str:
@@ -52,7 +53,7 @@ def markdown(text: object, limit: int = 1000) -> str:
         text: Anything.
         limit: Most characters; longer ones are cut.
     """
-    line = _cut(one_line(text), limit)
+    line = one_line(_cut(str(text), limit))
     escaped = _MARKS.sub(lambda match: "".join(f"\\{mark}" for mark in match[0]), line).replace("|", "&#124;")
     return _BEGINNING.sub(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", escaped)
 
@@ -64,7 +65,7 @@ def code_span(text: object, limit: int = 200) -> str:
         text: Anything.
         limit: Most characters; longer ones are cut.
     """
-    line = _cut(printable(text), limit)
+    line = printable(_cut(str(text), limit))
     if "|" in line or not line.strip():
         return markdown(line, limit)
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)

@@ -138,6 +138,7 @@ class ArtifactsCallback(TrainerCallback):
             "training": {name: _plain(getattr(args, name)) for name in REPORTED_ARGUMENTS},
             "data": {"num_images": len(dataset), "num_classes": len(dataset.class_names)},
             "training_images": {"count": len(dataset), "sample": sample},
+            "trainable_parameters": sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad),
             "steps": state.global_step,
             "changes": self.trainer.record.changes,
             "epochs": state.epoch,

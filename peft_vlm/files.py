@@ -3,18 +3,20 @@
 import hashlib
 import json
 import math
+import os
+import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath, PureWindowsPath
 from tempfile import mkdtemp
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from peft_vlm.errors import AdapterError, DataError, shown
+from peft_vlm.errors import AdapterError, CheckpointError, DataError, shown
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -309,3 +311,76 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+LOCK_NAME = ".run.lock"
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run.
+
+    Args:
+        folder: Folder, which may be there.
+
+    Raises:
+        CheckpointError: If it cannot be there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(_unwritable(folder, error)) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return (
+        f"Expected to write to {str(folder)!r}, got {type(error).__name__}: {error}. Free some room, make the folder "
+        "writable, or choose another `output_dir`."
+    )
+
+
+@contextmanager
+def locked_folder(folder: Path, *, is_main: bool, tell: Callable[[Any], Any]) -> Iterator[None]:
+    """Keep a folder for one run: a lock of the system, which goes with the process that holds it, however that ends.
+
+    All processes of a run enter; the main one takes the lock. What the lock's file says is for the message alone.
+
+    Args:
+        folder: Folder of the run; made if it is not there.
+        is_main: Whether this is the main process.
+        tell: Gives the main process's value to all of them.
+
+    Raises:
+        CheckpointError: If another run has the folder, or nothing can be written there.
+    """
+    from filelock import FileLock, Timeout  # commands that only answer start without it
+
+    path, lock, problem = folder / LOCK_NAME, FileLock(folder / LOCK_NAME), None
+    if is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        except Timeout:
+            problem = (
+                f"Expected {str(folder)!r} for this run alone, got another run in it: {_holder(path)}. Wait for it to "
+                "end, stop it, or choose another `output_dir`."
+            )
+        except OSError as error:
+            problem = _unwritable(folder, error)
+    try:
+        if (told := tell(problem)) is not None:
+            raise CheckpointError(told)
+        yield
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # Windows removes no file that is open
+                path.unlink(missing_ok=True)  # while it is locked: who waits for it finds it gone and makes another
+            lock.release()
+
+
+def _holder(path: Path) -> str:
+    """Who has a lock, as its file says."""
+    try:
+        return shown(path.read_bytes()[:200].decode("utf-8", errors="replace"))
+    except OSError:
+        return "a process that cannot be told"

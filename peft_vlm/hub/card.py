@@ -90,7 +90,7 @@ def render_card(
     return ModelCard.from_template(data, template_str=TEMPLATE.read_text("utf-8"), **facts)
 
 
-def write_card(folder: Path, *, license: str | None = None) -> None:
+def write_card(folder: Path, *, license: str | None = None, place: Path | None = None) -> None:
     """Write the card of a local adapter folder again, from what lies in it by now.
 
     It names no folder of this computer but the adapter's own. An adapter of PEFT's own types that this package has not
@@ -99,13 +99,14 @@ def write_card(folder: Path, *, license: str | None = None) -> None:
     Args:
         folder: The adapter.
         license: Identifier of its licence; None for the one of the card that is there.
+        place: Where the folder will be; None: where it is.
     """
     card = file_inside(folder, CARD_NAME)
     if not isinstance(read_config(folder), VLMConfig) and not (folder / FACTS_NAME).is_file():
         return
     if license is None and card is not None:
         license = _license_of(card)
-    name = folder.resolve().name
+    name = (place or folder).resolve().name
     content = render_card(AdapterFolder.read(folder), repo_id=f"path/to/{name}", license=license)
     write_bytes(folder / CARD_NAME, str(content).encode())
 

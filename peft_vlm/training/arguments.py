@@ -174,11 +174,11 @@ def changed_settings(args: Any, names: tuple[str, ...]) -> list[str]:
 def _check_numbers(args: Any) -> None:
     """Refuse numbers that no run could use, and words where True or False belongs."""
     for name, (kind, low, high) in RANGES.items():
-        value = getattr(args, name)
+        value: Any = getattr(args, name)
         if value is None and None in (getattr(TrainingArguments, name, 0), getattr(type(args), name)):
             continue
         is_number = isinstance(value, kind) and not isinstance(value, bool)
-        if not is_number or not low <= value <= high or math.isinf(value):
+        if not is_number or not low <= float(value or 0) <= high or math.isinf(value):
             what = "an integer" if kind is INTEGER else "a number"
             limit = f"from {low:g} to {high:g}" if high < math.inf else f"of {low:g} or more"
             raise ValueError(f"Expected `{name}` to be {what} {limit}, got {shown(value)}.")

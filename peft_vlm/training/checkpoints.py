@@ -295,12 +295,13 @@ def check_whole(folder: Path, *, advice: str = "") -> None:
 
 
 @contextmanager
-def moved_into(target: Path) -> Iterator[Path]:
+def moved_into(target: Path, *, last: str | None = None) -> Iterator[Path]:
     """A folder to write into, whose files are then moved into another, each in one step; an error leaves nothing of
     them. For one process.
 
     Args:
         target: Where they go; files of the same name are replaced.
+        last: Name of the file that is moved when all others are in place, and says that they are.
 
     Yields:
         The folder to write into.
@@ -314,6 +315,7 @@ def moved_into(target: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+        files.sort(key=lambda path: path.name == last)
         for path in files:  # all of them, before the first one replaces another
             _synced(path)
         for path in files:

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -27,6 +28,7 @@ from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.data.transforms import EvalTransform, TrainTransform
 from peft_vlm.distributed import num_processes, part_of, process_index
 from peft_vlm.errors import DataError, PeftVLMError, PeftVLMWarning
+from peft_vlm.files import make_folder
 from peft_vlm.models.repository import hub_options
 from peft_vlm.models.towers import FAMILIES, unwrap
 from peft_vlm.objective import EpochBatchSampler, Objective
@@ -47,7 +49,7 @@ REFUSED_ARGUMENTS = {
 
 
 def check_arguments(model: Any, args: Any, objective: Any, refused: Mapping[str, Any]) -> None:
-    """Refuse arguments of a wrong type, in a wrong place, or without a use.
+    """Refuse arguments of a wrong type, in a wrong place, or without a use, and a folder that cannot be made.
 
     Args:
         model: Of the trainer.
@@ -77,6 +79,8 @@ def check_arguments(model: Any, args: Any, objective: Any, refused: Mapping[str,
     if objective is not None and not isinstance(objective, Objective):
         got = f"the class `{objective.__name__}`" if isinstance(objective, type) else f"`{type(objective).__name__}`"
         raise TypeError(f"Expected `objective` to be an `Objective`, such as `CoOpObjective(prompts)`, got {got}.")
+    if args.should_save:
+        make_folder(Path(args.output_dir))
 
 
 def _image_processor_of(model: nn.Module, processing_class: Any) -> BaseImageProcessor:

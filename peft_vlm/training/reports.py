@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,18 @@ from transformers.utils import PushInProgress
 from peft_vlm.adapters.config import VLMConfig, architecture_of, installed_version
 from peft_vlm.data.dataset import ImageClassificationDataset, RunImages
 from peft_vlm.data.splits import image_sample
-from peft_vlm.distributed import wait_for_everyone
+from peft_vlm.distributed import all_agree
+from peft_vlm.errors import CheckpointError
 from peft_vlm.evaluation.plots import has_matplotlib, new_figure, save_figure
-from peft_vlm.files import CARD_NAME, CURVE_NAME, METRICS_NAME, SUMMARY_NAME, finite_or_null, write_json
+from peft_vlm.files import (
+    CARD_NAME,
+    CURVE_NAME,
+    METRICS_NAME,
+    SUMMARY_NAME,
+    WEIGHTS_NAME,
+    finite_or_null,
+    write_json,
+)
 from peft_vlm.hub.card import write_card
 from peft_vlm.hub.publish import Published, publish, saved_adapter
 from peft_vlm.models.towers import unwrap
@@ -96,20 +106,23 @@ class ArtifactsCallback(TrainerCallback):
         The other processes wait, so that each may read the folder when its `train()` returns. A finished run that is
         started again, and makes no step, leaves its files as they are.
         """
-        if state.global_step > self.trainer.first_step or not was_finished(Path(args.output_dir), state.global_step):
-            self.trainer.save_model(_internal_call=True)
-            if args.should_save:
-                self.write_reports(args, state)
-        wait_for_everyone()
+        folder, failure = Path(args.output_dir), None
+        if state.global_step > self.trainer.first_step or not was_finished(self.trainer, state.global_step):
+            try:
+                self.trainer.save_adapter(folder, reports=partial(self.write_reports, args, state))
+            except CheckpointError as error:
+                failure = error
+        if not all_agree(failure is None):
+            raise failure or CheckpointError("Expected the results of the run, but the main process could not write.")
 
-    def write_reports(self, args: TrainingArguments, state: TrainerState) -> None:
+    def write_reports(self, args: TrainingArguments, state: TrainerState, folder: Path) -> None:
         """What lies beside the weights.
 
         Args:
             args: Settings of the run.
             state: State at its end.
+            folder: Where the adapter has been written to, before all is moved to its place.
         """
-        folder = Path(args.output_dir)
         reports = {
             METRICS_NAME: {"final": _final_metrics(state), "history": state.log_history},
             SUMMARY_NAME: self.summary(args, state),
@@ -120,7 +133,8 @@ class ArtifactsCallback(TrainerCallback):
             training_curve_png(state.log_history, folder / CURVE_NAME)
         adapter = saved_adapter(self.trainer.model.model, folder)
         if adapter is not None:
-            write_card(adapter, license=args.hub_license)
+            place = saved_adapter(self.trainer.model.model, args.output_dir)
+            write_card(adapter, license=args.hub_license, place=place)
 
     def summary(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         """Everything about the run that is not needed to rebuild the adapter.
@@ -158,15 +172,20 @@ class ArtifactsCallback(TrainerCallback):
         return {"metric": args.metric_for_best_model, "sample": sorted(set().union(*samples))}
 
 
-def was_finished(folder: Path, step: int) -> bool:
-    """Whether the reports in a run's folder are those of the run whose last checkpoint lies there: newer than it.
+def was_finished(trainer: Any, step: int) -> bool:
+    """Whether a run's folder holds the results of the run whose last checkpoint lies there: all, and newer than it.
 
     Args:
-        folder: Folder of the run.
+        trainer: The trainer of the run.
         step: Its last step.
     """
+    folder = Path(trainer.args.output_dir)
     checkpoint, summary = numbered_checkpoints(folder).get(step), folder / SUMMARY_NAME
-    if checkpoint is None or not summary.is_file():
+    adapter = saved_adapter(trainer.image_model, folder)
+    expected = [summary, folder / METRICS_NAME]
+    expected += [folder / CURVE_NAME] if has_matplotlib() else []
+    expected += [] if adapter is None else [adapter / WEIGHTS_NAME, adapter / CARD_NAME]
+    if checkpoint is None or not all(path.is_file() for path in expected):
         return False
     return summary.stat().st_mtime >= (checkpoint / MANIFEST_NAME).stat().st_mtime
 

@@ -372,7 +372,7 @@ class RunRecord:
             facts,
             has_optimizer=trainer.is_deepspeed_enabled or (checkpoint / OPTIMIZER_NAME).is_file(),
             choice=trainer.args.resume_changes,
-            has_reports=was_finished(Path(trainer.args.output_dir), step_of(checkpoint)),
+            has_reports=was_finished(trainer, step_of(checkpoint)),
         )
         self.has_new_optimizer = before.get("identity", {}).get("optimizer", self.optimizer) != self.optimizer
         self._has_new_schedule = before.get("rates", facts["rates"]) != facts["rates"]

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from peft_vlm.data.dataset import RunImages
+from peft_vlm.distributed import from_main, is_main_process
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.files import installed_version, last_part
+from peft_vlm.files import SUMMARY_NAME, installed_version, last_part, locked_folder
 from peft_vlm.hub.publish import Published, saved_adapter
 from peft_vlm.training.callbacks import FiniteSteps, Interrupt, ObjectiveCallback, RunReport, with_advice
 from peft_vlm.training.checkpoints import (
@@ -182,10 +183,15 @@ class VLMTrainer(Trainer):
             trial: Of `transformers.Trainer.train`.
             ignore_keys_for_eval: Of `transformers.Trainer.train`.
         """
-        checkpoint, self.first_step = None, 0
-        self.record.start()
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
+        with locked_folder(Path(self.args.output_dir), is_main=is_main_process(), tell=from_main):
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *options: Any) -> TrainOutput:
+        """Train in the run's folder, which nobody else writes to."""
+        checkpoint, self.first_step = None, 0
+        self.record.start()
         if resume_from_checkpoint:
             checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir))
         if checkpoint is not None:
@@ -196,10 +202,10 @@ class VLMTrainer(Trainer):
         self.images = self._view()
         with self.interrupt.watched(), with_advice(self.args, self.objective.config_dict()):
             if checkpoint is None:
-                output = super().train(None, trial, ignore_keys_for_eval)
+                output = super().train(None, *options)
             else:
                 with without_optimizer(checkpoint, leave_out=self.record.has_new_optimizer) as folder:
-                    output = super().train(str(folder), trial, ignore_keys_for_eval)
+                    output = super().train(str(folder), *options)
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 
     def _view(self) -> RunImages:
@@ -280,14 +286,26 @@ class VLMTrainer(Trainer):
             output_dir: Target; the run's folder by default.
             _internal_call: Of the base class: False also pushes, where the arguments say so.
         """
-        facts = describe_adapter(self.model.model, self.objective, self.train_dataset)
-        state = self.objective.state_dict()  # all processes take part
-        if self.args.should_save:
-            with moved_into(Path(output_dir or self.args.output_dir)) as partial:
-                save_weights(self.model, partial, facts)
-                save_objective_state(state, partial)
+        self.save_adapter(Path(output_dir or self.args.output_dir))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    def save_adapter(self, folder: Path, *, reports: Callable[[Path], None] | None = None) -> None:
+        """Write the adapter and what lies beside it, moved into place when all of it is on disk.
+
+        Args:
+            folder: Target.
+            reports: Writes further files into the folder that it gets.
+        """
+        facts = describe_adapter(self.model.model, self.objective, self.train_dataset)
+        state = self.objective.state_dict()  # all processes take part
+        if not self.args.should_save:
+            return
+        with moved_into(folder, last=SUMMARY_NAME) as partial:
+            save_weights(self.model, partial, facts)
+            save_objective_state(state, partial)
+            if reports is not None:
+                reports(partial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Let the base class write a checkpoint aside, and rename it when all of it is on disk."""

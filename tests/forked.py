@@ -65,6 +65,18 @@ def run(log: Path, function: Callable[..., Any], *args: Any, **kwargs: Any) -> s
 
 def run_group(folder: Path, function: Callable[..., Any], *args: Any, processes: int = 2, **kwargs: Any) -> list[str]:
     """Run a function in several processes that are connected as a launcher would connect them."""
+    started = start_group(folder, function, *args, processes=processes, **kwargs)
+    try:
+        return [finish(process, log) for process, log in started]
+    finally:
+        for process, _ in started:
+            process.kill()
+
+
+def start_group(
+    folder: Path, function: Callable[..., Any], *args: Any, processes: int = 2, **kwargs: Any
+) -> list[tuple[ForkServerProcess, Path]]:
+    """Start a function in connected processes, each with its own log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,11 +86,7 @@ def run_group(folder: Path, function: Callable[..., Any], *args: Any, processes:
     for rank in range(processes):
         log, environ = folder / f"log-{rank}.txt", shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         started.append((start(log, function, *args, environ=environ, **kwargs), log))
-    try:
-        return [finish(process, log) for process, log in started]
-    finally:
-        for process, _ in started:
-            process.kill()
+    return started
 
 
 def _call(log: str, environ: dict[str, str], function: Callable[..., Any], args: tuple, kwargs: dict) -> None:

@@ -12,14 +12,17 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_vlm.distributed import all_agree, from_all, is_main_process, num_processes
+from peft_vlm.distributed import all_agree, from_all, is_main_process, num_processes, process_index
 from peft_vlm.errors import PeftVLMError
+from peft_vlm.serving.escape import one_line
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+#: Parts of what gloo and NCCL say when a connection is gone or nobody answers.
+LOST_PARTNER = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 CACHES = ("image_cache", "state_cache", "cache_storage")
 
 
@@ -33,7 +36,7 @@ def with_advice(args: Any, settings: dict[str, Any]) -> Iterator[None]:
 
     Raises:
         MemoryError: In place of what torch raises.
-        PeftVLMError: If a worker died.
+        PeftVLMError: If a worker died, or another process of the training.
     """
     try:
         yield
@@ -47,6 +50,13 @@ def with_advice(args: Any, settings: dict[str, Any]) -> Iterator[None]:
                 f"A process that reads images died: {first} The system usually ends it for want of memory. Lower "
                 f"`dataloader_num_workers` (now {args.dataloader_num_workers}) or the objective's `num_workers`, give "
                 "a container more shared memory (`--shm-size`), and go on with `resume_from_checkpoint='auto'`."
+            ) from error
+        is_of_backend = isinstance(error, distributed.DistError) or any(words in str(error) for words in LOST_PARTNER)
+        if num_processes() > 1 and is_of_backend:
+            raise PeftVLMError(
+                f"Expected {num_processes()} processes to train together, got no answer from another one than process "
+                f"{process_index()}: {one_line(error)[:300]}. It has ended, or hangs: look at its output for the "
+                "reason, then start all of them again with `resume_from_checkpoint='auto'`."
             ) from error
         raise
 

@@ -27,6 +27,7 @@ from peft_vlm.training.module import TrainingModule
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "trainer_state.json"
 PREFIX = "checkpoint-"
+PARTIAL_NAME = ".partial"
 
 
 @contextmanager
@@ -309,7 +310,7 @@ def moved_into(target: Path, *, last: str | None = None) -> Iterator[Path]:
     Raises:
         CheckpointError: If there was no room, or writing failed otherwise.
     """
-    partial = target / ".partial"
+    partial = target / PARTIAL_NAME
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
         partial.mkdir(parents=True)

@@ -19,6 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from peft_vlm.adapters.config import adapter_settings
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.splits import content_digest
+from peft_vlm.distributed import from_all, num_processes
 from peft_vlm.errors import CheckpointError, PeftVLMError, PeftVLMWarning, shown
 from peft_vlm.objective import Objective
 from peft_vlm.settings import RETIRED_SETTINGS
@@ -324,6 +325,28 @@ def name_of_optimizer(args: Any, optimizer: Any, given: tuple[Any, dict[str, Any
     return str(getattr(args.optim, "value", args.optim))
 
 
+#: Arguments that say something of one process alone, or of what it prints.
+OF_ONE_PROCESS = frozenset(
+    ("local_rank", "run_name", "hub_token", "disable_tqdm", "log_level", "log_level_replica", "report_to", "deepspeed")
+)
+
+
+def _lengths(images: Any) -> Any:
+    """Numbers of images of one dataset or several by name."""
+    if isinstance(images, Mapping):
+        return {name: _lengths(part) for name, part in images.items()}
+    return None if images is None else len(images)
+
+
+def _nested_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Differences between two records of records, without the names of the outer ones."""
+    found = changes(before, now)
+    for name, value in before.items():
+        if isinstance(value, dict) and isinstance(now.get(name), dict) and value != now[name]:
+            found = [text for text in found if not text.startswith(f"{name} was ")] + changes(value, now[name])
+    return sorted(set(found))
+
+
 class RunRecord:
     """What a run is, as its checkpoints record it, and how it differs from the run that it continues.
 
@@ -359,6 +382,31 @@ class RunRecord:
             "rates": rates_of(trainer.args),
             "precision": precision_of(trainer.args),
         }
+
+    def check_agreement(self, resume: Any) -> None:
+        """Stop on all processes, before they work, if they were started as different runs; all must call this.
+
+        Args:
+            resume: Where this process is to go on.
+
+        Raises:
+            PeftVLMError: Naming what differs, and where.
+        """
+        if num_processes() == 1:
+            return
+        trainer = self.trainer
+        parameters = [(name, tuple(p.shape)) for name, p in trainer.model.named_parameters() if p.requires_grad]
+        facts = self.facts()
+        own = {f"`{name}`": value for name, value in trainer.args.to_dict().items() if name not in OF_ONE_PROCESS}
+        own |= {name: facts[name] for name in ("identity", "order", "settings")}
+        own |= {"trainable parameters": parameters, "`resume_from_checkpoint`": str(resume)}
+        own["evaluation images"] = _lengths(trainer.eval_dataset)
+        for index, other in enumerate(everywhere := from_all(_json(own))):
+            if found := _nested_changes(everywhere[0], other):
+                raise PeftVLMError(
+                    f"Expected one run in {len(everywhere)} processes, got another one in process {index} than in "
+                    f"process 0: {', '.join(found)} there. Start all of them with the same settings and images."
+                )
 
     def compare(self, checkpoint: Path) -> None:
         """Refuse a checkpoint of another run, or note how this one differs.

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from peft_vlm.files import SUMMARY_NAME, installed_version, last_part, locked_fo
 from peft_vlm.hub.publish import Published, saved_adapter
 from peft_vlm.training.callbacks import FiniteSteps, Interrupt, ObjectiveCallback, RunReport, with_advice
 from peft_vlm.training.checkpoints import (
+    PARTIAL_NAME,
     PREFIX,
     STATE_NAME,
     EarlierRun,
@@ -183,15 +185,19 @@ class VLMTrainer(Trainer):
             trial: Of `transformers.Trainer.train`.
             ignore_keys_for_eval: Of `transformers.Trainer.train`.
         """
-        if resume_from_checkpoint is None:
-            resume_from_checkpoint = self.args.resume_from_checkpoint
-        with locked_folder(Path(self.args.output_dir), is_main=is_main_process(), tell=from_main):
-            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        choice = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        folder = Path(self.args.output_dir)
+        with with_advice(self.args, self.objective.config_dict()):
+            self.record.check_agreement(choice)
+            with locked_folder(folder, is_main=is_main_process(), tell=from_main):
+                return self._train(choice, trial, ignore_keys_for_eval)
 
     def _train(self, resume_from_checkpoint: str | bool | None, *options: Any) -> TrainOutput:
         """Train in the run's folder, which nobody else writes to."""
         checkpoint, self.first_step = None, 0
         self.record.start()
+        if is_main_process():  # of a run that was killed
+            shutil.rmtree(Path(self.args.output_dir) / PARTIAL_NAME, ignore_errors=True)
         if resume_from_checkpoint:
             checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir))
         if checkpoint is not None:
@@ -200,7 +206,7 @@ class VLMTrainer(Trainer):
             if self.is_deepspeed_enabled:  # the base class then leaves out `_load_from_checkpoint`
                 load_objective_state(self.objective, checkpoint)
         self.images = self._view()
-        with self.interrupt.watched(), with_advice(self.args, self.objective.config_dict()):
+        with self.interrupt.watched():
             if checkpoint is None:
                 output = super().train(None, *options)
             else:

@@ -80,8 +80,8 @@ def _what_to_lower(args: Any, settings: dict[str, Any]) -> str:
     if not (args.bf16 or args.fp16):
         advice.append("`bf16=True` halves them")
     for name in CACHES:
-        if settings.get(name) == "ram":
-            advice.append(f"the objective's `{name}='ram'` holds features in memory, 'disk' and 'none' do not")
+        if (choice := settings.get(name)) in ("ram", "auto"):
+            advice.append(f"the objective's `{name}={choice!r}` holds features in memory, 'disk' and 'none' do not")
     advice.append("fewer classes per run shorten the text side")
     return f"Lower what the run needs: {'; '.join(advice)}. Then go on with `resume_from_checkpoint='auto'`."
 

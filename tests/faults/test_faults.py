@@ -162,7 +162,7 @@ def train_with_little_memory(folder: str) -> None:
         objective.epoch_start = lambda *arguments: torch.empty(2**40)
 
     resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))
-    train(folder, "coop", change=greedy, **(UNCACHED | {"settings": None}))
+    train(folder, "coop", change=greedy, **(UNCACHED | {"settings": {"image_cache": "ram"}}))
 
 
 def test_too_little_memory_says_what_to_lower(tmp_path: Path) -> None:

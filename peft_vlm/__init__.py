@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
     from peft_vlm.methods.kgcoop import KgCoOpObjective
     from peft_vlm.methods.maple import MaPLeConfig, MaPLeModel, MaPLeObjective
+    from peft_vlm.methods.pre import PREObjective
     from peft_vlm.methods.promptkd import PromptKDConfig, PromptKDModel, PromptKDObjective
     from peft_vlm.methods.promptsrc import PromptSRCConfig, PromptSRCModel, PromptSRCObjective
     from peft_vlm.methods.rpp import RPPConfig, RPPModel, RPPObjective
@@ -49,6 +50,7 @@ __all__ = [
     "MaPLeConfig",
     "MaPLeModel",
     "MaPLeObjective",
+    "PREObjective",
     "PromptKDConfig",
     "PromptKDModel",
     "PromptKDObjective",
@@ -79,6 +81,7 @@ _HOMES = {
     "CoOp": "methods.coop",
     "KgCoOp": "methods.kgcoop",
     "MaPLe": "methods.maple",
+    "PRE": "methods.pre",
     "PromptKD": "methods.promptkd",
     "PromptSRC": "methods.promptsrc",
     "PromptedClassifier": "classifier",

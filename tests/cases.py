@@ -20,6 +20,7 @@ from peft_vlm import (
     KgCoOpObjective,
     MaPLeConfig,
     MaPLeObjective,
+    PREObjective,
     PromptKDConfig,
     PromptKDObjective,
     PromptSRCConfig,
@@ -63,6 +64,11 @@ def lora_config(*, init_weights: bool = True, **settings: Any) -> LoraConfig:
 def coop_config(**settings: Any) -> CoOpConfig:
     """One vector that starts as the word "a", with which the template begins."""
     return CoOpConfig(**({"context_init_ids": WORD_A} | settings))
+
+
+def pre_config(**settings: Any) -> CoOpConfig:
+    """Two vectors, encoded by an LSTM."""
+    return CoOpConfig(**({"num_text_tokens": 2, "network": "lstm"} | settings))
 
 
 def promptsrc_config(**settings: Any) -> PromptSRCConfig:
@@ -182,6 +188,13 @@ CASES = [
             ({"target_modules": "q_proj"}, "chooses its modules"),
             ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
         ),
+    ),
+    Case(
+        method="pre",
+        config=pre_config,
+        objective=PREObjective,
+        starts_as_base=False,
+        saved_module="visual_projection",
     ),
     Case(
         method="promptkd",

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from peft_vlm.adapters.layer import DelegatingLayer, LearnedPrompt
+from peft_vlm.adapters.layer import DelegatingLayer, LearnedPrompt, own_module
 from peft_vlm.errors import AdapterError
 from peft_vlm.models.towers import Side, split_at_prompts, token_like
 from peft_vlm.text.prompts import SlotLayer, Slots, slot_mask
@@ -144,6 +144,96 @@ class TextContext(LearnedTokens, _ContextLayer):
         if context is None or slots is None:
             return embedded
         return fill_slots(embedded, input_ids, context, slots)
+
+
+class _Perceptron(nn.Module):
+    """Two linear layers with a ReLU between them; flat, as PEFT strips adapter names from two levels only."""
+
+    def __init__(self, width: int, hidden: int = 64) -> None:
+        super().__init__()
+        first, second = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.weight1, self.bias1, self.weight2, self.bias2 = first.weight, first.bias, second.weight, second.bias
+
+    def forward(self, vectors: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """Each vector by itself."""
+        hidden = nn.functional.linear(vectors, self.weight1, self.bias1).relu()
+        return nn.functional.linear(hidden, self.weight2, self.bias2)
+
+
+class _AlongContext(nn.LSTM):
+    """One bidirectional LSTM along the context vectors, half the width per direction."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width // 2, bidirectional=True, batch_first=True)
+
+    def forward(self, vectors: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """The outputs of both directions."""
+        return super().forward(vectors)[0]
+
+
+NETWORKS: dict[str, type[nn.Module]] = {"lstm": _AlongContext, "mlp": _Perceptron}
+
+
+class EncodedContext(TextContext):
+    """A context that a network may encode while it is trained: the vectors plus what the network makes of them.
+
+    Args:
+        base_layer: `nn.Embedding` of the text tower.
+        prefix: The method's parameter prefix.
+    """
+
+    def __init__(self, base_layer: nn.Module, *, prefix: str) -> None:
+        super().__init__(base_layer, prefix=prefix)
+        self.adapter_layer_names = (*self.adapter_layer_names, f"{prefix}network")
+        setattr(self, self.adapter_layer_names[1], nn.ModuleDict())
+
+    @property
+    def networks(self) -> nn.ModuleDict:
+        """Networks by adapter name, for those that have one."""
+        return own_module(self, self.adapter_layer_names[1])
+
+    def add_network(self, adapter_name: str, kind: str) -> None:
+        """Give an adapter a network.
+
+        Args:
+            adapter_name: Name of the adapter, which has its context already.
+            kind: Key of `NETWORKS`.
+        """
+        like = self.prompts[adapter_name]
+        network = NETWORKS[kind](like.shape[-1])
+        self.networks[adapter_name] = network if like.is_meta else network.to(like)
+
+    def context(self, adapter_name: str) -> Float[Tensor, "*classes slots width"]:
+        """The context of an adapter as prompts get it, in float32 where a network encodes it.
+
+        Args:
+            adapter_name: Name of the adapter.
+        """
+        vectors = self.prompts[adapter_name]
+        if adapter_name not in self.networks:
+            return vectors
+        with torch.autocast(vectors.device.type, enabled=False):
+            return vectors + self.networks[adapter_name](vectors)
+
+    @torch.no_grad()
+    def collapse(self, adapter_name: str) -> None:
+        """Put the encoded context in the place of the vectors, and drop the network: the same outputs.
+
+        Args:
+            adapter_name: Name of the adapter.
+        """
+        self.prompts[adapter_name].copy_(self.context(adapter_name))
+        if adapter_name in self.networks:
+            del self.networks[adapter_name]
+
+    def active_prompt(self, like: Tensor) -> Float[Tensor, "tokens width"] | None:
+        """The encoded context of the active adapter in the dtype of a tensor; None without one.
+
+        Args:
+            like: Tensor.
+        """
+        name = self.current_adapter
+        return None if name is None else self.context(name).to(like.dtype)
 
 
 def fill_slots(

@@ -28,6 +28,7 @@ WORDS = {
     "coop": ["--config", "context_init=a"],
     "kgcoop": ["--config", "context_init=a"],
     "maple": ["--config", "depth=2", "context_init=null"],
+    "pre": ["--config", "num_text_tokens=2"],
     "promptkd": ["--config", "vision_depth=2", "projector_depth=1", "--teacher", "TEACHER", "--transductive"],
     "promptsrc": ["--config", "text_depth=2", "vision_depth=2", "num_text_tokens=2", "context_init=null"],
     "rpp": [
@@ -325,7 +326,7 @@ def test_wrong_files_are_named(tmp_path, capsys) -> None:
 def test_presets_are_the_methods_own() -> None:
     """Each method's official configuration by its name; the command line passes the number of shots."""
     names = {"coop": "random", "promptkd": "base_to_new", "promptsrc": "base_to_new", "skip_tuning": "few_shot"}
-    names |= {"clip_lora": "few_shot", "maple": "base_to_new", "cocoop": "base_to_new"}
+    names |= {"clip_lora": "few_shot", "maple": "base_to_new", "cocoop": "base_to_new", "pre": "base_to_new"}
     names |= {"kgcoop": "base_to_new", "tvp": "cifar10", "rpp": "imagenet21k"}
     for method in METHODS:
         if METHODS[method].preset_for is not None:

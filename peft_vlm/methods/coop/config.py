@@ -9,6 +9,7 @@ from peft import PeftType
 from peft_vlm.adapters.adapter_files import Shape
 from peft_vlm.adapters.config import fit_fields
 from peft_vlm.adapters.context import TextContextConfig, check_count
+from peft_vlm.adapters.learned_tokens import NETWORKS
 from peft_vlm.errors import check_choice, shown
 from peft_vlm.registry import extend_peft_type
 from peft_vlm.text.prompts import POSITIONS
@@ -35,6 +36,8 @@ class CoOpConfig(TextContextConfig):
             (or `class_token_ids`); the adapter then classifies with those prompts alone.
         class_token_ids: Token ids of the plain class prompts, in label order; with `class_specific` only. Filled in
             from the base model's tokenizer; give them (`prompts.input_ids.tolist()`) where there is none.
+        network: Network that encodes the context while it is trained: `"lstm"` along the vectors, `"mlp"` on each.
+            Set by PRE, which collapses it into the vectors at the end of a run; None: the vectors as they are.
 
     References:
         Learning to Prompt for Vision-Language Models, 2022, arXiv 2109.01134, Sec. 3.2.
@@ -45,6 +48,7 @@ class CoOpConfig(TextContextConfig):
     class_position: str = field(default="end")
     class_specific: bool = field(default=False)
     class_token_ids: list[list[int]] | None = field(default=None)
+    network: str | None = field(default=None)
 
     fits_model: ClassVar[tuple[str, ...]] = ("num_text_tokens",)
 
@@ -53,6 +57,8 @@ class CoOpConfig(TextContextConfig):
         self.peft_type = PeftType["COOP"]
         check_count(self, "num_text_tokens", minimum=1, optional=True)
         check_choice("class_position", self.class_position, POSITIONS)
+        if self.network is not None:
+            check_choice("network", self.network, sorted(NETWORKS))
         if self.class_specific and self.class_token_ids is None and (self.class_names is None or not self.template):
             raise ValueError(
                 "Expected `class_names` and `template` (or `class_token_ids`) with `class_specific`=True, got "
@@ -69,10 +75,11 @@ class CoOpConfig(TextContextConfig):
 
     def file_shapes(self) -> dict[str, Shape]:
         """The shape of the context: (tokens, width), with one such table per class where it is class-specific."""
-        if not self.class_specific:
-            return super().file_shapes()
-        classes = len(self.class_token_ids or self.class_names or ())
-        return {r".*\btext_model\..*coop_\w+": (classes, self.num_text_tokens, None)}
+        shape: Shape = (self.num_text_tokens, None)
+        if self.class_specific:
+            shape = (len(self.class_token_ids or self.class_names or ()), *shape)
+        shapes: dict[str, Shape] = {r".*\btext_model\..*coop_prompt": shape}
+        return shapes | ({r".*\btext_model\..*coop_network\..*": ...} if self.network else {})
 
     def fit(self, layers: Mapping[str, int], length: int | None) -> None:
         """Fill in a number of context vectors that is None.

@@ -128,8 +128,16 @@ def export_checkpoint(
 
     Returns:
         Official settings that belong to the file.
+
+    Raises:
+        AdapterError: If the adapter still has a network.
     """
     config, base = model.active_peft_config, base_tensors(model)
+    if config.network is not None:
+        raise AdapterError(
+            f"Expected a CoOp adapter without a network, got one with {config.network!r} of a PRE training that has "
+            "not ended. CoOp's file has no place for it: train it to its end."
+        )
     tensors = {"ctx": adapter_tensors(model)[CONTEXT]}
     table, length = (base[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
     tensors |= prompt_buffers(table, tokenizer, config=config, length=len(length))

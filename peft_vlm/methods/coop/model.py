@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peft_vlm.adapters.context import complete_context, learned_token_pattern, read_context_words
 from peft_vlm.adapters.layer import PromptLayer
-from peft_vlm.adapters.learned_tokens import TextContext, fill_slots
+from peft_vlm.adapters.learned_tokens import EncodedContext, fill_slots
 from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.errors import ClassNameError
 from peft_vlm.methods.coop.config import CoOpConfig
@@ -17,7 +17,7 @@ from peft_vlm.models.towers import towers_of
 from peft_vlm.text.prompts import tokenize_for_model, tokenizer_of
 
 
-class CoOpContext(TextContext, OwnContexts):
+class CoOpContext(EncodedContext, OwnContexts):
     """The token embedding with a context for all prompts, or, by adapter, one for each class of a fixed list.
 
     A class is recognised by the token ids of its prompt, so that prompts may come in any order and number.
@@ -53,6 +53,8 @@ class CoOpContext(TextContext, OwnContexts):
             shared = self.prompts[adapter_name]
             start = self._random(len(ids) * slots.num_tokens, shared)
             self.prompts[adapter_name] = nn.Parameter(start.detach().view(len(ids), *shared.shape))
+        if config.network is not None:
+            self.add_network(adapter_name, config.network)
 
     def _key(self, row: list[int], placeholder_id: int) -> tuple[int, ...]:
         """Tokens of a prompt between start and end, without slots."""
@@ -73,7 +75,7 @@ class CoOpContext(TextContext, OwnContexts):
         name, slots = self.current_adapter or "", self.slots
         assert slots is not None, "an adapter with contexts is active"
         known, embedded = self.class_rows[name], self.base_layer(input_ids)
-        contexts = self.prompts[name].to(embedded.dtype)  # (classes, slots, width)
+        contexts = self.context(name).to(embedded.dtype)  # (classes, slots, width)
         rows = [known.get(self._key(row, slots.placeholder_id)) for row in input_ids.tolist()]
         if None in rows:
             raise ClassNameError(

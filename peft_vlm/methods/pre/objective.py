@@ -1,0 +1,90 @@
+"""PRE's objective: CoOp's cross-entropy with a context that a network encodes, collapsed at the end of the run.
+
+PRE: Vision-Language Prompt Learning with Reparameterization Encoder, 2023, arXiv 2309.07760.
+"""
+
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peft_vlm.adapters.learned_tokens import EncodedContext
+from peft_vlm.classification import ClassificationObjective
+from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.streaming import ImageStream
+from peft_vlm.models.towers import towers_of
+from peft_vlm.objective import Paper
+
+PAPER = Paper(
+    title="PRE: Vision-Language Prompt Learning with Reparameterization Encoder",
+    year=2023,
+    arxiv_id="2309.07760",
+    venue="arXiv",
+    bibtex="""@article{minh2023pre,
+  title   = {{PRE}: Vision-Language Prompt Learning with Reparameterization Encoder},
+  author  = {Minh, Anh Pham Thi and Nguyen, An Duc and Tzimiropoulos, Georgios},
+  journal = {arXiv preprint arXiv:2309.07760},
+  year    = {2023}
+}""",
+)
+
+
+class PREObjective(ClassificationObjective):
+    """Cross-entropy over all classes with the context E(v) + v, E: a bidirectional LSTM or a perceptron.
+
+    Checkpoints hold vectors and network, for an exact resume. At the end of the run the encoded context takes the
+    place of the vectors, and the network goes: the result is an ordinary CoOp adapter with the same outputs.
+
+    Requirements:
+        A `PeftModel` with an active CoOp adapter that has a `network`; the rest as for its base.
+
+    Relations:
+        CoOp where the network gives zeros.
+
+    References:
+        arXiv 2309.07760, Sec. 3.
+    """
+
+    paper = PAPER
+
+    def prepare(self, model: nn.Module, dataset: ImageClassificationDataset | ImageStream) -> None:
+        """Check that there is a network, beside what its base prepares.
+
+        Args:
+            model: `PeftModel` with the active adapter.
+            dataset: Not used; the classes come from the prompts.
+
+        Raises:
+            ValueError: If the adapter has no network.
+        """
+        if isinstance(model, PeftModel) and model.active_peft_config.network is None:
+            raise ValueError(
+                "Expected a CoOp adapter with a network to train, got `network`=None. Pass "
+                '`CoOpConfig(network="lstm")`; an adapter whose training has ended is an ordinary CoOp adapter.'
+            )
+        super().prepare(model, dataset)
+
+    def callbacks(self, model: nn.Module) -> list[TrainerCallback]:
+        """The collapse at the end of the run.
+
+        Args:
+            model: `PeftModel` with the active adapter.
+        """
+        return [_Collapse(model)]
+
+
+class _Collapse(TrainerCallback):
+    """Collapses the network of the active adapter when training has ended, before the final files are written."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Put the encoded context in the place of the vectors."""
+        layer = towers_of(self.model).token_embedding
+        assert isinstance(layer, EncodedContext), "a CoOp adapter is active"
+        layer.collapse(self.model.active_adapter)
+        self.model.active_peft_config.network = None

@@ -222,7 +222,7 @@ SUMMARY_PARTS: dict[str, Any] = {
     "content": dict[str, Any],  # of a file that holds something else
     **dict.fromkeys(("objective", "training", "environment", "metrics"), dict[str, Any] | None),
     **dict.fromkeys(("training_images", "selection"), dict[str, Any] | None),
-    **{"data": dict[str, int] | None, "steps": int | None, "epochs": float | None},
+    **{"data": dict[str, float] | None, "steps": int | None, "epochs": float | None},
 }
 
 

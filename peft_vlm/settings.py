@@ -28,6 +28,10 @@ class RunSettings:
         default="What is in the picture?", metadata={"help": "For models that write text: what is asked."}
     )
     shots: int = field(default=0, metadata={"help": "Training images per class, drawn by the seed; 0: all."})
+    seeds: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Train once per seed, into OUTPUT_DIR/seed1, ..., and print mean and spread."},
+    )
     protocol: str = field(
         default="few_shot",
         metadata={"help": "few_shot: all classes; base_to_new: train on the first half of them, test both halves."},
@@ -63,6 +67,12 @@ class RunSettings:
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
     class_names: str | None = field(default=None, metadata={"help": "File with class names."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of it."})
+    holdout: float = field(
+        default=0.2,
+        metadata={"help": "Share of each class for the test, drawn by seed 0, where images have no parts; 0: none."},
+    )
     value_range: list[float] | None = field(
         default=None, metadata={"help": "Black and white of images with more than 8 bits, such as 0 4095."}
     )
@@ -76,6 +86,9 @@ class RunSettings:
         for name in ("config", "objective", "augmentation"):
             check_list(name, getattr(self, name))
         check_template(self.template)
+        check_list("seeds", self.seeds)
+        if len(set(self.seeds)) != len(self.seeds):
+            raise DataError(f"Expected different `seeds`, got {self.seeds!r}.")
         self.protocol = str(self.protocol).replace("-", "_")  # either spelling, here and below
         check_choice("protocol", self.protocol, sorted(RUN_PROTOCOLS))
 
@@ -98,6 +111,12 @@ class EvaluationArguments:
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
     class_names: str | None = field(default=None, metadata={"help": "File with class names."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of it."})
+    holdout: float | None = field(
+        default=None,
+        metadata={"help": "As for `train`; none: that of the adapter's training, for the test split."},
+    )
     value_range: list[float] | None = field(
         default=None,
         metadata={"help": "Black and white of images with more than 8 bits; none: those the adapter records."},

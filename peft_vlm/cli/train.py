@@ -4,7 +4,8 @@ import argparse
 import ast
 import difflib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise PeftVLMError("Expected `output_dir`, the folder of the adapter, got none.")
     settings = read_settings(arguments, RunSettings)
     settings.check()
+    if settings.seeds and _is_given(arguments.more, "seed"):
+        raise PeftVLMError("Expected `seed` or `seeds`, got both. Leave one out.")
     _check_training_flags(arguments.more)
     from transformers import HfArgumentParser
 
@@ -95,13 +98,16 @@ def run(arguments: argparse.Namespace) -> None:
     parser.usage = "peft-vlm train [FILE.yaml] [--flag value ...]   (all flags: --help)"
     words = arguments.more
 
-    def training_arguments(recommended: dict[str, Any]) -> VLMTrainingArguments:
+    def training_arguments(recommended: dict[str, Any], more: Sequence[str] = ()) -> VLMTrainingArguments:
         values = defaults | {k: json.dumps(v) if isinstance(v, dict) else v for k, v in recommended.items()}
         if settings.preset is None and _is_given(words, "max_steps", "num_train_epochs"):
             values = {name: value for name, value in values.items() if not name.startswith("warmup_")}
-        return parser.parse_args_into_dataclasses([*as_flags(values), *words], look_for_args_file=False)[0]
+        return parser.parse_args_into_dataclasses([*as_flags(values), *words, *more], look_for_args_file=False)[0]
 
     args = training_arguments({})  # wrong values are found before anything is loaded
+    if settings.seeds:
+        _train_with_seeds(settings, args.output_dir, training_arguments, as_json=arguments.json)
+        return
     with calm():
         scores = run_training(settings, training_arguments)
     if args.process_index:  # one of several processes says what has become of the run, after the evaluation
@@ -112,6 +118,35 @@ def run(arguments: argparse.Namespace) -> None:
     for name, score in scores.items():
         print_line(f"{name:24}{score:7.2f} %")
     print_line(f"Written to {args.output_dir}. Use it:  peft-vlm predict {args.output_dir!r} photo.png")
+
+
+def _train_with_seeds(
+    settings: RunSettings, folder: str, training_arguments: Callable[..., Any], *, as_json: bool
+) -> None:
+    """Train once per seed; print and write mean and spread."""
+    from peft_vlm.evaluation.report import summarize
+    from peft_vlm.experiments.run import run_training
+    from peft_vlm.files import write_json
+
+    runs: dict[int, dict[str, float]] = {}
+    for seed in settings.seeds:
+        place = [f"--seed={seed}", f"--output_dir={Path(folder) / f'seed{seed}'}"]
+        if not as_json:
+            print(f"Seed {seed}", file=sys.stderr)
+        with calm():
+            runs[seed] = run_training(settings, lambda given, place=place: training_arguments(given, place))
+    if not all(runs.values()):  # another process than the first, or nothing was evaluated
+        return
+    summary = summarize(list(runs.values()))
+    result = {"seeds": {str(seed): scores for seed, scores in runs.items()}, "mean": summary.mean, "std": summary.std}
+    write_json(Path(folder) / "seeds.json", result)
+    if as_json:
+        print_json({"adapter": folder, "scores": summary.mean, **result})
+        return
+    for name, mean in summary.mean.items():
+        spread = summary.std[name]
+        print(f"{name:24}{mean:7.2f} %" + ("" if spread is None else f" +- {spread:.2f} over {len(runs)} seeds"))
+    print(f"Written to {folder}, an adapter per seed.")
 
 
 def _is_given(words: Sequence[str], *names: str) -> bool:

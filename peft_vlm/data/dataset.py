@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypedDict, TypeGuard, runtime_checkable
 
 import numpy as np
@@ -235,6 +236,9 @@ class ImageClassificationDataset(Dataset):
 
     has_positions = True
 
+    #: Share of the images of each class that was drawn for the test of a source without parts.
+    holdout = 0.0
+
     def __init__(
         self,
         source: "datasets.Dataset | Sequence[Mapping[str, Any]]",
@@ -334,6 +338,17 @@ class ImageClassificationDataset(Dataset):
         row = self._rows[index]
         where = f"image {index}" if row == index else f"image {index} (row {row} of the source)"
         return read_image(self.source[row][self.image_column], where=where, value_range=self.value_range)
+
+    def path_of(self, index: int) -> str:
+        """The file of an image, as the source names it; empty where it has none.
+
+        Args:
+            index: Position of the image.
+        """
+        cell = self.source[self._rows[index]][self.image_column]
+        if isinstance(cell, dict):
+            cell = cell.get("path")
+        return str(cell if isinstance(cell, str | Path) else getattr(cell, "filename", None) or "")
 
     def some_images(self, count: int) -> list[Any]:
         """Images as the source holds them, not opened: evenly spaced, all if there are no more.

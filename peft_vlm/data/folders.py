@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,27 @@ def choose_split(names: Iterable[str], split: str | None, *, where: str, advice:
     if len(same) != 1:
         raise DataError(f"{where} has the splits {names!r}, got `split`={split!r}.{advice}")
     return same[0]
+
+
+def hold_out(rows: Rows, share: float) -> dict[str, Rows]:
+    """Part images into `train` and `test`, class by class, drawn by seed 0: the same images and share, the same parts.
+
+    Args:
+        rows: Images of all classes.
+        share: Share of each class for the test, at least one image; a class of one image keeps it for training.
+    """
+    by_class: dict[str, Rows] = {}
+    for row in rows:
+        by_class.setdefault(row["label"], []).append(row)
+    test: set[int] = set()
+    for label in sorted(by_class):
+        members = sorted(by_class[label], key=lambda row: row["image"])
+        count = max(1, round(share * len(members))) if len(members) > 1 else 0
+        test |= {id(row) for row in random.Random(f"0 {label}").sample(members, count)}
+    return {
+        "train": [row for row in rows if id(row) not in test],
+        "test": [row for row in rows if id(row) in test],
+    }
 
 
 def read_folder(root: Path, *, image_column: str, label_column: str) -> Parts:

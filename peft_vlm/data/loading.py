@@ -1,9 +1,11 @@
 """Labelled images with class names from a folder, a table, or the Hub; what a source cannot answer is an error."""
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from peft_vlm.data.folders import (
     choose_split,
     find_images,
     has_split_column,
+    hold_out,
     in_split_order,
     read_folder,
     read_list,
@@ -30,10 +33,12 @@ from peft_vlm.data.folders import (
 )
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.errors import DataError
-from peft_vlm.files import read_json
+from peft_vlm.files import last_part, read_json
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 #: Path, id, `datasets.Dataset`, or mapping of splits; everything else gets a message that says what to do.
 Source = Any
@@ -51,6 +56,10 @@ def load_image_dataset(
     transform: ImageTransform | None = None,
     seed: int = 0,
     value_range: Sequence[int | float] | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    holdout: float = 0.0,
 ) -> ImageClassificationDataset:
     """Labelled images with class names from a path, a dataset in memory, or the Hub; `docs/data.md` has the rules.
 
@@ -76,6 +85,11 @@ def load_image_dataset(
         transform: Makes the pixels.
         seed: Seed of a random transform.
         value_range: Black and white of images with more than 8 bits; see `read_image`.
+        config_name: Configuration of a dataset on the Hub that has several.
+        revision: Branch, tag or commit of a dataset on the Hub.
+        token: Token of the Hub, for private and gated datasets; None for the one of `hf auth login`.
+        holdout: Share of each class, in [0, 1), that files without parts give to a split `test`, drawn by seed 0; the
+            rest is `train`. The same share draws the same images. 0: all of it is `train`.
 
     Raises:
         DataError: If source, split, column or class names do not fit; the message lists what there is.
@@ -87,11 +101,13 @@ def load_image_dataset(
     if path is not None and (path.suffix.lower() in LIST_SUFFIXES or (path.is_dir() and not _holds_tables(path))):
         if where:
             raise DataError(f"`where` needs a dataset with columns, got {str(path)!r}, with images and labels only.")
-        rows, raw_labels = _read_files(path, split, columns)
+        rows, raw_labels, share = _read_files(path, split, columns, holdout)
         ids, labels = match_labels(raw_labels, names)
         dataset = ImageClassificationDataset([row | {"label": ids[row["label"]]} for row in rows], labels, **options)
+        dataset.holdout = share
     else:
-        table, all_parts = _open_table(source, path, split, label_column)
+        place = {"name": config_name, "revision": revision, "token": token}
+        table, all_parts = _open_table(source, path, split, label_column, place)
         table = _filtered(table, where)
         check_columns(table, (image_column, label_column))
         table, labels = _named_classes(table, all_parts, label_column, names)
@@ -101,9 +117,15 @@ def load_image_dataset(
     return dataset
 
 
-def _read_files(path: Path, split: str | None, columns: Mapping[str, str]) -> tuple[list[dict[str, str]], list[str]]:
-    """Rows of one part of a list or folder, and the raw labels of all parts in the order of their ids."""
+def _read_files(
+    path: Path, split: str | None, columns: Mapping[str, str], holdout: float
+) -> tuple[list[dict[str, str]], list[str], float]:
+    """Rows of one part of a list or folder, the raw labels of all parts in the order of their ids, and the share of
+    the test if one was drawn.
+    """
     check_exists(path)
+    if not 0 <= holdout < 1:
+        raise DataError(f"Expected `holdout` from 0 to below 1, the share of each class, got {holdout!r}.")
     if path.is_dir():
         parts = read_folder(path, **columns)
         advice = ""
@@ -115,12 +137,29 @@ def _read_files(path: Path, split: str | None, columns: Mapping[str, str]) -> tu
     else:
         parts = {**read_list(path, **columns)}
         advice = "" if has_split_column(path) else " A column 'split' says to which split a row belongs."
+    whole, share = parts.get("train"), 0.0
+    is_named = path.is_file() and split_of(path.stem) is not None
+    if holdout and advice and list(parts) == ["train"] and isinstance(whole, list) and not is_named:
+        parts, share = {**hold_out(whole, holdout)}, holdout
+        _say_parted(str(path), *(len(part) for part in parts.values()), share)
     chosen = parts[choose_split(parts, split, where=repr(str(path)), advice=advice)]
     if isinstance(chosen, DataError):
         raise chosen
     check_files_exist([row["image"] for row in chosen])
     rows = [row for part in parts.values() if not isinstance(part, DataError) for row in part]
-    return chosen, sort_labels({row["label"] for row in rows})
+    return chosen, sort_labels({row["label"] for row in rows}), share
+
+
+@cache
+def _say_parted(path: str, num_train: int, num_test: int, share: float) -> None:
+    """Log once how a source without parts was parted; training and test ask one after the other."""
+    logger.warning(
+        "%s has no parts: %d images are `train`, and %d, %.0f %% of each class drawn by seed 0, are `test`.",
+        last_part(path),
+        num_train,
+        num_test,
+        100 * share,
+    )
 
 
 def _parquet_files(root: Path) -> dict[str, list[str]]:
@@ -142,7 +181,7 @@ AllParts = Callable[[], list[Any]]
 
 
 def _open_table(
-    source: Source, path: Path | None, split: str | None, label_column: str
+    source: Source, path: Path | None, split: str | None, label_column: str, place: Mapping[str, str | None]
 ) -> "tuple[datasets.Dataset, AllParts]":
     """One part of a source, and all of them."""
     opened: Any = source
@@ -155,10 +194,10 @@ def _open_table(
     elif path is not None:
         from datasets import ClassLabel, load_dataset
 
-        table = load_from_hub(str(source), split or "train")
+        table = load_from_hub(str(source), split or "train", **place)
         if isinstance(table.features.get(label_column), ClassLabel):  # one list for all parts
             return table, lambda: [table]
-        return table, lambda: _in_order(load_dataset(str(source)))
+        return table, lambda: _in_order(load_dataset(str(source), **place))
     _check_tables(opened)
     if isinstance(opened, Mapping):
         name = choose_split(map(str, opened), split, where="The dataset")
@@ -257,35 +296,39 @@ def _readable(path: Path) -> Iterator[None]:
         raise DataError(f"{str(path)!r} cannot be read as a dataset: {error}. It is damaged: get it again.") from error
 
 
-def load_from_hub(name: str, split: str, *, streaming: bool = False) -> Any:
+def load_from_hub(repo: str, split: str, *, streaming: bool = False, **place: str | None) -> Any:
     """One part of a dataset on the Hub.
 
     Args:
-        name: Its id.
+        repo: Its id.
         split: The part.
         streaming: As an `IterableDataset`.
+        **place: Configuration (`name`), `revision` and `token`.
 
     Raises:
         DataError: If it is a path, there is no such dataset or part, or it cannot be reached.
     """
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or Path(name).is_file():
-        check_exists(Path(name))
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or repo.startswith(".") or Path(repo).is_file():
+        check_exists(Path(repo))
         raise DataError(
-            f"{name!r} is no file that can be read. Expected a folder, a `.csv`, `.tsv` or `.parquet` file, or the id "
+            f"{repo!r} is no file that can be read. Expected a folder, a `.csv`, `.tsv` or `.parquet` file, or the id "
             "of a dataset on the Hub; unpack archives."
         )
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
-        return load_dataset(name, split=split, streaming=streaming)
+        return load_dataset(repo, split=split, streaming=streaming, **place)
     except (DatasetsError, FileNotFoundError, ConnectionError) as error:
         raise DataError(
-            f"{name!r} is no file or folder here, and it could not be loaded from the Hub as a dataset id: {error}. "
+            f"{repo!r} is no file or folder here, and it could not be loaded from the Hub as a dataset id: {error}. "
             "Check the spelling, the network, and whether you are logged in for gated data (`hf auth login`)."
         ) from error
     except ValueError as error:
-        raise DataError(f"The Hub dataset {name!r} could not be read with `split`={split!r}: {error}") from error
+        raise DataError(
+            f"The Hub dataset {repo!r} could not be read with `split`={split!r} and "
+            f"`config_name`={place.get('name')!r}: {error}"
+        ) from error
 
 
 def _filtered(table: "datasets.Dataset", where: Mapping[str, Any] | None) -> "datasets.Dataset":

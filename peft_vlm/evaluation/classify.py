@@ -1,7 +1,7 @@
 """Classify a dataset in batches, without autograd and without keeping logits."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -37,12 +37,14 @@ class EvalResult:
         labels: True class of each image, in dataset order.
         predicted: Class with the highest logit.
         confidence: Its probability: the softmax over all class names, in [0, 1].
+        images: The dataset; None where it is not known.
     """
 
     class_names: tuple[str, ...]
     labels: Int[Tensor, " images"]
     predicted: Int[Tensor, " images"]
     confidence: Float[Tensor, " images"]
+    images: ImageClassificationDataset | None = field(default=None, compare=False, repr=False)
 
     @property
     def num_images(self) -> int:
@@ -217,7 +219,7 @@ def classify(logits: LogitsFn, dataset: ImageClassificationDataset, **options: i
         labels.append(batch_labels)
         predicted.append(best.indices)
         confidence.append(best.values)
-    return EvalResult(dataset.class_names, torch.cat(labels), torch.cat(predicted), torch.cat(confidence))
+    return EvalResult(dataset.class_names, torch.cat(labels), torch.cat(predicted), torch.cat(confidence), dataset)
 
 
 def evaluate_classifier(

@@ -248,7 +248,10 @@ def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
     datasets, num_base = _with_trained_classes(arguments.protocol, loaded.class_names, datasets)
     template = tuple(arguments.template or ()) or loaded.template or "a photo of a {}."
     report, result = _evaluate(arguments, loaded, datasets, template, num_base)
-    report = replace(report, selected_on_test=selected_on_test)
+    shares = {dataset.holdout for dataset in datasets.values()} - {0.0}
+    drawn = [f"Test images: {share:.0%} of each class of images without parts, drawn by seed 0." for share in shares]
+    note = " ".join(filter(None, (report.note, *drawn)))
+    report = replace(report, selected_on_test=selected_on_test, note=note)
     _write(report, result, arguments)
     if arguments.baseline:
         base = load_model(base_model=loaded.base_model, base_revision=loaded.base_revision, device=arguments.device)
@@ -291,6 +294,8 @@ def _load_datasets(arguments: EvaluationArguments, loaded: LoadedModel) -> dict[
     options: dict[str, Any] = {
         name: getattr(arguments, name) for name in ("image_column", "label_column", "class_names")
     }
+    options |= {"config_name": arguments.dataset_config, "revision": arguments.dataset_revision}
+    options["holdout"] = _holdout(arguments)
     options["transform"] = EvalTransform(loaded.image_processor)
     options["value_range"] = loaded.value_range if arguments.value_range is None else arguments.value_range
     if len(arguments.split) > 1:
@@ -303,6 +308,16 @@ def _load_datasets(arguments: EvaluationArguments, loaded: LoadedModel) -> dict[
         (dataset,) = datasets.values()
         return dataset.group_by(arguments.domain_column)
     return datasets
+
+
+def _holdout(arguments: EvaluationArguments) -> float:
+    """The share that the training has kept for its test, unless another is given."""
+    if arguments.holdout is not None:
+        return arguments.holdout
+    summary = None if arguments.adapter is None else read_summary(Path(arguments.adapter))
+    if summary is None or arguments.split != ["test"]:
+        return 0.0
+    return float((summary.get("data") or {}).get("holdout", 0.0))
 
 
 def _check_new(arguments: EvaluationArguments, datasets: Mapping[str, ImageClassificationDataset]) -> bool:
@@ -362,10 +377,12 @@ def _write(report: EvalReport, result: ProtocolResult, arguments: EvaluationArgu
 def _write_predictions(parts: dict[str, EvalResult], path: Path) -> None:
     with io.StringIO(newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["part", "position", "label", "predicted", "confidence"])
+        writer.writerow(["part", "position", "label", "predicted", "confidence", "file"])
         for part, result in parts.items():
             rows = zip(result.labels.tolist(), result.predicted.tolist(), result.confidence.tolist(), strict=True)
             for position, (label, predicted, confidence) in enumerate(rows):
                 names = result.class_names[label], result.class_names[predicted]
-                writer.writerow([*map(spreadsheet_cell, (part, position, *names)), f"{confidence:.6f}"])
+                image = "" if result.images is None else result.images.path_of(position)
+                cells = [spreadsheet_cell(cell) for cell in (part, position, *names)]
+                writer.writerow([*cells, f"{confidence:.6f}", spreadsheet_cell(image)])
         write_bytes(path, file.getvalue().encode(errors="backslashreplace"))

@@ -411,8 +411,11 @@ def _answerer(
 
 def _images(settings: RunSettings, split: str, transform: ImageTransform | None = None) -> ImageClassificationDataset:
     """One part of the dataset, all classes."""
-    columns = {name: getattr(settings, name) for name in DATA_SETTINGS}
-    return load_image_dataset(settings.dataset, split=split, transform=transform, **columns)
+    options = {name: getattr(settings, name) for name in DATA_SETTINGS}
+    options |= {"config_name": settings.dataset_config, "revision": settings.dataset_revision}
+    # without a test every image trains
+    options["holdout"] = settings.holdout if settings.evaluate or settings.eval_split is not None else 0.0
+    return load_image_dataset(settings.dataset, split=split, transform=transform, **options)
 
 
 def _labelled(images: ImageClassificationDataset, settings: RunSettings) -> Sequence[int]:
@@ -470,6 +473,9 @@ def _report(settings: RunSettings, args: VLMTrainingArguments) -> dict[str, floa
         label_column=settings.label_column,
         class_names=settings.class_names,
         value_range=settings.value_range,
+        dataset_config=settings.dataset_config,
+        dataset_revision=settings.dataset_revision,
+        holdout=settings.holdout,
         shots=settings.shots or None,
         seed=args.seed,
         device=str(args.device),

@@ -233,6 +233,8 @@ def _data_facts(folder: AdapterFolder) -> list[str]:
     data, objective = folder.summary.get("data") or {}, folder.summary.get("objective") or {}
     training, evaluation = folder.summary.get("training") or {}, folder.evaluation
     facts = [f"{data['num_images']:,} training images of {data['num_classes']:,} classes."] if data else []
+    if share := data.get("holdout"):
+        facts.append(f"The images had no parts: {share:.0%} of each class, drawn by seed 0, were kept for the test.")
     if evaluation and evaluation.shots:
         facts.append(f"Labelled images per class: at most {evaluation.shots}.")
     if objective.get("transductive"):

@@ -150,7 +150,7 @@ class ArtifactsCallback(TrainerCallback):
             "paper": objective.paper and {"title": objective.paper.title, "url": objective.paper.url},
             "objective": objective.config_dict(),
             "training": {name: _plain(getattr(args, name)) for name in REPORTED_ARGUMENTS},
-            "data": {"num_images": len(dataset), "num_classes": len(dataset.class_names)},
+            "data": self._data(),
             "training_images": {"count": len(dataset), "sample": sample},
             "trainable_parameters": sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad),
             "steps": state.global_step,
@@ -161,6 +161,13 @@ class ArtifactsCallback(TrainerCallback):
             "metrics": _final_metrics(state),
             "environment": environment(),
         }
+
+    def _data(self) -> dict[str, Any]:
+        """Numbers of images and classes, and how the test was kept apart if the source has no parts."""
+        dataset = self.trainer.train_dataset
+        share = dataset.holdout if isinstance(dataset, ImageClassificationDataset) else 0.0
+        counts = {"num_images": len(dataset), "num_classes": len(dataset.class_names)}
+        return counts | ({"holdout": share, "holdout_seed": 0} if share else {})
 
     def _selection(self, args: TrainingArguments) -> dict[str, Any] | None:
         """The images on which the checkpoint was chosen; None where the last one was taken."""

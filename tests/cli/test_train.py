@@ -1,7 +1,9 @@
 """`peft-vlm train`: any method, from flags or a file."""
 
+import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,6 +191,61 @@ def test_features_that_are_stored_in_every_epoch_show_one_bar(words, tmp_path, c
     progress = capsys.readouterr().err
     assert "Storing" in progress
     assert "Storing" not in progress.partition("Epoch 1 of 3")[2]
+
+
+def test_a_folder_without_parts_is_parted_and_said_so(words, tmp_path, capsys, caplog) -> None:
+    """A newcomer's flat folder of classes ended in an error about a split that it does not have."""
+    root, flags = words
+    flat = tmp_path / "flat"
+    for split in ("train", "test"):
+        for path in (root / "data" / split).rglob("*.png"):
+            target = flat / path.parent.name / f"{split} {path.name}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    flags = [*flags, *own_words("coop", root), "--dataset", str(flat), "--holdout", "0.25"]
+    run = tmp_path / "run"
+    assert main(["train", "--method", "coop", *flags, "--output_dir", str(run)]) == 0
+    assert "flat has no parts: 12 images are `train`, and 4, 25 % of each class" in caplog.text
+    data = json.loads((run / "training_summary.json").read_text())["data"]
+    assert data == {"num_images": 12, "num_classes": 4, "holdout": 0.25, "holdout_seed": 0}
+    report = json.loads((run / "report.json").read_text())
+    assert report["parts"]["all"]["num_images"] == 4
+    assert "25% of each class" in report["note"]
+    assert "25% of each class, drawn by seed 0, were kept for the test" in (run / "README.md").read_text()
+    evaluate = ["evaluate", "--protocol", "few-shot", "--adapter", str(run), "--dataset", str(flat), "--no_plots"]
+    assert main([*evaluate, "--output_dir", str(tmp_path / "again"), "--save_predictions"]) == 0
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert again["parts"] == report["parts"], "the same images"
+    text = (tmp_path / "again" / "predictions.csv").read_text("utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
+    assert len(rows) == 4
+    for row in rows:
+        assert Path(row["file"]).is_file()
+        assert Path(row["file"]).parent.name == row["label"]
+    assert main(["train", "--method", "coop", *flags, "--no_evaluate", "--output_dir", str(tmp_path / "all")]) == 0
+    data = json.loads((tmp_path / "all" / "training_summary.json").read_text())["data"]
+    assert data == {"num_images": 16, "num_classes": 4}, "nothing is kept for a test that is not made"
+
+
+def test_several_seeds_give_mean_and_spread(words, tmp_path, capsys) -> None:
+    """One seed's luck is not a result."""
+    root, flags = words
+    command = ["train", "--method", "coop", *own_words("coop", root), *flags, "--shots", "1"]
+    command += ["--seeds", "1", "2", "--output_dir", str(tmp_path / "runs")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "over 2 seeds" in printed
+    result = json.loads((tmp_path / "runs" / "seeds.json").read_text())
+    scores = []
+    for seed in (1, 2):
+        folder = tmp_path / "runs" / f"seed{seed}"
+        assert json.loads((folder / "training_summary.json").read_text())["training"]["seed"] == seed
+        scores.append(json.loads((folder / "report.json").read_text())["scores"]["accuracy"])
+        assert result["seeds"][str(seed)]["accuracy"] == scores[-1]
+    assert result["mean"]["accuracy"] == pytest.approx(sum(scores) / 2)
+    assert result["std"]["accuracy"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    assert main([*command, "--seed", "3"]) == 2
+    assert "`--seed` or `--seeds`, got both" in capsys.readouterr().err
 
 
 def test_flags_replace_what_a_file_says_and_the_adapter_is_measured(words, tmp_path, capsys) -> None:

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from datasets import (
@@ -340,3 +341,40 @@ def test_class_names_from_files(tmp_path: Path) -> None:
         read_class_names(tmp_path / "wrong.json")
     with pytest.raises(DataError, match="There is no"):
         read_class_names(tmp_path / "gone.txt")
+
+
+def test_a_hub_dataset_is_asked_for_by_configuration_revision_and_token(monkeypatch) -> None:
+    """Without them a dataset of several configurations, or a private one, cannot be loaded at all."""
+    asked = []
+
+    def load_dataset(path, split=None, streaming=False, **place):
+        asked.append((path, split, place))
+        return datasets.Dataset.from_list(colour_rows(1)).cast_column("image", datasets.Image())
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    place = {"config_name": "small", "revision": "v2", "token": "hf_x"}
+    assert len(load_image_dataset("me/colours", split="train", class_names=list(colour_names()), **place)) == 6
+    assert asked[0] == ("me/colours", "train", {"name": "small", "revision": "v2", "token": "hf_x"})
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_a_test_that_is_drawn_is_stratified_repeatable_and_apart(tmp_path, share) -> None:
+    """Images in both parts would be a test on training images; a class without any would not be tested."""
+    for label, count in (("a", 10), ("b", 4), ("c", 1)):
+        (tmp_path / label).mkdir()
+        for number in range(count):
+            noise_image(8, 8, seed=number).save(tmp_path / label / f"{number}.png")
+    parts = {
+        split: load_image_dataset(tmp_path, split=split, holdout=share, class_names=["a", "b", "c"])
+        for split in ("train", "test")
+    }
+    files = {split: [part.path_of(index) for index in range(len(part))] for split, part in parts.items()}
+    assert len(files["train"]) + len(files["test"]) == 15
+    assert not set(files["train"]) & set(files["test"])
+    counts = [parts["test"].labels.count(label) for label in range(3)]
+    assert counts == [round(10 * share), max(1, round(4 * share)), 0]
+    again = load_image_dataset(tmp_path, split="test", holdout=share, class_names=["a", "b", "c"])
+    assert [again.path_of(index) for index in range(len(again))] == files["test"]
+    assert len(load_image_dataset(tmp_path, split="train", class_names=["a", "b", "c"])) == 15, "as before without it"
+    with pytest.raises(DataError, match="`holdout` from 0 to below 1"):
+        load_image_dataset(tmp_path, split="train", holdout=1.0)

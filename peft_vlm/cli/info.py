@@ -71,7 +71,7 @@ def _method(method: "TrainingMethod") -> dict[str, Any]:
     from peft_vlm.registry import RunSize
 
     facts = {"method": method.name, "adapter": method.adapter, "trained": method.adapter_type.trained}
-    facts |= {"paper": _cited(method.paper), "config": _defaults(method.adapter_type.config) | method.defaults}
+    facts |= {"paper": _cited(method.paper), "config": {**_defaults(method.adapter_type.config), **method.defaults}}
     targets = (("objective", method.objective), ("objective on text models", method.answer_objective))
     facts |= {key: _defaults(target) for key, target in targets if target is not None}
     facts["presets"] = ", ".join(method.presets) or "none"

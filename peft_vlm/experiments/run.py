@@ -195,7 +195,7 @@ def run_training(
     size = size_of(settings, pool, model_config.to_dict())
     preset = preset_of(settings, size)
     args = arguments(preset.training)
-    config = METHODS[settings.method].defaults | preset.config | named_values(settings.config, "config")
+    config = {**METHODS[settings.method].defaults, **preset.config, **named_values(settings.config, "config")}
     options = preset.objective | named_values(settings.objective, "objective")
     if settings.preset is None and args.process_index == 0:
         _say_recommended(settings, size, preset, args, config | options)

@@ -190,7 +190,7 @@ def _settings_of(folder: AdapterFolder) -> dict[str, Any]:
     for part in ("objective", "training"):
         settings |= {k: v for k, v in ((folder.summary or {}).get(part) or {}).items() if k not in settings}
     steps = settings.get("max_steps")
-    settings.pop("num_train_epochs" if is_of(steps, int) and steps > 0 else "max_steps", None)
+    settings.pop("num_train_epochs" if isinstance(steps, int) and steps > 0 else "max_steps", None)
     return {name: value for name, value in settings.items() if value is not None}
 
 

@@ -12,10 +12,23 @@ def test_a_comparison_goes_on_with_the_cells_that_are_missing(tmp_path: Path) ->
     """Hours of training would be repeated after an interruption, or cells of other settings mixed into one table."""
     for number, row in enumerate(colour_rows(4, classes=3)):
         part = "train" if number % 4 < 2 else "test"
-        path = tmp_path / "colours" / part / str(row["label"]).replace("0", "red").replace("1", "lime") / f"{number}.png"
+        path = (
+            tmp_path / "colours" / part / str(row["label"]).replace("0", "red").replace("1", "lime") / f"{number}.png"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         row["image"].save(path)
-    words = ["examples/compare.py", "--use_cpu", "--seeds", "1", "--epochs", "1", "--shots", "2", "--tasks", "few_shot"]
+    words = [
+        "examples/compare.py",
+        "--use_cpu",
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--shots",
+        "2",
+        "--tasks",
+        "few_shot",
+    ]
     words += ["--datasets", str(tmp_path / "colours"), "--templates", "a {}"]
     words += ["--model", str(ROOT / "examples/assets/clip_student"), "--output_dir", str(tmp_path / "out")]
     first = run_script(*words, "--methods", "coop")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, no_type_check
+from typing import ClassVar, cast, no_type_check
 
 from peft import PeftType
 
@@ -58,6 +58,6 @@ class PromptSRCConfig(TextContextConfig):
     def depths(self) -> tuple[int, int]:
         """Layers with learned tokens in the text and in the vision tower; 0 for a tower without tokens."""
         return (
-            self.text_depth if self.num_text_tokens else 0,
-            self.vision_depth if self.num_vision_tokens else 0,
+            cast(int, self.text_depth) if self.num_text_tokens else 0,
+            cast(int, self.vision_depth) if self.num_vision_tokens else 0,
         )

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, no_type_check
+from typing import ClassVar, cast, no_type_check
 
 from peft import PeftType
 
@@ -77,8 +77,8 @@ class RPPConfig(TextContextConfig):
     def depths(self) -> dict[str, int]:
         """Prompted layers by tower; 0 for a tower without tokens."""
         return {
-            "text": self.text_depth if self.num_text_tokens else 0,
-            "vision": self.vision_depth if self.num_vision_tokens else 0,
+            "text": cast(int, self.text_depth) if self.num_text_tokens else 0,
+            "vision": cast(int, self.vision_depth) if self.num_vision_tokens else 0,
         }
 
     def dead_layers(self, tower: str) -> dict[int, str]:

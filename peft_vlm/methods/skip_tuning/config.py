@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, no_type_check
+from typing import ClassVar, cast, no_type_check
 
 from peft import PeftType
 
@@ -74,4 +74,5 @@ class SkipTuningConfig(VLMConfig):
     @property
     def start_layers(self) -> tuple[int, int]:
         """First tuned layer of the vision tower and of the text tower."""
-        return self.start_layer, self.start_layer if self.text_start_layer is None else self.text_start_layer
+        vision = cast(int, self.start_layer)  # filled in when the model is wrapped
+        return vision, vision if self.text_start_layer is None else self.text_start_layer

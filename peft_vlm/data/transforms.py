@@ -11,7 +11,9 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 from transformers import BaseImageProcessor
 
-from peft_vlm.errors import DataError
+from peft_vlm.errors import DataError, shown
+from peft_vlm.files import is_of
+from peft_vlm.serving.card import MAX_SIDE
 
 
 @runtime_checkable
@@ -47,6 +49,11 @@ def image_size_of(processor: BaseImageProcessor) -> tuple[int, int]:
             f"size {settings.get('size')!r} and crop_size {settings.get('crop_size')!r}. Set `size` to a height and "
             "a width, or switch on `do_center_crop`."
         )
+    for name in ("size", "crop_size"):
+        sides = settings.get(name)
+        for side in sides.values() if isinstance(sides, Mapping) else [sides]:
+            if side is not None and (not isinstance(side, int) or not 1 <= side <= MAX_SIDE):
+                raise DataError(f"Expected `{name}` of 1 to {MAX_SIDE} in an image processor, got {shown(sides)}.")
     return int(size["height"]), int(size["width"])
 
 
@@ -55,7 +62,13 @@ def mean_and_std_of(processor: BaseImageProcessor) -> tuple[tuple[float, ...], t
     settings = processor.to_dict()
     if not settings.get("do_normalize"):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return tuple(settings["image_mean"]), tuple(settings["image_std"])
+    mean, std = settings.get("image_mean"), settings.get("image_std")
+    if not is_of([mean, std], list[list[float]]) or not len(mean) == len(std) == 3 or 0 in std:
+        raise DataError(
+            "Expected `image_mean` and `image_std` of three finite numbers each, none of `image_std` 0, in an image "
+            f"processor, got {shown(mean)} and {shown(std)}."
+        )
+    return tuple(mean), tuple(std)
 
 
 class EvalTransform:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
@@ -27,7 +30,17 @@ from peft_vlm.data.images import as_value_range
 from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.splits import check_not_trained_on, is_chosen_on
 from peft_vlm.data.transforms import EvalTransform, image_size_of, mean_and_std_of
-from peft_vlm.errors import AdapterError, ClassNameError, DataError, HubError, PeftVLMError, explain, explained, shown
+from peft_vlm.errors import (
+    AdapterError,
+    ClassNameError,
+    DataError,
+    HubError,
+    PeftVLMError,
+    UnsupportedModelError,
+    explain,
+    explained,
+    shown,
+)
 from peft_vlm.evaluation import protocols
 from peft_vlm.evaluation.classify import EvalResult, TextClassifier
 from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png, require_matplotlib
@@ -44,7 +57,7 @@ from peft_vlm.files import (
     write_bytes,
 )
 from peft_vlm.models.repository import hub_options, is_local, why_cache_only
-from peft_vlm.models.towers import towers_of
+from peft_vlm.models.towers import check_base_config, towers_of
 from peft_vlm.serving.escape import spreadsheet_cell
 from peft_vlm.settings import EvaluationArguments
 from peft_vlm.text.prompts import places_of
@@ -134,18 +147,29 @@ def _source(adapter: str, **where: str | None) -> AdapterSource:
     return AdapterSource.find(adapter, **where)
 
 
+#: What damaged files of a base model raise beside the usual errors.
+DAMAGED = (SafetensorError, StrictDataclassError)
+
+
 def _load_base(base: str, dtype: torch.dtype, token: str | None, revision: str | None) -> tuple[nn.Module, Any, Any]:
     """Model, tokenizer and image processor of a base model."""
     if Path(base, CONFIG_NAME).exists():
         raise AdapterError(f"Expected a base model, got the adapter {base!r}. Pass `base_model=` with its base model.")
+    if Path(base).is_dir() and (odd := [p.name for p in Path(base).iterdir() if not p.is_file() and not p.is_dir()]):
+        raise AdapterError(
+            f"Expected files in the base model {base!r}, got {shown(odd)}, which are none. Remove them."
+        )
     options = hub_options(base, token=token, revision=revision)
     # transformers looks for an adapter in the repository, too, and asks the Hub for it unless it is told twice
     twice = {"adapter_kwargs": {"local_files_only": options["local_files_only"]}}
     try:
+        check_base_config(AutoConfig.from_pretrained(base, **options))
         model: nn.Module = AutoModel.from_pretrained(base, dtype=dtype, **options, **twice)
         tokenizer = AutoTokenizer.from_pretrained(base, **options)
         return model, tokenizer, AutoImageProcessor.from_pretrained(base, **options)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+    except UnsupportedModelError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, *DAMAGED) as error:
         if options["local_files_only"] and not is_local(base):
             raise HubError(
                 f"The base model {base!r} is no folder here and cannot be read: {why_cache_only()}."

@@ -512,13 +512,46 @@ def towers_of(model: nn.Module) -> Towers:
     for family, towers in FAMILIES.items():
         if isinstance(base, family):
             return towers(base)
+    raise _unsupported(type(base))
+
+
+def check_base_config(config: PreTrainedConfig) -> None:
+    """Refuse a base model by its configuration alone, before a network of whatever size it names is built.
+
+    Args:
+        config: Configuration, which may come from anybody.
+
+    Raises:
+        UnsupportedModelError: If it is of another architecture, or names sizes that no such model has.
+    """
+    from transformers import MODEL_MAPPING
+
+    if not isinstance(config, tuple(family.config_class for family in FAMILIES)):
+        kind = MODEL_MAPPING.get(type(config), None)  # type: ignore[attr-defined] - a lazy mapping
+        raise _unsupported(kind if isinstance(kind, type) else type(config))
+    for tower in (config.text_config, config.vision_config):
+        for name, value in tower.to_dict().items():
+            limit = LIMITS.get(name, MOST)
+            if isinstance(value, int) and value > limit:
+                raise UnsupportedModelError(
+                    f"Expected `{name}` of at most {limit:,} in the configuration of the base model, got {value}. Get "
+                    "the base model again."
+                )
+
+
+#: Largest numbers in the configuration of a tower; the largest models here stay far below.
+LIMITS = {"num_hidden_layers": 1000, "num_attention_heads": 10_000, "image_size": 8192, "patch_size": 8192}
+MOST = 10_000_000
+
+
+def _unsupported(kind: type) -> UnsupportedModelError:
     hint = " Open an issue if you need this architecture."
-    if isinstance(base, Siglip2Model):
+    if issubclass(kind, Siglip2Model):
         hint = " Its NaFlex inputs carry a size per image; load the fixed-resolution checkpoint as `SiglipModel`."
-    elif isinstance(base, PreTrainedModel) and base.can_generate():
+    elif issubclass(kind, PreTrainedModel) and kind.can_generate():
         hint = " Of the methods here, TVP and Skip Tuning work on models that write text."
-    raise UnsupportedModelError(
-        f"Expected one of {sorted(f.__name__ for f in FAMILIES)}, got `{type(base).__name__}`.{hint}"
+    return UnsupportedModelError(
+        f"Expected one of {sorted(f.__name__ for f in FAMILIES)}, got `{kind.__name__}`.{hint}"
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,7 +135,10 @@ def test_images_are_found_beside_anything(name: str, tmp_path: Path) -> None:
     """A pipe waited for ever; links in circles behind `**` took hours."""
     make, expected = BEARABLE[name]
     make(tmp_path / "data")
-    forked.run(tmp_path / "log", count, str(tmp_path / "data"), expected)
+    try:
+        forked.run(tmp_path / "log", count, str(tmp_path / "data"), expected)
+    finally:
+        subprocess.run(["rm", "-rf", str(tmp_path / "data")], check=True)  # too deep for what pytest removes it by
 
 
 def rows(content: str) -> Callable[[Path], object]:

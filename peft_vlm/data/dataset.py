@@ -290,7 +290,7 @@ class ImageClassificationDataset(Dataset):
 
     def order_facts(self) -> dict[str, Any]:
         """What decides which images an epoch shows, beside seed, batch size and number of processes."""
-        return {"images": len(self)}
+        return {"images": len(self), "image_seed": self.seed}
 
     def skip_batches(self, count: int) -> None:
         """Do nothing: batches that a resumed run throws away are skipped by position, unread.

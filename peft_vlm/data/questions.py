@@ -1,6 +1,7 @@
 """Images with questions and answers for models that read an image and write text."""
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
@@ -126,6 +127,14 @@ class ImageQuestionDataset(ImageClassificationDataset):
             )
         self._question = question
         self._questions = None if column is None else _texts(self.source, column)
+
+    def text_digest(self) -> str:
+        """Digest of all questions and answers, in the order of the images."""
+        digest = hashlib.blake2b(repr(self._question).encode(), digest_size=8)
+        for texts in (self._questions, self._answers):
+            if texts is not None:
+                digest.update(repr([texts[row] for row in self._rows]).encode())
+        return digest.hexdigest()
 
     @property
     def has_fixed_pixels(self) -> bool:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from peft_vlm.data.dataset import ImageClassificationDataset, is_hf_dataset
 from peft_vlm.data.folders import check_files_exist
@@ -317,6 +318,14 @@ def _found(test: ImageClassificationDataset, sample: Sequence[str]) -> list[str]
     return [entry for entry in prints if entry in known]
 
 
+def _can_be_read(image: Image.Image) -> bool:
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError):  # training says so where it meets the image
+        return False
+    return True
+
+
 def _fingerprint(cell: Any, sizes: set[str] | None) -> str | None:
     """Size and digest of an image's content; None where it has none to read, or its size is not among some."""
     if isinstance(cell, dict):
@@ -326,6 +335,8 @@ def _fingerprint(cell: Any, sizes: set[str] | None) -> str | None:
         if not path.is_file() or (sizes is not None and str(path.stat().st_size) not in sizes):
             return None
         content = path.read_bytes()
+    elif isinstance(cell, Image.Image) and not _can_be_read(cell):
+        return None
     else:
         content = cell if isinstance(cell, bytes) else np.ascontiguousarray(np.asarray(cell)).tobytes()
     if sizes is not None and str(len(content)) not in sizes:

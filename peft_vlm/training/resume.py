@@ -18,6 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from peft_vlm.adapters.config import adapter_settings
 from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.data.splits import content_digest
 from peft_vlm.distributed import from_all, num_processes
 from peft_vlm.errors import CheckpointError, PeftVLMError, PeftVLMWarning, shown
@@ -95,7 +96,9 @@ def identity_of(model: nn.Module, objective: Objective, images: Any, *, optimize
         "templates": None if prompts is None else list(prompts.templates),
         "images": len(images),
         "content": content_digest(images) if isinstance(images, ImageClassificationDataset) else None,
-        "transform": _transform_facts(images.transform),
+        "questions": images.text_digest() if isinstance(images, ImageQuestionDataset) else None,
+        "value_range": getattr(images, "value_range", None),
+        "transform": _transform_facts(getattr(images, "augmentation", None) or images.transform),
     }
     return _json(found)
 

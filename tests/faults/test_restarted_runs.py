@@ -155,6 +155,17 @@ def test_a_resume_as_another_run_is_refused(tmp_path: Path, interrupted: Path, n
     assert json.loads((tmp_path / "training_summary.json").read_text())["changes"]
 
 
+def test_other_questions_are_another_run(tmp_path: Path) -> None:
+    """The images and labels may be the same."""
+    train(tmp_path, "skip_tuning_answers", max_steps=2)
+
+    def other(model: Any, objective: Any, dataset: Any) -> None:
+        dataset._set_questions("Which animal is this?", None)
+
+    with pytest.raises(CheckpointError, match="questions was '"):
+        train(tmp_path, "skip_tuning_answers", max_steps=4, resume="auto", change=other)
+
+
 def test_another_objective_is_another_run(tmp_path: Path, interrupted: Path) -> None:
     """Its tensors may have the same names and shapes."""
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_model_status, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft import set_peft_model_state_dict as set_state
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from peft_vlm.errors import AdapterError
@@ -176,3 +177,23 @@ def test_get_features_run_through_the_adapter(case):
         normal = torch.nn.functional.normalize
         expected = model.get_base_model().logit_scale.exp() * normal(image, dim=-1) @ normal(text, dim=-1).T
     assert_close(logits(case, model), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("spoil", ["missing", "unknown"])
+def test_transformers_own_load_refuses_what_does_not_belong_together(case, spoil, tmp_path):
+    """It printed a table, and went on with initial values."""
+    adapted(case).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    if spoil == "missing":
+        if len(tensors) == 1:  # a file without tensors is refused by its header
+            return
+        del tensors[sorted(tensors)[0]]
+    else:
+        tensors["base_model.model.extra.weight"] = torch.zeros(2)
+    save_file(tensors, path, metadata={"format": "pt"})
+    model = base_model()
+    with pytest.raises(AdapterError, match="missing|unknown|by the configuration"):
+        model.load_adapter(str(tmp_path))
+    if hasattr(model, "peft_config"):
+        assert "default" not in model.peft_config, "it was taken off again"

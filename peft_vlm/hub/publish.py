@@ -17,9 +17,10 @@ from typing import Any
 from huggingface_hub import HfApi
 from peft import PeftModel
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from peft_vlm.adapters.config import VLMConfig, write_facts
-from peft_vlm.errors import AdapterError, HubError, PeftVLMWarning, explained
+from peft_vlm.errors import AdapterError, HubError, PeftVLMWarning, explained, shown
 from peft_vlm.files import (
     BASELINE_NAME,
     CARD_NAME,
@@ -245,3 +246,33 @@ def extend_push_to_hub() -> None:
 
     push_to_hub.__module__ = __name__
     PeftModel.push_to_hub = push_to_hub
+
+
+def extend_load_adapter() -> None:
+    """Extend transformers' own `load_adapter`, once: it prints a table where tensors of a file are missing or unknown.
+
+    An adapter of this package is taken off again then, as PEFT's path refuses it; all others are as before.
+    """
+    original = PeftAdapterMixin.load_adapter
+    if original.__module__ == __name__:
+        return
+
+    @wraps(original)
+    def load_adapter(self: Any, *args: Any, **options: Any) -> Any:
+        before = set(getattr(self, "peft_config", {}))
+        found = original(self, *args, **options)
+        new = [name for name in getattr(self, "peft_config", {}) if name not in before]
+        if found is None or not new or not isinstance(self.peft_config[new[0]], VLMConfig):
+            return found
+        missing, unknown = sorted(found.missing_keys), sorted(found.unexpected_keys)
+        if missing or unknown:
+            self.delete_adapter(new[0])
+            raise AdapterError(
+                f"Expected the tensors of this adapter in its file: missing {shown(missing)}, unknown "
+                f"{shown(unknown)}. The weights file does not belong to this adapter_config.json: get the folder "
+                "again."
+            )
+        return found
+
+    load_adapter.__module__ = __name__
+    PeftAdapterMixin.load_adapter = load_adapter

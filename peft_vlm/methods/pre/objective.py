@@ -3,18 +3,18 @@
 PRE: Vision-Language Prompt Learning with Reparameterization Encoder, 2023, arXiv 2309.07760.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_vlm.adapters.learned_tokens import EncodedContext
 from peft_vlm.classification import ClassificationObjective
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streaming import ImageStream
-from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import Paper
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 PAPER = Paper(
     title="PRE: Vision-Language Prompt Learning with Reparameterization Encoder",
@@ -65,26 +65,12 @@ class PREObjective(ClassificationObjective):
             )
         super().prepare(model, dataset)
 
-    def callbacks(self, model: nn.Module) -> list[TrainerCallback]:
+    def callbacks(self, model: nn.Module) -> "list[TrainerCallback]":
         """The collapse at the end of the run.
 
         Args:
             model: `PeftModel` with the active adapter.
         """
-        return [_Collapse(model)]
+        from peft_vlm.methods.pre.collapse import Collapse  # here: it imports the Trainer, which imports PEFT
 
-
-class _Collapse(TrainerCallback):
-    """Collapses the network of the active adapter when training has ended, before the final files are written."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Put the encoded context in the place of the vectors."""
-        layer = towers_of(self.model).token_embedding
-        assert isinstance(layer, EncodedContext), "a CoOp adapter is active"
-        layer.collapse(self.model.active_adapter)
-        self.model.active_peft_config.network = None
+        return [Collapse(model)]

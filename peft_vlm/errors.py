@@ -74,6 +74,10 @@ def check_choice(name: str, value: object, choices: Collection[str | None]) -> N
         raise ValueError(f"Expected `{name}` to be one of {allowed!r}, got {value!r}.{advice}")
 
 
+#: Longest class name or template. No text tower reads as much, and a tokenizer takes seconds for a million letters.
+MAX_CHARACTERS = 5000
+
+
 def check_template(template: str) -> None:
     """Refuse a template that does not have its place for the class name.
 
@@ -81,8 +85,10 @@ def check_template(template: str) -> None:
         template: Text with `{}`.
 
     Raises:
-        ClassNameError: If `{}` is not there exactly once.
+        ClassNameError: If `{}` is not there exactly once, or the template is longer than any text tower reads.
     """
+    if len(template) > MAX_CHARACTERS:
+        raise ClassNameError(f"Expected a template of at most {MAX_CHARACTERS:,} characters, got {shown(template)}.")
     count = template.count("{}")
     if count != 1:
         raise ClassNameError(

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from peft_vlm.errors import ClassNameError, check_template
+from peft_vlm.errors import MAX_CHARACTERS, ClassNameError, check_template, shown
 from peft_vlm.models.repository import hub_options
 from peft_vlm.models.towers import Towers, towers_of
 
@@ -200,6 +200,8 @@ def check_class_names(class_names: Sequence[object]) -> tuple[str, ...]:
     for index, name in enumerate(class_names):
         if not isinstance(name, str) or not readable(name):
             raise ClassNameError(f"Class {index} has no name: got {name!r}. Give every class a non-empty string.")
+        if len(name) > MAX_CHARACTERS:
+            raise ClassNameError(f"Expected class names of at most {MAX_CHARACTERS:,} characters, got {shown(name)}.")
         if any(unicodedata.category(character) in CONTROL for character in name):
             raise ClassNameError(
                 f"Class {index} has a control character in its name {name!r}, which shifts the lines of a list. Take "

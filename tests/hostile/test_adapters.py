@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft_vlm.adapters.adapter_files import AdapterSource
 from peft_vlm.adapters.config import check_weights, read_config
 from peft_vlm.classifier import PromptedClassifier
-from peft_vlm.errors import PeftVLMError
+from peft_vlm.errors import ClassNameError, PeftVLMError
 from peft_vlm.evaluation.run import load_model
 from peft_vlm.files import CLASSES_NAME, CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME
 from peft_vlm.registry import ADAPTERS
@@ -367,6 +367,19 @@ def test_ordinary_patterns_of_pefts_own_methods_are_not(copy_of, pattern):
         both(change(target_modules=pattern), tensors(lambda t: None))(folder)
     read_config(folder)
     check_weights(AdapterSource.find(folder), read_config(folder))
+
+
+@pytest.mark.parametrize("values", [{"template": "x" * 10**6 + "{}"}, {"class_names": ["x" * 10**6, "y"]}])
+def test_texts_that_no_tower_reads_are_not_tokenised(copy_of, values):
+    """A tokenizer takes 20 seconds for a million letters without a space."""
+    folder = copy_of("coop")
+    change(**values)(folder)
+    check_refusal(lambda: load_to_predict_an_image(folder), ClassNameError, "at most 5,000 characters")
+
+
+def load_to_predict_an_image(folder: Path) -> None:
+    """Templates are filled when an image is classified."""
+    PromptedClassifier.from_pretrained(folder, device="cpu").predict(noise_image(9, 9))
 
 
 @pytest.mark.parametrize("case", ADAPTER_CASES, ids=lambda case: case.adapter)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, CLIPModel, CLIPProcessor, pipeline
+from transformers import CLIPModel, CLIPProcessor, pipeline
 
 from peft_vlm import PromptedClassifier
 from peft_vlm.errors import AdapterError, UnsupportedModelError
@@ -111,7 +111,6 @@ def test_other_models_keep_the_pipelines_of_transformers() -> None:
         expected = dict(zip(NAMES, logits.softmax(-1)[0].tolist(), strict=True))
         assert scores(classify(picture, candidate_labels=NAMES)) == pytest.approx(expected, rel=1e-5)
     assert isinstance(lora, PeftModel)
-    assert AutoConfig.for_model("clip").id2label[0] == "LABEL_0"
 
 
 @pytest.mark.parametrize(

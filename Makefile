@@ -64,7 +64,7 @@ test-faults: $(STAMP)
 	@$(PYTEST) tests/faults $(ARGS)
 
 test-hostile: $(STAMP)
-	@echo "All attacks and all mutations of files: about 15 minutes"
+	@echo "All attacks and all mutations of files: about 7 minutes"
 	@$(PYTEST) -m "not gpu" tests/hostile --timeout=1800 $(ARGS)
 
 test-first-hour: $(STAMP)

@@ -52,9 +52,9 @@ def content(data: bytes):
 
 
 ATTACKS = table(
-    Attack("postscript", content(EPS), "cannot identify"),
+    Attack("postscript", content(EPS), "no image of a kind that is read"),
     Attack("postscript-in-dos-clothes", content(BINARY_EPS), "cannot"),
-    Attack("pdf", content(b"%PDF-1.4\n"), "cannot identify"),
+    Attack("pdf", content(b"%PDF-1.4\n"), "no image of a kind that is read"),
     Attack("many-pixels", content(png(13_000, 13_000)), "at most 89,478,485 pixels"),
     Attack("more-pixels", content(png(60_000, 60_000)), "at most 89,478,485 pixels"),
     Attack("most-pixels", content(png(2**31 - 1, 2**31 - 1)), "pixels"),

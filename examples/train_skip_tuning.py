@@ -115,7 +115,7 @@ def learners_of(settings: dict[str, Any], test_transform: EvalTransform) -> list
             "full_finetuning",
             wrap=lambda model: model,
             objective=lambda prompts, seed: FullFineTuningObjective(prompts),
-            training=settings["training"] | settings.get("full_finetuning", {}),
+            training=settings["training"] | {"vision_learning_rate": None} | settings.get("full_finetuning", {}),
         ),
         TrainerLearner(
             "skip_tuning",

@@ -5,16 +5,14 @@ from pathlib import Path
 
 from tests.scripts import run_script
 from tests.source_tree import ROOT
-from tests.tiny import colour_rows
+from tests.tiny import colour_names, colour_rows
 
 
 def test_a_comparison_goes_on_with_the_cells_that_are_missing(tmp_path: Path) -> None:
     """Hours of training would be repeated after an interruption, or cells of other settings mixed into one table."""
     for number, row in enumerate(colour_rows(4, classes=3)):
         part = "train" if number % 4 < 2 else "test"
-        path = (
-            tmp_path / "colours" / part / str(row["label"]).replace("0", "red").replace("1", "lime") / f"{number}.png"
-        )
+        path = tmp_path / "colours" / part / colour_names()[row["label"]] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         row["image"].save(path)
     words = [

@@ -63,7 +63,8 @@ def mean_and_std_of(processor: BaseImageProcessor) -> tuple[tuple[float, ...], t
     if not settings.get("do_normalize"):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean, std = settings.get("image_mean"), settings.get("image_std")
-    if not is_of([mean, std], list[list[float]]) or not len(mean) == len(std) == 3 or 0 in std:
+    numbers = list(std or ()) if is_of([mean, std], list[list[float]]) else []
+    if len(numbers) != 3 or len(mean) != 3 or 0 in numbers:
         raise DataError(
             "Expected `image_mean` and `image_std` of three finite numbers each, none of `image_std` 0, in an image "
             f"processor, got {shown(mean)} and {shown(std)}."

@@ -56,6 +56,14 @@ def test_a_template_that_spells_the_context_words_gives_them_up():
     assert other == [[START, START, *ids("one"), *ids("red."), END]]
 
 
+def test_prompts_shorter_than_the_context_words_get_slots_in_front():
+    """Short names in a short template ended in a shape error of torch."""
+    words = ids("photo of a dog")
+    model = coop(context_init="photo of a dog", context_init_ids=words, num_text_tokens=len(words))
+    expected = [[START, *[START] * len(words), *ids("a"), END]]
+    assert reserve_slots(model, prompts("{}", ("a",))).input_ids.tolist() == expected
+
+
 def test_words_that_only_some_prompts_begin_with_stay():
     """Every prompt needs its slots at the same places: an ensemble keeps its words and gets slots in front."""
     model = coop(context_init_ids=ids("a"))

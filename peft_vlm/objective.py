@@ -215,7 +215,7 @@ class Objective(ABC):
         """Called when the trainer is made, before it asks for batches: what of the model trains, and whether images
         come again unchanged, may decide what the objective needs of them (`needs_pixels`)."""
 
-    def prepare(self, model: nn.Module, dataset: Dataset) -> None:
+    def prepare(self, model: nn.Module, dataset: Any) -> None:
         """Called once before the first step, with the model on its device and the initial adapter.
 
         This one writes classes, template and preprocessing into the adapter's configuration, so that what

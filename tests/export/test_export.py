@@ -37,6 +37,10 @@ def exported(model: nn.Module, processor=None):
     return plain_classifier(model, features, colour_names(), image_processor=processor or clip_processor())
 
 
+#: A case that is a plain classifier for fixed classes.
+EXPORTABLE = next(case for case in ADAPTER_CASES if case.adapter == "promptsrc")
+
+
 @pytest.mark.parametrize("case", ADAPTER_CASES, ids=lambda case: case.adapter)
 def test_every_format_gives_the_logits_of_the_adapter(case: Case, tmp_path) -> None:
     """For batches of one and of three: a dynamic axis that was traced as a constant shows here."""
@@ -132,7 +136,7 @@ def test_the_active_adapter_is_exported() -> None:
 
 def test_half_precision_keeps_its_type() -> None:
     """A bfloat16 model exports as one; its logits come in float32."""
-    model = adapted(ADAPTER_CASES[0].config(), model=base_model().to(torch.bfloat16))
+    model = adapted(EXPORTABLE.config(), model=base_model().to(torch.bfloat16))
     classifier = exported(model)
     assert classifier.tower.positions.dtype == torch.bfloat16
     assert classifier(pixels().bfloat16()).dtype == torch.float32
@@ -140,7 +144,7 @@ def test_half_precision_keeps_its_type() -> None:
 
 def test_files_carry_classes_and_preprocessing(tmp_path) -> None:
     """One file is enough; tensors come back bit for bit."""
-    classifier = exported(adapted(ADAPTER_CASES[0].config()))
+    classifier = exported(adapted(EXPORTABLE.config()))
     names = [path.name for path in write_export(classifier, tmp_path / "new", ["safetensors"])]
     assert names == ["classifier.safetensors", "classifier.json"]
     loaded = load_exported(tmp_path / "new" / "classifier.safetensors")

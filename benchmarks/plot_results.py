@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=DOCS / "results.png")
     args = parser.parse_args()
     entries = json.loads((DOCS / "results.json").read_text(encoding="utf-8"))[::-1]
-    figure = new_figure(6.0, 2.9)
+    figure = new_figure(6.0, 0.6 + 0.26 * len(entries))
     axes = figure.add_subplot()
     colours = ["0.65" if entry["method"] in BASELINES else "tab:blue" for entry in entries]
     labels = [entry["method"] + (" (colours, unseen models)" if entry["method"] == "TVP" else "") for entry in entries]

@@ -149,7 +149,10 @@ def costs_png(report: dict[str, Any], path: Path) -> None:
                     axes.annotate(
                         method.replace("_", " "), place, xytext=(4, 4), textcoords="offset points", fontsize=8
                     )
-            axes.set_xscale("log")
+            if cost == "trainable_parameters":
+                axes.set_xscale("log")
+                axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
+            axes.margins(x=0.2, y=0.15)
             axes.set_xlabel(label)
             axes.set_ylabel("H of base and new (%)" if score == "h" else "top-1 accuracy (%)")
             axes.set_title(f"{name}, {len(report['seeds'])} seeds; dashed: zero-shot", fontsize=9)

@@ -1,6 +1,6 @@
 """What stands around the tensor work: the trainer, the checks of a prediction, and the import.
 
-    OMP_NUM_THREADS=1 python benchmarks/overhead.py [--json] [--rounds 5] [--epochs 5]
+    OMP_NUM_THREADS=1 python benchmarks/overhead.py [--json] [--rounds 5] [--epochs 15]
 
 The bundled student, Skip Tuning on 256 emoji in batches of 32, with random crops. `trainer_over_loop`: CPU time of
 `VLMTrainer.train()` up to the end of the last epoch, without checkpoints, logs and the closing reports, over that of a
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=15)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(child(args.child, args.epochs)))

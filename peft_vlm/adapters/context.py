@@ -127,6 +127,19 @@ def complete_context(config: TextContextConfig, model: Any) -> None:
         )
 
 
+def complete_whole_context(config: TextContextConfig, model: Any) -> None:
+    """Fill in what a context needs that takes the place of all its initial words: as many vectors as their tokens.
+
+    Args:
+        config: Configuration of a new or loaded adapter.
+        model: The base model.
+    """
+    read_context_words(config, model)
+    if config.context_init_ids is not None:
+        config.num_text_tokens = len(config.context_init_ids)
+    complete_context(config, model)
+
+
 def read_context_words(config: TextContextConfig, model: Any) -> None:
     """Fill in `context_init_ids` from the words, by the base model's tokenizer; nothing to do where they are given.
 

@@ -82,6 +82,16 @@ def official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {official_name(name): tensor for name, tensor in to_openai_names(tensors).items()}
 
 
+def prompted_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the files of prompt learners hold of a `CLIPModel`, under official names: all but the token table, from
+    which their class prompts were made.
+
+    Args:
+        tensors: State dict of a `CLIPModel`.
+    """
+    return {name: tensor for name, tensor in official_names(tensors).items() if "token_embedding" not in name}
+
+
 def official_name(openai: str) -> str:
     """Name of a CLIP tensor in a trainer's model: `image_encoder.*`, `text_encoder.*`, `logit_scale`.
 

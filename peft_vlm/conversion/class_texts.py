@@ -83,6 +83,37 @@ def word_ids(words: str | None, tokenizer: PreTrainedTokenizerBase | None) -> li
     return None if words is None or tokenizer is None else tokenizer(words, add_special_tokens=False)["input_ids"]
 
 
+def check_context_words(
+    words: str | None, tokenizer: PreTrainedTokenizerBase | None, *, count: int, file: OfficialFile
+) -> None:
+    """Refuse words that cannot be those that a whole context started from, a token per vector.
+
+    Args:
+        words: Official `CTX_INIT`, or None.
+        tokenizer: The base model's; without one nothing is compared.
+        count: Context vectors in the file.
+        file: The official file.
+
+    Raises:
+        AdapterError: If the words are not as many tokens as there are context vectors.
+    """
+    ids = word_ids(words, tokenizer)
+    if ids is not None and len(ids) != count:
+        raise AdapterError(
+            f"Expected `context_init` of {count} tokens, as many as {str(file.path)!r} has context vectors, got "
+            f"{words!r} with {len(ids)}. Leave it out where the training started from random vectors."
+        )
+
+
+def official_template(words: str | None) -> str:
+    """Template of the official codes: words that the context took the place of, class name, full stop.
+
+    Args:
+        words: Official `CTX_INIT`.
+    """
+    return f"{words} {{}}." if words else "{}."
+
+
 def _token_ids(file: OfficialFile, name: str, base: CLIPModel) -> Int[Tensor, "classes tokens"]:
     """Token ids of stored embeddings.
 

@@ -74,26 +74,27 @@ def official_tokens(tensors: Mapping[str, Tensor], names: TowerNames, *, prefix:
 
 
 def prompt_buffers(
-    table: Float[Tensor, "vocabulary width"], tokenizer: PreTrainedTokenizerBase | None, *, config: Any, length: int
+    base: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None, *, config: Any, prefix: str = ""
 ) -> dict[str, Float[Tensor, "classes tokens width"]]:
     """The buffers of a prompt learner for the adapter's classes; nothing without class names or tokenizer.
 
     Args:
-        table: The base model's token embeddings.
-        tokenizer: Its tokenizer.
+        base: Result of `base_tensors`.
+        tokenizer: The base model's tokenizer.
         config: Configuration of the adapter.
-        length: Tokens that the text tower takes.
+        prefix: What the names of the buffers begin with.
     """
     _check_template(config)
     if tokenizer is None or config.class_names is None:
         return {}
+    table, positions = (base[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
     left = (word_ids(config.context_init, tokenizer) or [])[config.num_text_tokens :]
-    ids = torch.zeros(len(config.class_names), length - config.num_text_tokens, dtype=torch.long)
+    ids = torch.zeros(len(config.class_names), len(positions) - config.num_text_tokens, dtype=torch.long)
     for row, name in zip(ids, config.class_names, strict=True):
         text = tokenizer(f"{name.replace('_', ' ')}.", add_special_tokens=False)["input_ids"]
         tokens = [tokenizer.bos_token_id, *left, *text, tokenizer.eos_token_id]
         row[: len(tokens)] = torch.tensor(tokens)
-    return {"token_prefix": table[ids[:, :1]], "token_suffix": table[ids[:, 1:]]}
+    return {f"{prefix}token_prefix": table[ids[:, :1]], f"{prefix}token_suffix": table[ids[:, 1:]]}
 
 
 def _check_template(config: Any) -> None:

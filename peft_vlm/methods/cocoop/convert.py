@@ -9,10 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from peft_vlm.conversion.base_model import TEXT, load_base, official_pixels, write_adapter
-from peft_vlm.conversion.class_texts import training_class_names, word_ids
+from peft_vlm.conversion.class_texts import check_context_words, official_template, training_class_names
 from peft_vlm.conversion.export import adapter_tensors, base_tensors, prompt_buffers, save_official
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
-from peft_vlm.errors import AdapterError
 from peft_vlm.methods.cocoop.config import CoCoOpConfig
 from peft_vlm.methods.cocoop.model import CoCoOpModel
 from peft_vlm.registry import OfficialFormat
@@ -51,18 +50,14 @@ def convert_checkpoint(
     base = load_base(base_model)
     tokenizer = tokenizer_of(base)
     tensors = {own: file.take(official) for own, official in NAMES.items()}
-    count, ids = len(tensors[f"{_LAYER}prompt"]), word_ids(context_init, tokenizer)
-    if ids is not None and len(ids) != count:
-        raise AdapterError(
-            f"Expected `context_init` of {count} tokens, as many as {str(file.path)!r} has context vectors, got "
-            f"{context_init!r} with {len(ids)}. Leave it out where the training started from random vectors."
-        )
+    count = len(tensors[f"{_LAYER}prompt"])
+    check_context_words(context_init, tokenizer, count=count, file=file)
     names = training_class_names(file, "token", base=base, tokenizer=tokenizer, class_names=class_names)
     config = CoCoOpConfig(
         num_text_tokens=count,
         context_init=context_init,
         class_names=names,
-        template=f"{context_init} {{}}." if context_init else "{}.",
+        template=official_template(context_init),
         **official_pixels(base),
     )
     return write_adapter(get_peft_model(base, config), tensors, folder, file=file, kind=KIND)
@@ -84,8 +79,7 @@ def export_checkpoint(
     """
     config, own, base = model.active_peft_config, adapter_tensors(model), base_tensors(model)
     tensors = {official: own[name] for name, official in NAMES.items()}
-    table, length = (base[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
-    tensors |= prompt_buffers(table, tokenizer, config=config, length=len(length))
+    tensors |= prompt_buffers(base, tokenizer, config=config)
     save_official(tensors, path, epoch=epoch)
     return {"N_CTX": config.num_text_tokens, "CTX_INIT": config.context_init or ""}
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft_vlm.adapters.context import complete_context, learned_token_pattern, read_context_words
+from peft_vlm.adapters.context import complete_whole_context, learned_token_pattern
 from peft_vlm.adapters.layer import PromptLayer, own_module
 from peft_vlm.adapters.learned_tokens import TextContext
 from peft_vlm.adapters.tuner import VLMTuner
@@ -43,7 +43,7 @@ class ImageContext(TextContext, ConditionedContext):
 
         Args:
             adapter_name: Key of the new tensors.
-            config: A `CoCoOpConfig`, completed by `complete_context`.
+            config: A `CoCoOpConfig`, completed by `complete_whole_context`.
         """
         super().add_adapter(adapter_name, config)
         like = self.prompts[adapter_name]
@@ -107,10 +107,7 @@ class CoCoOpModel(VLMTuner):
             Regular expression over full module names.
         """
         pattern = learned_token_pattern(self.model, text_depth=1, vision_depth=0)
-        read_context_words(config, self.model)
-        if config.context_init_ids is not None:
-            config.num_text_tokens = len(config.context_init_ids)
-        complete_context(config, self.model)
+        complete_whole_context(config, self.model)
         return pattern
 
     def wrap(self, target: nn.Module) -> PromptLayer:

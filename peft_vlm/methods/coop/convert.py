@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from peft_vlm.conversion.base_model import load_base, official_pixels, write_adapter
-from peft_vlm.conversion.class_texts import training_class_names, word_ids
+from peft_vlm.conversion.class_texts import check_context_words, official_template, training_class_names
 from peft_vlm.conversion.export import adapter_tensors, base_tensors, prompt_buffers, save_official
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
@@ -53,24 +53,18 @@ def convert_checkpoint(
     tokenizer = tokenizer_of(base)
     context = _context(file, f"{prefix}ctx")
     count, is_specific = context.shape[-2], context.ndim == 3
-    ids = word_ids(context_init, tokenizer)
-    if ids is not None and len(ids) != count:
-        raise AdapterError(
-            f"Expected `context_init` of {count} tokens, as many as {str(file.path)!r} has context vectors, "
-            f"got {context_init!r} with {len(ids)}. Leave it out where the training started from random vectors."
-        )
+    check_context_words(context_init, tokenizer, count=count, file=file)
     buffers = f"{prefix}{'train_' if kind == 'POMP' else ''}token"
     names = training_class_names(file, buffers, base=base, tokenizer=tokenizer, class_names=class_names)
     file.set_aside("test_token_(prefix|suffix)", "embeddings of the evaluation's class prompts, from the base model")
     file.set_aside(rf"{prefix}(bias_vectors|meta_net\..*)", "read by nothing in the official code")
-    words = f"{context_init} " if context_init is not None and class_position == "end" else ""
     config = CoOpConfig(
         num_text_tokens=count,
         context_init=context_init,
         class_specific=is_specific,
         class_position=class_position,
         class_names=names,
-        template=f"{words}{{}}.",
+        template=official_template(context_init if class_position == "end" else None),
         **official_pixels(base),
     )
     return write_adapter(get_peft_model(base, config), {CONTEXT: context}, folder, file=file, kind=kind)
@@ -139,8 +133,7 @@ def export_checkpoint(
             "not ended. CoOp's file has no place for it: train it to its end."
         )
     tensors = {"ctx": adapter_tensors(model)[CONTEXT]}
-    table, length = (base[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
-    tensors |= prompt_buffers(table, tokenizer, config=config, length=len(length))
+    tensors |= prompt_buffers(base, tokenizer, config=config)
     save_official(tensors, path, epoch=epoch)
     settings = {"N_CTX": config.num_text_tokens, "CTX_INIT": config.context_init or "", "CSC": config.class_specific}
     return settings | {"CLASS_TOKEN_POSITION": config.class_position}

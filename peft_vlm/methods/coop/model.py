@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from peft_vlm.adapters.context import complete_context, learned_token_pattern, read_context_words
+from peft_vlm.adapters.context import complete_whole_context, learned_token_pattern
 from peft_vlm.adapters.layer import PromptLayer
 from peft_vlm.adapters.learned_tokens import EncodedContext, fill_slots
 from peft_vlm.adapters.tuner import VLMTuner
@@ -104,10 +104,7 @@ class CoOpModel(VLMTuner):
             ValueError: If contexts are per class, and there is no tokenizer to read the names.
         """
         pattern = learned_token_pattern(self.model, text_depth=1, vision_depth=0)
-        read_context_words(config, self.model)
-        if config.context_init_ids is not None:
-            config.num_text_tokens = len(config.context_init_ids)
-        complete_context(config, self.model)
+        complete_whole_context(config, self.model)
         if config.class_specific and config.class_token_ids is None:
             tokenizer = tokenizer_of(self.model)
             if tokenizer is None:

@@ -18,12 +18,11 @@ from peft_vlm.conversion.base_model import (
     TEXT,
     VISION,
     load_base,
-    official_names,
     official_pixels,
-    official_weights,
+    prompted_weights,
     write_adapter,
 )
-from peft_vlm.conversion.class_texts import training_class_names, word_ids
+from peft_vlm.conversion.class_texts import official_template, training_class_names, word_ids
 from peft_vlm.conversion.export import adapter_tensors, base_tensors, prompt_buffers, save_official
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
@@ -95,15 +94,14 @@ def convert_checkpoint(
         class_names=class_names,
         words_before=(words or [])[count:],
     )
-    frozen = {name: tensor for name, tensor in official_weights(base).items() if "token_embedding" not in name}
-    file.compare_frozen(frozen, base_name=base.name_or_path)
+    file.compare_frozen(prompted_weights(base.state_dict()), base_name=base.name_or_path)
     config = MaPLeConfig(
         num_text_tokens=count,
         depth=depth,
         context_init=context_init,
         context_init_ids=words,
         class_names=classes,
-        template=f"{context_init} {{}}." if context_init else "{}.",
+        template=official_template(context_init),
         **official_pixels(base),
     )
     return write_adapter(get_peft_model(base, config), tensors, folder, file=file, kind=KIND)
@@ -124,11 +122,9 @@ def export_checkpoint(
         Official settings that belong to the file.
     """
     config, own, base = model.active_peft_config, adapter_tensors(model), base_tensors(model)
-    tensors = {name: tensor for name, tensor in official_names(base).items() if "token_embedding" not in name}
+    tensors = prompted_weights(base)
     tensors |= {official: own[name] for name, official in official_tensor_names(config.depth).items()}
-    table, length = (base[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
-    buffers = prompt_buffers(table, tokenizer, config=config, length=len(length))
-    tensors |= {f"{LEARNER}{name}": tensor for name, tensor in buffers.items()}
+    tensors |= prompt_buffers(base, tokenizer, config=config, prefix=LEARNER)
     save_official(tensors, path, epoch=epoch)
     return {"N_CTX": config.num_text_tokens, "PROMPT_DEPTH": config.depth, "CTX_INIT": config.context_init or ""}
 

@@ -12,13 +12,12 @@ from peft_vlm.conversion.base_model import (
     TEXT,
     VISION,
     load_base,
-    official_names,
     official_pixels,
-    official_weights,
+    prompted_weights,
     take_learned_tokens,
     write_adapter,
 )
-from peft_vlm.conversion.class_texts import training_class_names, word_ids
+from peft_vlm.conversion.class_texts import official_template, training_class_names, word_ids
 from peft_vlm.conversion.export import (
     adapter_tensors,
     base_tensors,
@@ -82,8 +81,7 @@ def convert_checkpoint(
         file, BUFFERS, base=base, tokenizer=tokenizer, class_names=class_names, words_before=left
     )
     file.set_aside(r"prompt_learner\.ZS_image_encoder\..*", "copy of the frozen vision tower, for the training's loss")
-    frozen = {name: tensor for name, tensor in official_weights(base).items() if "token_embedding" not in name}
-    file.compare_frozen(frozen, base_name=base.name_or_path)
+    file.compare_frozen(prompted_weights(base.state_dict()), base_name=base.name_or_path)
     config = PromptSRCConfig(
         num_text_tokens=num_text,
         text_depth=text_depth,
@@ -92,7 +90,7 @@ def convert_checkpoint(
         context_init=context_init,
         context_init_ids=words,
         class_names=names,
-        template=template or (f"{context_init} {{}}." if context_init else "{}."),
+        template=template or official_template(context_init),
         **official_pixels(base),
     )
     return write_adapter(get_peft_model(base, config), text | vision, folder, file=file, kind=KIND)
@@ -113,16 +111,14 @@ def export_checkpoint(
         Official settings that belong to the file.
     """
     config, own, base = model.active_peft_config, adapter_tensors(model), base_tensors(model)
-    tensors = {name: tensor for name, tensor in official_names(base).items() if "token_embedding" not in name}
+    tensors = prompted_weights(base)
     vision = {name: t for name, t in tensors.items() if name.startswith("image_encoder.")}
     tensors |= {f"prompt_learner.ZS_{name}": tensor for name, tensor in vision.items()}
     for names in (TEXT, VISION):
         tensors |= official_tokens(own, names, prefix=PromptSRCModel.prefix)
     text_depth, vision_depth = config.depths
     if text_depth:
-        table, length = (base[f"text_model.embeddings.{kind}_embedding.weight"] for kind in ("token", "position"))
-        buffers = prompt_buffers(table, tokenizer, config=config, length=len(length))
-        tensors |= {f"prompt_learner.{name}": tensor for name, tensor in buffers.items()}
+        tensors |= prompt_buffers(base, tokenizer, config=config, prefix="prompt_learner.")
     save_official(tensors, path, epoch=epoch)
     settings = {"N_CTX_TEXT": config.num_text_tokens, "N_CTX_VISION": config.num_vision_tokens}
     settings |= {"PROMPT_DEPTH_TEXT": text_depth, "PROMPT_DEPTH_VISION": vision_depth}

@@ -92,7 +92,7 @@ def conditioned_logits(
 
     def features_of(image: Tensor, ids: Tensor, *_: Tensor) -> Tensor:
         with layer.conditioned_on(image):
-            return nn.functional.normalize(towers.finish_text(towers.embed_text(ids), ids, 0).float(), dim=-1)
+            return _unit_features(model, ids)
 
     rows = []
     for image in image_features.split(1):

@@ -8,7 +8,6 @@ from torch import nn
 from peft_vlm.classification import ClassificationObjective
 from peft_vlm.objective import Batch, ObjectiveOutput, Paper
 from peft_vlm.text.class_features import conditioned_logits
-from peft_vlm.text.prompts import reserve_slots
 
 PAPER = Paper(
     title="Conditional Prompt Learning for Vision-Language Models",
@@ -54,6 +53,6 @@ class CoCoOpObjective(ClassificationObjective):
             `cross_entropy`, and the logits.
         """
         features = self._image_features(model, batch)
-        logits = conditioned_logits(model, reserve_slots(model, self.prompts), features)
+        logits = conditioned_logits(model, self.prompts, features)
         terms = {"cross_entropy": nn.functional.cross_entropy(logits, batch["labels"])}
         return ObjectiveOutput(terms, logits, batch["labels"])

@@ -138,8 +138,8 @@ class _ExtendPipelines(MetaPathFinder, Loader):
     def find_spec(
         self,
         fullname: str,
-        path: Any,
-        target: ModuleType | None = None,  # a folder without `__init__` has no sequence
+        path: Any,  # a folder without `__init__` has no sequence
+        target: ModuleType | None = None,
     ) -> ModuleSpec | None:
         if fullname != _PIPELINES:
             return None

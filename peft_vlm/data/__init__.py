@@ -1,12 +1,18 @@
 """Datasets, few-shot and base/new splits, transforms."""
 
+from peft_vlm.data.benchmarks import (
+    BENCHMARKS,
+    SKIP_TUNING_TEMPLATES,
+    Benchmark,
+    load_benchmark,
+    load_selection_images,
+)
 from peft_vlm.data.class_names import read_class_list, read_class_names
 from peft_vlm.data.dataset import ImageClassificationDataset, LabelDataset, collate
 from peft_vlm.data.images import read_image
 from peft_vlm.data.loading import load_image_dataset, load_unlabelled_images
 from peft_vlm.data.question_collator import QuestionCollator, check_image_tokens, model_inputs, question_inputs
 from peft_vlm.data.questions import ImageAugmentation, ImageQuestionDataset, RandomCrop
-from peft_vlm.data.specs import SKIP_TUNING_TEMPLATES, SPECS, DatasetSpec
 from peft_vlm.data.splits import (
     BaseToNewSplit,
     base_and_new_classes,
@@ -19,10 +25,10 @@ from peft_vlm.data.streaming import ImageStream, balanced_shares, load_image_str
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
 
 __all__ = [
+    "BENCHMARKS",
     "SKIP_TUNING_TEMPLATES",
-    "SPECS",
     "BaseToNewSplit",
-    "DatasetSpec",
+    "Benchmark",
     "EvalTransform",
     "ImageAugmentation",
     "ImageClassificationDataset",
@@ -40,8 +46,10 @@ __all__ = [
     "collate",
     "few_shot",
     "few_shot_indices",
+    "load_benchmark",
     "load_image_dataset",
     "load_image_stream",
+    "load_selection_images",
     "load_unlabelled_images",
     "model_inputs",
     "open_stream",

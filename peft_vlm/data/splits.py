@@ -21,7 +21,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ from PIL import Image
 
 from peft_vlm.data.dataset import ImageClassificationDataset, is_hf_dataset
 from peft_vlm.data.folders import check_files_exist
-from peft_vlm.errors import DataError
+from peft_vlm.errors import DataError, shown
 from peft_vlm.files import last_part, read_text
 from peft_vlm.objective import EpochBatchSampler
 from peft_vlm.serving.escape import one_line
@@ -172,19 +172,40 @@ def read_zhou_split(path: str | Path, *, root: str | Path, split: str = "train")
     if split not in parts:
         raise DataError(f"{str(path)!r} has the parts {sorted(parts)!r}, got `split`={split!r}.")
     names = _zhou_class_names([entry for part in parts.values() for entry in part])
-    rows = [{"image": str(Path(root) / file), "label": label} for file, label, _ in parts[split]]
+    rows = [{"image": path_inside(Path(root), file), "label": label} for file, label, _ in parts[split]]
     check_files_exist([row["image"] for row in rows])
     return ImageClassificationDataset(rows, names)
 
 
+def path_inside(root: Path, name: str) -> str:
+    """Path of an image that a list of a stranger names, below a folder; either system's separators are read.
+
+    Args:
+        root: Folder that the name starts from. Links in it are the user's own, and are followed.
+        name: Relative path.
+
+    Raises:
+        DataError: If it leads out of the folder.
+    """
+    path = PureWindowsPath(name)
+    if path.anchor or ".." in path.parts or not path.parts:
+        raise DataError(f"Expected image paths that stay below {str(root)!r}, got {shown(name)}. Get the list again.")
+    return str(root.joinpath(*path.parts))
+
+
 def _zhou_parts(path: Path) -> dict[str, list[tuple[str, int, str]]]:
+    wanted = f"Expected {str(path)!r} to be a split file with lists of [image path, label, class name]; got"
     try:
         parts = json.loads(read_text(path))
-        return {name: [(file, int(label), text) for file, label, text in part] for name, part in parts.items()}
-    except (AttributeError, TypeError, ValueError, OSError, RecursionError) as error:
-        raise DataError(
-            f"Expected {str(path)!r} to be a split file with lists of [image path, label, class name]; got {error}."
-        ) from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{wanted} {error}.") from error
+    if not isinstance(parts, dict) or not all(isinstance(part, list) for part in parts.values()):
+        raise DataError(f"{wanted} {shown(parts)}.")
+    for name, part in parts.items():
+        for entry in part:
+            if not isinstance(entry, list) or [type(cell) for cell in entry] != [str, int, str]:
+                raise DataError(f"{wanted} {shown(entry)} in its part {name!r}.")
+    return {name: [(file, label, text) for file, label, text in part] for name, part in parts.items()}
 
 
 def _zhou_class_names(entries: list[tuple[str, int, str]]) -> list[str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from peft_vlm.data import (
+    BENCHMARKS,
     SKIP_TUNING_TEMPLATES,
-    SPECS,
     ImageClassificationDataset,
     base_and_new_classes,
     base_to_new_split,
@@ -179,14 +179,14 @@ def test_split_files_that_do_not_fit_are_explained(tmp_path: Path, parts: dict, 
 def test_specs_are_the_published_counts() -> None:
     """Base plus new of the eleven sets, from the papers' tables; the variants are test sets."""
     counts = {
-        name: (spec.num_base, spec.num_classes - spec.num_base) for name, spec in SPECS.items() if spec.num_train
+        name: (spec.num_base, spec.num_classes - spec.num_base) for name, spec in BENCHMARKS.items() if spec.num_train
     }
     assert list(counts.values()) == [
         (500, 500), (50, 50), (19, 18), (98, 98), (51, 51), (51, 50), (50, 50), (199, 198), (24, 23), (5, 5), (51, 50),
     ]  # fmt: skip
-    assert len(SPECS) == 15
-    assert sum(spec.split_file is not None for spec in SPECS.values()) == 9
-    for spec in SPECS.values():
+    assert len(BENCHMARKS) == 15
+    assert sum(spec.split_file is not None for spec in BENCHMARKS.values()) == 9
+    for spec in BENCHMARKS.values():
         assert "dog" in fill(spec.template, "dog")
-    assert set(SKIP_TUNING_TEMPLATES) < set(SPECS)
+    assert set(SKIP_TUNING_TEMPLATES) < set(BENCHMARKS)
     assert all(fill(template, "dog") for template in SKIP_TUNING_TEMPLATES.values())

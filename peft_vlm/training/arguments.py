@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any, no_type_check
 
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from peft_vlm.errors import check_choice, shown
 
@@ -136,7 +137,13 @@ class VLMTrainingArguments(TrainingArguments):
         launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launcher in ("fp16", "bf16") and not (self.fp16 or self.bf16):
             setattr(self, launcher, True)  # what computes must also be what is checked and reported
+        if self.ddp_backend and int(os.environ.get("LOCAL_RANK", "-1")) < 0:
+            raise ValueError(
+                f"Expected `ddp_backend` only where a launcher starts processes, got {self.ddp_backend!r} in a run of "
+                "one process. Leave it out, or start with `torchrun` or `accelerate launch`."
+            )
         super().__post_init__()
+        self._check_processes()
         _check_unread(self)
         self._n_gpu = min(self.n_gpu, 1)  # several visible GPUs without a launcher would mean torch.nn.DataParallel
         for name, choices in CHOICES.items():
@@ -150,6 +157,15 @@ class VLMTrainingArguments(TrainingArguments):
             raise ValueError(
                 "Expected `hub_strategy` 'end', 'checkpoint' or 'all_checkpoints', got 'every_save': an adapter is "
                 "published when it is finished and evaluated."
+            )
+
+    def _check_processes(self) -> None:
+        """Refuse processes that a launcher started together and that would train apart, each on its own."""
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > 1 and self.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                f"Expected {started} processes to train together, got processes on {self.device.type!r} that do not "
+                "average their gradients: without a GPU for them they need `use_cpu=True` (`--use_cpu`)."
             )
 
     @property

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_vlm import VLMTrainingArguments
+from tests import forked
 from tests.source_tree import ROOT
 
 FILES = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
@@ -56,3 +58,22 @@ def test_the_command_says_once_what_it_has_written(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-1].startswith("Written to")
     assert result.stdout.count("zero_shot_accuracy") == 1
     assert (tmp_path / "run" / "zero_shot.json").is_file()
+
+
+def arguments_without_a_device(folder: str) -> None:
+    """Settings of a run in two processes without `use_cpu`, with and without a backend."""
+    for backend in (None, "gloo"):
+        with pytest.raises(ValueError, match=r"Expected 2 processes to train together.*use_cpu=True"):
+            VLMTrainingArguments(output_dir=folder, ddp_backend=backend)
+
+
+def test_processes_that_would_train_apart_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU and without `use_cpu`, accelerate connects nothing: each process trained its own adapter."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    forked.run_group(tmp_path, arguments_without_a_device, str(tmp_path / "run"))
+
+
+def test_a_backend_without_a_launcher_is_refused(tmp_path: Path) -> None:
+    """Accelerate stopped inside torch with the words that no process group was initialised."""
+    with pytest.raises(ValueError, match="Expected `ddp_backend` only where a launcher starts processes"):
+        VLMTrainingArguments(output_dir=str(tmp_path), ddp_backend="gloo")

@@ -1,21 +1,26 @@
 """Speed and memory of a training step of every method at ViT-B/16 size (random weights), on a GPU or on the CPU.
 
     python benchmarks/gpu.py                                  # float32, bf16 and fp16 on the GPU; a table
+    python benchmarks/gpu.py --suite short --output gpu.json  # compiled steps, `gpu` tests, two processes, too
     python benchmarks/gpu.py --device cpu --size small        # minutes on two cores, to see that it runs
-    python benchmarks/gpu.py --output benchmarks/gpu.json     # and a JSON file with the device's name
     python benchmarks/gpu.py --compile                        # with the steps compiled, as `torch_compile=True` does
 
-For each method and precision, in a process of its own: images per second of a whole step (forward, backward, SGD),
-peak memory above the loaded model, and the share of the matrix-product bound: operations of the step's matrix
-products as torch counts them, divided by the step's time and by the rate at which the device multiplies two 4096 x
-4096 matrices (1024 on the CPU) in that precision. 100 classes.
+For each method, in a process of its own, and each precision: images per second of a whole step (forward, backward,
+SGD), peak memory above the loaded model, and the share of the matrix-product bound: operations of the step's matrix
+products as torch counts them, over the step's time and the rate at which the device multiplies two matrices of
+8192 rows and columns (1024 on the CPU) in that precision; on a GPU also in bf16. 100 classes, no stored features.
+
+The short suite ends within 8 minutes on one H100 and needs pytest and pytest-timeout beside the package. What fails or
+finds no time is named in the JSON file under `not_run`.
 """
 
 import argparse
+import gc
 import json
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -28,9 +33,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from measuring import random_clip, random_prompts
 
-METHODS = ("coop", "promptsrc", "promptkd", "skip_tuning", "rpp", "tvp")
+METHODS = (
+    *("coop", "kgcoop", "pre", "cocoop", "promptsrc", "maple"),
+    *("promptkd", "skip_tuning", "rpp", "tvp", "clip_lora"),
+)
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUM_CLASSES = 100
+SUITE_SECONDS = 470
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class RandomImages(torch.utils.data.Dataset):
@@ -76,41 +86,66 @@ def build(method: str, clip: Any, teacher: Any, prompts: Any) -> tuple[nn.Module
     """Adapter and objective of a method, with the settings of its paper where the size allows; no stored features."""
     from peft import get_peft_model
 
-    import peft_vlm
+    from peft_vlm.registry import METHODS as METHODS_BY_NAME
 
     depth = min(9, clip.config.vision_config.num_hidden_layers)
     deep = {"text_depth": depth, "vision_depth": depth, "context_init": None}
     size = clip.config.vision_config.image_size
     pixel = {"canvas_size": size, "border": size // 8, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    lora = {"r": 2, "lora_alpha": 1, "use_rslora": True, "target_modules": ["q_proj", "k_proj", "v_proj"]}
     configs = {
-        "coop": lambda: peft_vlm.CoOpConfig(num_text_tokens=4),
-        "promptsrc": lambda: peft_vlm.PromptSRCConfig(**deep),
-        "promptkd": lambda: peft_vlm.PromptKDConfig(class_dim=teacher.config.projection_dim, vision_depth=depth),
-        "skip_tuning": lambda: peft_vlm.SkipTuningConfig(start_layer=depth * 2 // 3),
-        "rpp": lambda: peft_vlm.RPPConfig(text_depth=1, vision_depth=depth - 1, context_init=None),
-        "tvp": lambda: peft_vlm.TVPConfig(**pixel),
+        "coop": {"num_text_tokens": 4},
+        "pre": {"num_text_tokens": 4, "network": "lstm"},
+        "kgcoop": {"num_text_tokens": 4},
+        "cocoop": {"num_text_tokens": 4, "context_init": None},
+        "promptsrc": deep,
+        "maple": {"depth": depth, "context_init": None},
+        "promptkd": {"class_dim": teacher.config.projection_dim, "vision_depth": depth},
+        "skip_tuning": {"start_layer": depth * 2 // 3},
+        "rpp": {"text_depth": 1, "vision_depth": depth - 1, "context_init": None},
+        "tvp": pixel,
+        "clip_lora": lora,
     }
-    objectives = {
-        "coop": lambda: peft_vlm.CoOpObjective(prompts, image_cache="none"),
-        "promptsrc": lambda: peft_vlm.PromptSRCObjective(prompts, image_cache="none"),
-        "promptkd": lambda: peft_vlm.PromptKDObjective(prompts, teacher=teacher),
-        "skip_tuning": lambda: peft_vlm.SkipTuningObjective(prompts, image_cache="none"),
-        "rpp": lambda: peft_vlm.RPPObjective(prompts, soft_weight=0.0, num_sampled_classes=NUM_CLASSES),
-        "tvp": lambda: peft_vlm.TVPObjective(prompts, tse_weight=0.0),
+    own = {
+        "coop": {"image_cache": "none"},
+        "pre": {"image_cache": "none"},
+        "kgcoop": {"image_cache": "none"},
+        "cocoop": {"image_cache": "none"},
+        "promptsrc": {"image_cache": "none"},
+        "promptkd": {"teacher": teacher},
+        "skip_tuning": {"image_cache": "none"},
+        "rpp": {"soft_weight": 0.0, "num_sampled_classes": NUM_CLASSES},
+        "tvp": {"tse_weight": 0.0},
     }
-    return get_peft_model(clip, configs[method]()), objectives[method]()
+    record = METHODS_BY_NAME[method]
+    assert record.objective is not None
+    model = get_peft_model(clip, record.adapter_type.config(**configs[method]))
+    return model, record.objective(prompts, **own.get(method, {}))
 
 
-def child(method: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one method in one precision."""
+def child(method: str, cells: list[str], options: argparse.Namespace) -> None:
+    """Measure one method in each precision, `bf16+compile` with a compiled step, and print a line for each."""
+    for cell in cells:
+        precision, _, compiled = cell.partition("+")
+        row = measured(method, precision, options, is_compiled=bool(compiled))
+        print(json.dumps({"method": method, "precision": precision, "compiled": bool(compiled), **row}), flush=True)
+        gc.collect()
+
+
+def measured(method: str, precision: str, options: argparse.Namespace, *, is_compiled: bool) -> dict[str, Any]:
+    """Memory of the first step, operations of the second, time of the others, which may be compiled."""
+    from peft_vlm.experiments.report import PeakMemory
     from peft_vlm.training.module import TrainingModule
 
     device = torch.device(options.device)
-    small = options.size == "small"
-    clip, teacher = (small_clip(), small_clip()) if small else (random_clip(), random_clip(large=method == "promptkd"))
+    with device:  # random weights of 0.6 billion numbers take seconds on a CPU
+        small = options.size == "small"
+        clip, teacher = (
+            (small_clip(), small_clip()) if small else (random_clip(), random_clip(large=method == "promptkd"))
+        )
     prompts = random_prompts(NUM_CLASSES, full_length=False)
-    model, objective = build(method, clip.to(device), teacher.to(device).eval(), prompts)
-    model.train()
+    model, objective = build(method, clip, teacher.eval(), prompts)
+    model.to(device).train()
     dataset = RandomImages(options.batch, clip.config.vision_config.image_size)
     batch = {
         key: value.to(device) for key, value in dataset.collate([dataset[i] for i in range(options.batch)]).items()
@@ -126,8 +161,25 @@ def child(method: str, precision: str, options: argparse.Namespace) -> dict[str,
         objective.epoch_start(model, dataset, 0)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     step = partial(train_step, batch=batch, optimizer=optimizer, autocast=autocast, scaler=scaler)
-    fast = partial(step, torch.compile(module) if options.compile else module)
-    return measured(partial(step, module), fast, options, dtype, device)
+    plain, fast = partial(step, module), partial(step, torch.compile(module) if is_compiled else module)
+    peak = PeakMemory(device)
+    peak.start()
+    plain()
+    memory = peak.stop()
+    with FlopCounterMode(display=False) as counter:
+        plain()
+    operations = counter.get_total_flops()
+    for _ in range(2 if is_compiled else 0):  # shapes that change make it compile a second time
+        fast()
+    seconds = timed(fast, options.steps, device)
+    rate = operations / seconds
+    return {
+        "images_per_second": options.batch / seconds,
+        "peak_mb": memory,
+        "teraflop_per_step": operations / 1e12,
+        "share_of_bound": rate / matrix_rate(dtype, device),
+        "share_of_bf16_bound": rate / matrix_rate(torch.bfloat16, device) if device.type == "cuda" else None,
+    }
 
 
 def train_step(module: Any, *, batch: dict[str, Any], optimizer: Any, autocast: Any, scaler: Any) -> None:
@@ -138,30 +190,6 @@ def train_step(module: Any, *, batch: dict[str, Any], optimizer: Any, autocast: 
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
-
-
-def measured(
-    step: Any, fast: Any, options: argparse.Namespace, dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
-    """Memory of the first step, operations of the second, time of the others, which are `fast`."""
-    from peft_vlm.experiments.report import PeakMemory
-
-    peak = PeakMemory(device)
-    peak.start()
-    step()
-    memory = peak.stop()
-    with FlopCounterMode(display=False) as counter:
-        step()
-    operations = counter.get_total_flops()
-    for _ in range(2 if options.compile else 0):  # shapes that change make it compile a second time
-        fast()
-    seconds = timed(fast, options.steps, device)
-    return {
-        "images_per_second": options.batch / seconds,
-        "peak_mb": memory,
-        "teraflop_per_step": operations / 1e12,
-        "share_of_bound": operations / seconds / matrix_rate(dtype, device),
-    }
 
 
 def timed(step: Any, steps: int, device: torch.device) -> float:
@@ -183,14 +211,17 @@ def synchronize(device: torch.device) -> None:
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of one large matrix product."""
-    size = 4096 if device.type == "cuda" else 1024
+    size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / timed(lambda: a @ b, 20 if device.type == "cuda" else 3, device)
+    return 2 * size**3 / timed(lambda: a @ b, 10 if device.type == "cuda" else 3, device)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--suite", choices=["short"], help="steps, compiled steps, `gpu` tests, two processes on a card"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", choices=["vit_b16", "small"], default="vit_b16")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -198,45 +229,143 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compile", action="store_true", help="compile the step with torch.compile")
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--output", type=Path, help="JSON file, written after every method")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--child", nargs=2, metavar=("METHOD", "PRECISION"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", metavar=("METHOD", "CELL"), help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def run_child(method: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure in a process of its own and print a line of the table."""
-    common = ["--device", options.device, "--size", options.size, "--batch", str(options.batch)]
-    common += ["--compile"] if options.compile else []
-    command = [sys.executable, __file__, *common, "--steps", str(options.steps), "--child", method, precision]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    row = {"method": method, "precision": precision, **json.loads(output.splitlines()[-1])}
-    memory = float("nan") if row["peak_mb"] is None else row["peak_mb"]
-    print(
-        f"{method:12}{precision:>10}{row['images_per_second']:10.1f}{memory:10.0f}{row['share_of_bound']:10.1%}",
-        flush=True,
-    )
-    return row
+class Session:
+    """Results so far, in a JSON file that is whole after every step, and the time left."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.end = time.monotonic() + (SUITE_SECONDS if options.suite else 1e9)
+        name = f"{platform.machine()} CPU"
+        if options.device.startswith("cuda"):
+            name = torch.cuda.get_device_name(options.device)
+        self.facts: dict[str, Any] = {"device": name, "torch": torch.__version__, "size": options.size}
+        self.facts |= {"batch": options.batch, "rows": [], "not_run": []}
+
+    def save(self, **facts: Any) -> None:
+        """Write the file."""
+        self.facts |= facts
+        if self.options.output:
+            self.options.output.write_text(json.dumps(self.facts, indent=2) + "\n")
+
+    def run(self, what: str, command: list[str], *, limit: float = 1e9) -> str:
+        """Output of a command; what fails or finds no time is noted by name."""
+        limit = min(limit, self.end - time.monotonic())
+        if limit <= 0:
+            self.facts["not_run"].append(f"{what}: no time left")
+            return ""
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=ROOT)
+        except subprocess.TimeoutExpired as error:
+            self.facts["not_run"].append(f"{what}: stopped after {limit:.0f} seconds")
+            return (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        if done.returncode:
+            reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            self.facts["not_run"].append(f"{what}: exit status {done.returncode}, {' '.join(reason)}")
+            print(done.stderr[-1500:], file=sys.stderr)
+        return done.stdout
+
+    def steps(self, method: str, cells: list[str]) -> None:
+        """Measure a method, in a process of its own."""
+        output = self.run(f"{method} {' '.join(cells)}", self.command(method, cells), limit=150)
+        for row in (json.loads(line) for line in output.splitlines() if line.startswith("{")):
+            self.facts["rows"].append(row)
+            memory = float("nan") if row["peak_mb"] is None else row["peak_mb"]
+            cell = row["precision"] + (" compiled" if row["compiled"] else "")
+            print(f"{method:12}{cell:>16}{row['images_per_second']:10.1f}{memory:10.0f}{row['share_of_bound']:10.1%}")
+        sys.stdout.flush()
+        self.save()
+
+    def command(self, method: str, cells: list[str], *, steps: int | None = None) -> list[str]:
+        """Command line of the process that measures a method."""
+        options = self.options
+        common = ["--device", options.device, "--size", options.size, "--batch", str(options.batch)]
+        common += ["--steps", str(steps or options.steps)]
+        return [sys.executable, str(Path(__file__).resolve()), *common, "--child", method, *cells]
+
+    def fill_compile_cache(self, cells: list[str]) -> None:
+        """Compile the steps of all methods side by side: torch keeps the kernels for the processes that measure."""
+        commands = [self.command(method, cells, steps=1) for method in self.options.methods]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        children = [subprocess.Popen(command, cwd=ROOT, **quiet) for command in commands]
+        end = min(time.monotonic() + 120, self.end - 60)
+        for one in children:
+            try:
+                one.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                one.kill()
+
+    def gpu_tests(self) -> None:
+        """The tests that need a GPU."""
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/training"]
+        output = self.run("gpu tests", command, limit=180).strip().splitlines()
+        print("gpu tests:", output[-1] if output else "not run", flush=True)
+        self.save(gpu_tests=output[-1] if output else None)
+
+    def two_ranks(self) -> None:
+        """Two processes on the card with gloo train what one process with twice the batch trains."""
+        from safetensors.torch import load_file
+
+        with tempfile.TemporaryDirectory() as folder:
+            own = [str(Path(__file__).resolve()), "--ranks"]
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+            self.run("one process", [sys.executable, *own, f"{folder}/one"], limit=120)
+            self.run("two processes", [*launch, "2", *own, f"{folder}/two"], limit=120)
+            differences = {}
+            for path in sorted(Path(folder, "one").glob("*/final-0.safetensors")):
+                one, two = load_file(path), load_file(Path(folder, "two", path.parent.name, path.name))
+                differences[path.parent.name] = max(float((one[key] - two[key]).abs().max()) for key in one)
+        print("two processes on one card, largest difference of a trained tensor:", differences, flush=True)
+        self.save(two_ranks_largest_difference=differences)
+
+
+def train_ranks(folder: Path) -> None:
+    """Train four methods on tiny models on the GPU, by one process or as one of two."""
+    import os
+
+    sys.path.insert(0, str(ROOT))
+    from tests.short_run import train
+
+    own = {"save_strategy": "no", "use_cpu": False, "ddp_backend": "gloo"} if "RANK" in os.environ else {}
+    own |= {"save_strategy": "no", "use_cpu": False, "per_device_train_batch_size": 4 if "RANK" in os.environ else 8}
+    for method in ("coop", "promptsrc", "skip_tuning", "tvp"):
+        train(folder / method, method, max_steps=6, **own)
 
 
 def main() -> None:
     """Run every method in every precision and print a table."""
     options = parse_arguments()
     if options.child:
-        print(json.dumps(child(*options.child, options)))
+        child(options.child[0], options.child[1:], options)
+        return
+    if options.ranks:
+        train_ranks(options.ranks)
         return
     is_gpu = options.device.startswith("cuda")
-    name = torch.cuda.get_device_name(options.device) if is_gpu else f"{platform.machine()} CPU"
     precisions = options.precisions or (list(PRECISIONS) if is_gpu else ["float32", "bf16"])
-    print(f"{name}, torch {torch.__version__}, size {options.size}, batch {options.batch}")
-    print(f"{'method':12}{'precision':>10}{'images/s':>10}{'peak MB':>10}{'of bound':>10}")
-    rows = [run_child(method, precision, options) for method in options.methods for precision in precisions]
-    facts = {"device": name, "torch": torch.__version__, "size": options.size, "batch": options.batch}
-    facts |= {"compiled": options.compile, "rows": rows}
-    if options.output:
-        options.output.write_text(json.dumps(facts, indent=2) + "\n")
+    session = Session(options)
+    print(f"{session.facts['device']}, torch {torch.__version__}, size {options.size}, batch {options.batch}")
+    print(f"{'method':12}{'precision':>16}{'images/s':>10}{'peak MB':>10}{'of bound':>10}")
+    cells = [precision + ("+compile" if options.compile else "") for precision in precisions]
+    for method in options.methods:
+        session.steps(method, cells)
+    if options.suite:
+        session.gpu_tests()
+        session.two_ranks()
+        session.fill_compile_cache(["bf16+compile"])
+        for method in options.methods:
+            session.steps(method, ["bf16+compile"])
+    session.save()
+    for line in session.facts["not_run"]:
+        print("not run:", line)
     if options.json:
-        print(json.dumps(facts))
+        print(json.dumps(session.facts))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,14 @@ class RunSettings:
     method: str = field(metadata={"help": "One of `peft-vlm info`'s methods, such as skip_tuning."})
     model: str = field(metadata={"help": "Base model: folder or Hub id."})
     dataset: str = field(metadata={"help": "Labelled images: folder, CSV file or Hub id."})
-    template: str = field(default="a photo of a {}.", metadata={"help": "Text around a class name, with one {}."})
+    data_root: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the benchmarks as CoOp's code reads them; `dataset` is a name, such as dtd."},
+    )
+    template: str | None = field(
+        default=None,
+        metadata={"help": "Text around a class name, with one {}; none: the benchmark's, or 'a photo of a {}.'"},
+    )
     question: str = field(
         default="What is in the picture?", metadata={"help": "For models that write text: what is asked."}
     )
@@ -85,7 +92,8 @@ class RunSettings:
         """
         for name in ("config", "objective", "augmentation"):
             check_list(name, getattr(self, name))
-        check_template(self.template)
+        if self.template is not None:
+            check_template(self.template)
         check_list("seeds", self.seeds)
         if len(set(self.seeds)) != len(self.seeds):
             raise DataError(f"Expected different `seeds`, got {self.seeds!r}.")
@@ -102,6 +110,10 @@ class EvaluationArguments:
         metadata={"help": "Folder, CSV file or Hub id of the test images; several for cross-dataset and domain-shift."}
     )
     output_dir: str = field(metadata={"help": "Folder for report.json, the plots and predictions.csv."})
+    data_root: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the benchmarks as CoOp's code reads them; `dataset` gives names, such as dtd."},
+    )
     adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id; none: the base model alone."})
     model: str | None = field(default=None, metadata={"help": "Base model; none: the one the adapter records."})
     split: list[str] = field(

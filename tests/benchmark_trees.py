@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from zlib import crc32
 
 from tests.tiny import noise_image
 
@@ -108,9 +109,9 @@ def entries(name: str, part: str) -> list[Entry]:
 
 
 def put_image(path: Path) -> None:
-    """One small image."""
+    """One small image, another one for every path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    noise_image(4, 4, seed=len(str(path))).save(path)
+    noise_image(4, 4, seed=crc32(str(path).encode())).save(path)
 
 
 def put_text(path: Path, lines: list[str]) -> None:

@@ -5,8 +5,9 @@ Folder names, images, their order, class names and templates are those of CoOp's
 its shots. The numbers of images of the ImageNet variants are those their authors state. `hub_id` names a copy on the
 Hugging Face Hub that its uploader offers; whether its splits and class order are CoOp's has not been checked here.
 
-Deviation: in class folders (ImageNet and its variants) images come sorted by name; CoOp takes them in the order in
+Deviations: in class folders (ImageNet and its variants) images come sorted by name; CoOp takes them in the order in
 which the file system lists them, which no other computer repeats. Files that are no images are left out and counted.
+Of ImageNet's two classes called 'sunglasses' in CoOp's list the first is 'sunglass', as ImageNet names it.
 Cached draws (`split_fewshot/*.pkl`, `preprocessed.pkl`) run code when loaded and are never opened; the draw is made
 again.
 """
@@ -15,10 +16,9 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from peft_vlm.data.class_names import read_class_names
 from peft_vlm.data.dataset import ImageClassificationDataset
@@ -30,9 +30,6 @@ from peft_vlm.serving.images import is_image_file, say_left_out
 from peft_vlm.text.prompts import readable
 
 logger = logging.getLogger(__name__)
-
-Split = Literal["train", "val", "test"]
-Classes = Literal["all", "base", "new"]
 
 _PHOTO = "a photo of a {}."
 _NAMES = {"classnames.txt": "lines 'n01440764 tench', from the link in CoOp's DATASETS.md"}
@@ -75,7 +72,7 @@ class Benchmark:
         return (self.num_classes + 1) // 2
 
     @property
-    def splits(self) -> tuple[Split, ...]:
+    def splits(self) -> tuple[str, ...]:
         """Parts of its own."""
         if self.num_train is None:
             return ("test",)
@@ -301,14 +298,24 @@ SKIP_TUNING_TEMPLATES: dict[str, str] = {
 }
 
 
+def template_for(dataset: str, data_root: str | Path | None) -> str:
+    """CoOp's prompt of a benchmark, `"a photo of a {}."` for other datasets.
+
+    Args:
+        dataset: What images are loaded from.
+        data_root: The folder of all benchmarks; None: the dataset is none.
+    """
+    return _PHOTO if data_root is None or dataset not in BENCHMARKS else BENCHMARKS[dataset].template
+
+
 def load_benchmark(
     name: str,
     data_root: str | Path,
     *,
-    split: Split = "train",
+    split: str = "train",
     shots: int | None = None,
     seed: int = 1,
-    classes: Classes = "all",
+    classes: str = "all",
 ) -> ImageClassificationDataset:
     """Images of a benchmark in CoOp's order, without a transform; labels index the class names, also in CoOp's order.
 
@@ -334,8 +341,6 @@ def load_benchmark(
     check_choice("classes", classes, ("all", "base", "new"))
     if shots is not None and (isinstance(shots, bool) or not isinstance(shots, int) or shots < 1):
         raise ValueError(f"Expected `shots` of at least 1, or None for all images, got {shots!r}.")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"Expected a whole number as `seed`, got {seed!r}.")
     benchmark = BENCHMARKS[name]
     root = _checked_folder(name, benchmark, Path(data_root))
     try:
@@ -353,7 +358,7 @@ def load_selection_images(
     *,
     shots: int | None = None,
     seed: int = 1,
-    classes: Classes = "all",
+    classes: str = "all",
     on_test_as_official: bool = False,
 ) -> ImageClassificationDataset | None:
     """Images on which the checkpoint of a run may be chosen: the validation part, never test images.
@@ -383,7 +388,7 @@ def load_selection_images(
     return load_benchmark(name, data_root, split="val", shots=shots, seed=seed, classes=classes)
 
 
-def _drawn(benchmark: Benchmark, root: Path, split: Split, shots: int | None, seed: int) -> ImageClassificationDataset:
+def _drawn(benchmark: Benchmark, root: Path, split: str, shots: int | None, seed: int) -> ImageClassificationDataset:
     """One part, cut to the shots of a seed."""
     if split not in benchmark.splits:
         advice = "" if benchmark.num_train is None else " CoOp's code validates on its test images."
@@ -422,7 +427,7 @@ def _is_there(path: Path) -> bool:
     return path.is_file() if path.suffix else path.is_dir()
 
 
-def _read(benchmark: Benchmark, root: Path, split: Split) -> ImageClassificationDataset:
+def _read(benchmark: Benchmark, root: Path, split: str) -> ImageClassificationDataset:
     """All images of one part."""
     if benchmark.split_file is not None:
         images = read_zhou_split(root / benchmark.split_file, root=root / benchmark.images, split=split)
@@ -437,7 +442,7 @@ def _read(benchmark: Benchmark, root: Path, split: Split) -> ImageClassification
     return images
 
 
-def _read_aircraft(root: Path, split: Split) -> ImageClassificationDataset:
+def _read_aircraft(root: Path, split: str) -> ImageClassificationDataset:
     """The official lists: `variants.txt` gives the classes, and a line of a part is an image and its class."""
     names = [line.strip() for line in read_text(root / "variants.txt").split("\n") if line.strip()]
     places = {name: place for place, name in enumerate(names)}
@@ -457,11 +462,12 @@ def _read_aircraft(root: Path, split: Split) -> ImageClassificationDataset:
     return ImageClassificationDataset(rows, names)
 
 
-def _read_class_folders(benchmark: Benchmark, root: Path, split: Split) -> ImageClassificationDataset:
+def _read_class_folders(benchmark: Benchmark, root: Path, split: str) -> ImageClassificationDataset:
     """ImageNet and its variants: a folder per class, named by `classnames.txt`."""
     known = read_class_names(root / "classnames.txt")
     if not isinstance(known, dict):
         raise DataError("Expected lines 'n01440764 tench' in 'classnames.txt', got others.")
+    known = _distinct(known)
     folder = root / benchmark.images
     if benchmark.num_train is not None:
         folder /= "val" if split == "test" else split
@@ -484,7 +490,7 @@ def _read_class_folders(benchmark: Benchmark, root: Path, split: Split) -> Image
         rows += [{"image": file, "label": label} for file in files]
     say_left_out(folder, left_out)
     names = list(known.values()) if benchmark.folder == "imagenetv2" else [known[name] for name in folders]
-    return ImageClassificationDataset(rows, _distinct(names))
+    return ImageClassificationDataset(rows, names)
 
 
 def _images_in(folder: Path, left_out: Counter[str]) -> list[str]:
@@ -496,19 +502,20 @@ def _images_in(folder: Path, left_out: Counter[str]) -> list[str]:
     return files
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Class names, with capitals in those that an earlier class has.
+def _distinct(known: Mapping[str, str]) -> dict[str, str]:
+    """Class names by WordNet id, all different.
 
-    CoOp's list calls two classes of ImageNet 'sunglasses'. A classifier here wants different names, and CLIP's and
-    SigLIP's tokenizers read lower case, so 'Sunglasses' keeps the prompt that published numbers were measured with.
+    CLIP's list, which CoOp's is, has 'sunglasses' twice, so that its code can never tell these two classes apart.
+    ImageNet's own word for the first is taken; it matters for the 100 of 50,000 test images of the two. A name that
+    comes twice in another list gets its id.
     """
-    result: list[str] = []
-    taken: set[str] = set()
-    for name in names:
-        other, upper = name, 0
-        while readable(other) in taken and upper < len(name):
-            upper += 1
-            other = name[:upper].upper() + name[upper:]
-        taken.add(readable(other))
-        result.append(other)
-    return result
+    first: dict[str, str] = {}
+    for wordnet_id, name in known.items():
+        first.setdefault(readable(name).lower(), wordnet_id)
+    names = {}
+    for wordnet_id, name in known.items():
+        repeats = first[readable(name).lower()] != wordnet_id
+        names[wordnet_id] = f"{name} ({wordnet_id})" if repeats else name
+    if known.get("n04355933") == known.get("n04356056") == "sunglasses":
+        names |= {"n04355933": "sunglass", "n04356056": "sunglasses"}
+    return names

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_vlm.data.benchmarks import load_benchmark
 from peft_vlm.data.class_names import (
     ClassNames,
     are_numbers,
@@ -21,6 +22,7 @@ from peft_vlm.data.class_names import (
 from peft_vlm.data.dataset import ImageClassificationDataset, check_columns
 from peft_vlm.data.folders import (
     LIST_SUFFIXES,
+    SPLIT_WORDS,
     check_files_exist,
     choose_split,
     find_images,
@@ -31,6 +33,7 @@ from peft_vlm.data.folders import (
     read_list,
     split_of,
 )
+from peft_vlm.data.images import as_value_range
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.errors import DataError
 from peft_vlm.files import last_part, read_json
@@ -60,6 +63,7 @@ def load_image_dataset(
     revision: str | None = None,
     token: str | None = None,
     holdout: float = 0.0,
+    data_root: str | Path | None = None,
 ) -> ImageClassificationDataset:
     """Labelled images with class names from a path, a dataset in memory, or the Hub; `docs/data.md` has the rules.
 
@@ -90,10 +94,18 @@ def load_image_dataset(
         token: Token of the Hub, for private and gated datasets; None for the one of `hf auth login`.
         holdout: Share of each class, in [0, 1), that files without parts give to a split `test`, drawn by seed 0; the
             rest is `train`. The same share draws the same images. 0: all of it is `train`.
+        data_root: The source is a name of `BENCHMARKS`, read from this folder by `load_benchmark`, which gives columns
+            and class names; see there.
 
     Raises:
         DataError: If source, split, column or class names do not fit; the message lists what there is.
     """
+    if data_root is not None:
+        if class_names is not None:
+            raise DataError("Expected no `class_names` with `data_root`: a benchmark has its own. Leave them out.")
+        images = load_benchmark(source, data_root, split=_benchmark_split(split))
+        images.transform, images.seed, images.value_range = transform, seed, as_value_range(value_range)
+        return images
     names = read_class_names(class_names) if isinstance(class_names, str | Path) else class_names
     path = Path(source) if isinstance(source, str | Path) else None
     columns = {"image_column": image_column, "label_column": label_column}
@@ -115,6 +127,12 @@ def load_image_dataset(
     if names is None:
         warn_of_codes(dataset.class_names)
     return dataset
+
+
+def _benchmark_split(split: str | None) -> str:
+    """What CoOp calls a part."""
+    word = "train" if split is None else SPLIT_WORDS.get(split.lower(), split)
+    return "val" if word == "validation" else word
 
 
 def _read_files(

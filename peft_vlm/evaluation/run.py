@@ -24,6 +24,7 @@ from transformers import (
 
 from peft_vlm.adapters.adapter_files import AdapterSource
 from peft_vlm.adapters.config import VLMConfig, check_architecture, check_weights, config_of, facts_of
+from peft_vlm.data.benchmarks import template_for
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.folders import split_of
 from peft_vlm.data.images import as_value_range
@@ -270,7 +271,7 @@ def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
     datasets = _load_datasets(arguments, loaded)
     selected_on_test = _check_new(arguments, datasets)
     datasets, num_base = _with_trained_classes(arguments.protocol, loaded.class_names, datasets)
-    template = tuple(arguments.template or ()) or loaded.template or "a photo of a {}."
+    template = tuple(arguments.template or ()) or loaded.template or _own_templates(arguments)
     report, result = _evaluate(arguments, loaded, datasets, template, num_base)
     shares = {dataset.holdout for dataset in datasets.values()} - {0.0}
     drawn = [f"Test images: {share:.0%} of each class of images without parts, drawn by seed 0." for share in shares]
@@ -288,12 +289,14 @@ def _evaluate(
     arguments: EvaluationArguments,
     loaded: LoadedModel,
     datasets: dict[str, ImageClassificationDataset],
-    template: str | tuple[str, ...],
+    template: str | tuple[str, ...] | dict[str, str],
     num_base: int | None,
 ) -> tuple[EvalReport, ProtocolResult]:
-    classifier = TextClassifier(loaded.model, loaded.tokenizer, template=template)
     options: dict[str, Any] = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
     options["progress"] = True
+    if isinstance(template, dict):
+        options["templates"], template = template, tuple(dict.fromkeys(template.values()))
+    classifier = TextClassifier(loaded.model, loaded.tokenizer, template=template)
     if num_base is not None:
         options["num_base"] = num_base
     if arguments.source_domain is not None:
@@ -314,9 +317,16 @@ def _evaluate(
     return report, result
 
 
+def _own_templates(arguments: EvaluationArguments) -> str | dict[str, str]:
+    """What a model without adapter is asked with: for several benchmarks the template of each."""
+    if arguments.data_root is None or arguments.protocol in SINGLE:
+        return template_for(arguments.dataset[0], arguments.data_root)
+    return {name: template_for(name, arguments.data_root) for name in arguments.dataset}
+
+
 def _load_datasets(arguments: EvaluationArguments, loaded: LoadedModel) -> dict[str, ImageClassificationDataset]:
     options: dict[str, Any] = {
-        name: getattr(arguments, name) for name in ("image_column", "label_column", "class_names")
+        name: getattr(arguments, name) for name in ("image_column", "label_column", "class_names", "data_root")
     }
     options |= {"config_name": arguments.dataset_config, "revision": arguments.dataset_revision}
     options["holdout"] = _holdout(arguments)

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from peft_vlm.adapters.config import OFFICIAL_LAYERS, VLMConfig, architecture_of
+from peft_vlm.data.benchmarks import template_for
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
@@ -113,7 +114,7 @@ def build(
 
 
 #: Settings that are handed on to `load_image_dataset`.
-DATA_SETTINGS = ("image_column", "label_column", "class_names", "value_range")
+DATA_SETTINGS = ("image_column", "label_column", "class_names", "value_range", "data_root")
 
 
 @dataclass
@@ -187,6 +188,9 @@ def run_training(
     """
     settings.check()
     _check_names(settings)
+    if settings.template is None:
+        settings = replace(settings, template=template_for(settings.dataset, settings.data_root))
+    assert settings.template is not None
     model_config = _base_config(settings.model)
     is_clip_like = isinstance(model_config, tuple(family.config_class for family in FAMILIES))
     # A missing split is better found before the training.
@@ -465,6 +469,7 @@ def _report(settings: RunSettings, args: VLMTrainingArguments) -> dict[str, floa
     evaluation = EvaluationArguments(
         protocol=RUN_PROTOCOLS[settings.protocol],
         dataset=[settings.dataset],
+        data_root=settings.data_root,
         output_dir=args.output_dir,
         adapter=args.output_dir,
         model=settings.model,

@@ -20,12 +20,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+
 from peft_vlm.data.class_names import read_class_names
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.folders import check_files_exist
 from peft_vlm.data.splits import base_and_new_classes, few_shot_indices, path_inside, read_zhou_split
-from peft_vlm.errors import ClassNameError, DataError, check_choice, shown
+from peft_vlm.errors import ClassNameError, DataError, check_choice, explained, shown
 from peft_vlm.files import read_text
+from peft_vlm.models.repository import PATIENCE, is_local
 from peft_vlm.serving.images import is_image_file, say_left_out
 from peft_vlm.text.prompts import readable
 
@@ -324,7 +327,8 @@ def load_benchmark(
 
     Args:
         name: One of `BENCHMARKS`.
-        data_root: The folder of all datasets (CoOp's `$DATA`), which holds `Benchmark.folder`.
+        data_root: The folder of all datasets (CoOp's `$DATA`), which holds `Benchmark.folder`; or the id of a dataset
+            on the Hub with the same folders, of which the one is downloaded into the cache.
         split: Part to read. ImageNet has no `val` of its own (CoOp takes the test images for it), the variants of
             ImageNet have `test` only.
         shots: Training images per class, at least 1; None for all. A test part is never cut.
@@ -334,6 +338,7 @@ def load_benchmark(
     Raises:
         ClassNameError: If two classes have one name.
         DataError: If the tree is not CoOp's; the message says what to put where.
+        HubError: If a dataset on the Hub cannot be read.
         ValueError: If a name, split, number of shots or half does not exist.
     """
     check_choice("name", name, list(BENCHMARKS))
@@ -342,7 +347,7 @@ def load_benchmark(
     if shots is not None and (isinstance(shots, bool) or not isinstance(shots, int) or shots < 1):
         raise ValueError(f"Expected `shots` of at least 1, or None for all images, got {shots!r}.")
     benchmark = BENCHMARKS[name]
-    root = _checked_folder(name, benchmark, Path(data_root))
+    root = _checked_folder(name, benchmark, data_root)
     try:
         dataset = _drawn(benchmark, root, split, shots, seed)
         if classes != "all":
@@ -378,6 +383,7 @@ def load_selection_images(
     Raises:
         ClassNameError: As `load_benchmark`.
         DataError: As `load_benchmark`.
+        HubError: As `load_benchmark`.
         ValueError: As `load_benchmark`.
     """
     check_choice("name", name, list(BENCHMARKS))
@@ -405,8 +411,9 @@ def _drawn(benchmark: Benchmark, root: Path, split: str, shots: int | None, seed
     return images.select(chosen)
 
 
-def _checked_folder(name: str, benchmark: Benchmark, data_root: Path) -> Path:
-    """The folder of a benchmark, if all that it needs is there."""
+def _checked_folder(name: str, benchmark: Benchmark, data_root: str | Path) -> Path:
+    """The folder of a benchmark, if all that it needs is there; of a dataset on the Hub a copy in the cache."""
+    data_root = _downloaded(data_root, benchmark.folder) if _is_on_hub(data_root) else Path(data_root)
     root = data_root.expanduser().absolute() / benchmark.folder
     is_there = {
         part: (root / part).is_file() if Path(part).suffix else (root / part).is_dir() for part in benchmark.parts
@@ -421,6 +428,23 @@ def _checked_folder(name: str, benchmark: Benchmark, data_root: Path) -> Path:
         f"The benchmark {name!r} lacks {', '.join(missing)} in {str(root)!r}; looked in {str(found)!r}, {holds}. Put "
         f"them there, or pass as `data_root` the folder that holds {benchmark.folder!r}."
     )
+
+
+def _is_on_hub(data_root: str | Path) -> bool:
+    return isinstance(data_root, str) and "/" in data_root and not is_local(data_root)
+
+
+def _downloaded(repo: str | Path, folder: str) -> Path:
+    """One folder of a dataset on the Hub that holds CoOp's folders; never a pickle."""
+    with explained(f"The data root {str(repo)!r} is no folder here, and on the Hub"):
+        kept = snapshot_download(
+            str(repo),
+            repo_type="dataset",
+            allow_patterns=f"{folder}/*",
+            ignore_patterns="*.pkl",
+            etag_timeout=PATIENCE,
+        )
+    return Path(kept)
 
 
 def _is_there(path: Path) -> bool:

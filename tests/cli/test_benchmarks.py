@@ -102,3 +102,24 @@ def test_a_wrong_root_is_one_line(root: Path, tmp_path: Path, capsys: pytest.Cap
     assert main([*evaluate, "--data_root", str(root / "DATA"), "--dataset", "Caltech101"]) != 0
     assert "Did you mean 'caltech101'?" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_promptkd_sees_all_images_of_all_classes_and_the_teacher_of_its_data_set(root: Path, tmp_path: Path) -> None:
+    """Its official runs distil on the whole training part, new classes included, from a teacher trained on the base
+    classes of the same data set; few-shot images alone give other numbers.
+    """
+    teacher = tmp_path / "teacher"
+    words = ["--dataset", "dtd", "--protocol", "base_to_new"]
+    assert train(root, teacher, *words, "--shots", "2", "--no_evaluate") == 0
+    student = ["train", "--method", "promptkd", "--config", "vision_depth=2", "projector_depth=1", "--transductive"]
+    student += ["--model", str(root / "clip"), "--data_root", str(root / "DATA"), *words, "--shots", "2"]
+    student += ["--teacher", str(root / "clip"), "--teacher_adapter", str(teacher), "--max_steps", "1", "--use_cpu"]
+    assert main([*student, "--report_to", "none", "--output_dir", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
+    assert summary["training_images"]["count"] == 9, "no draw of shots"
+    assert summary["objective"]["transductive"] is True
+    assert summary["objective"]["seen_classes"] == ["banded", "blotchy"]
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["class_names"] == ["banded", "blotchy", "zigzagged"]
+    assert config["template"] == "{} texture."
+    assert set(json.loads((tmp_path / "run" / "report.json").read_text())["scores"]) == {"base", "new", "h"}

@@ -161,3 +161,21 @@ def test_impossible_settings_are_refused(setting: str, value: object) -> None:
     """The message names the setting and its range."""
     with pytest.raises(ValueError, match=f"Expected `{setting}`"):
         TrainTransform(clip_processor(), **{setting: value})
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.NEAREST])
+@pytest.mark.parametrize("size", [(16, 16), (20, 16), (31, 24), (90, 41), (17, 60), (8, 9)], ids=str)
+def test_evaluation_is_the_papers_resize_and_centre_crop(size: tuple[int, int], resample: Image.Resampling) -> None:
+    """By hand, as CoOp's code: the shorter side to the size, the middle of the longer one, in the processor's
+    interpolation (bicubic for CLIP; another one costs up to a point of accuracy and shows nowhere).
+    """
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, resample=int(resample)
+    )
+    image, (width, height) = noise_image(*size, seed=3), size
+    cols, rows = (16, 16 * height // width) if width <= height else (16 * width // height, 16)
+    left, top = (cols - 16) // 2, (rows - 16) // 2
+    by_hand = image.resize((cols, rows), resample).crop((left, top, left + 16, top + 16))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    expected = (torch.from_numpy(np.array(by_hand)).permute(2, 0, 1).float() / 255 - mean) / std
+    torch.testing.assert_close(EvalTransform(processor)(image), expected, rtol=0, atol=1e-5)

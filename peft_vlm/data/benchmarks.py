@@ -7,7 +7,8 @@ Hugging Face Hub that its uploader offers; whether its splits and class order ar
 
 Deviations: in class folders (ImageNet and its variants) images come sorted by name; CoOp takes them in the order in
 which the file system lists them, which no other computer repeats. Files that are no images are left out and counted.
-Of ImageNet's two classes called 'sunglasses' in CoOp's list the first is 'sunglass', as ImageNet names it.
+CoOp's list of ImageNet calls two classes 'sunglasses' and two 'missile'; one of each is 'sunglass' and 'projectile'
+here, as ImageNet names them.
 Cached draws (`split_fewshot/*.pkl`, `preprocessed.pkl`) run code when loaded and are never opened; the draw is made
 again.
 """
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _PHOTO = "a photo of a {}."
 _NAMES = {"classnames.txt": "lines 'n01440764 tench', from the link in CoOp's DATASETS.md"}
+#: For classes that have another's name in CLIP's list: "sunglasses" and "missile".
+_OWN_WORDS = {"n04355933": "sunglass", "n04008634": "projectile"}
 _COPY = {"classnames.txt": "a copy of 'imagenet/classnames.txt'"}
 
 
@@ -423,7 +426,7 @@ def _checked_folder(name: str, benchmark: Benchmark, data_root: str | Path) -> P
         return root
     found = root if root.is_dir() else data_root
     there = sorted(os.listdir(found)) if found.is_dir() else []
-    holds = f"which holds {shown(there)}" if found.is_dir() else "which does not exist"
+    holds = f"which holds {shown(there)}" if found.is_dir() else "which is no folder"
     raise DataError(
         f"The benchmark {name!r} lacks {', '.join(missing)} in {str(root)!r}; looked in {str(found)!r}, {holds}. Put "
         f"them there, or pass as `data_root` the folder that holds {benchmark.folder!r}."
@@ -520,7 +523,7 @@ def _read_class_folders(benchmark: Benchmark, root: Path, split: str) -> ImageCl
 def _images_in(folder: Path, left_out: Counter[str]) -> list[str]:
     """Image files that lie directly in a class folder, sorted by name; others are counted."""
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    files = [str(folder / name) for name in names if is_image_file(folder / name)]
+    files = [str(path) for path in (folder / name for name in names) if is_image_file(path)]
     if len(files) != len(names):
         left_out["entries of class folders that are no images"] += len(names) - len(files)
     return files
@@ -529,17 +532,18 @@ def _images_in(folder: Path, left_out: Counter[str]) -> list[str]:
 def _distinct(known: Mapping[str, str]) -> dict[str, str]:
     """Class names by WordNet id, all different.
 
-    CLIP's list, which CoOp's is, has 'sunglasses' twice, so that its code can never tell these two classes apart.
-    ImageNet's own word for the first is taken; it matters for the 100 of 50,000 test images of the two. A name that
-    comes twice in another list gets its id.
+    CLIP's list, which CoOp's is, has two names twice, so that its code can never tell these classes apart, and nothing
+    here takes it. One of each gets the word of ImageNet's own list, which matters for 200 of 50,000 test images. Other
+    names that come twice get their ids.
     """
-    first: dict[str, str] = {}
+    counts = Counter(readable(name).lower() for name in known.values())
+    names: dict[str, str] = {}
+    taken: set[str] = set()
     for wordnet_id, name in known.items():
-        first.setdefault(readable(name).lower(), wordnet_id)
-    names = {}
-    for wordnet_id, name in known.items():
-        repeats = first[readable(name).lower()] != wordnet_id
-        names[wordnet_id] = f"{name} ({wordnet_id})" if repeats else name
-    if known.get("n04355933") == known.get("n04356056") == "sunglasses":
-        names |= {"n04355933": "sunglass", "n04356056": "sunglasses"}
+        if counts[readable(name).lower()] > 1:
+            name = _OWN_WORDS.get(wordnet_id, name)
+        if readable(name).lower() in taken:
+            name = f"{name} ({wordnet_id})"
+        taken.add(readable(name).lower())
+        names[wordnet_id] = name
     return names

@@ -170,6 +170,9 @@ class TrainingMethod:
         defaults: Settings of a new adapter where they differ from those of its type.
         presets: These names.
         recommended: Settings for a run of which nothing was said but model and images; None: those of the classes.
+        anchor_templates: Texts around class names whose frozen features the official code averages.
+        guide: Makes the CLIP that a loss looks at, from its model, class prompts and image processor.
+        guide_template: Text around class names for that CLIP.
     """
 
     name: str
@@ -182,6 +185,9 @@ class TrainingMethod:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     presets: tuple[str, ...] = ()
     recommended: Callable[[RunSize], Preset] | None = None
+    anchor_templates: tuple[str, ...] = ()
+    guide: Callable[..., Any] | None = None
+    guide_template: str = ""
 
     @property
     def adapter_type(self) -> AdapterType:

@@ -14,6 +14,10 @@ SINGLE = ("zero-shot", "few-shot", "base-to-new")
 PROTOCOLS = (*SINGLE, "cross-dataset", "domain-shift")
 #: Protocols of a training run, and those that measure it.
 RUN_PROTOCOLS = {"few_shot": "few-shot", "base_to_new": "base-to-new"}
+#: Word for the anchors of a method's official code.
+OFFICIAL = "official"
+#: Protocols of the papers' tables.
+TABLES = ("base_to_new", "few_shot", "cross_dataset", "domain_shift", "mllm_transfer")
 
 
 @dataclass
@@ -61,6 +65,13 @@ class RunSettings:
         default=None, metadata={"help": "CLIP that teaches, where the method has a teacher: folder or Hub id."}
     )
     teacher_adapter: str | None = field(default=None, metadata={"help": "Adapter of the teacher, if it has one."})
+    anchors: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Texts around a class name whose frozen features the method keeps to, averaged (PromptSRC, "
+            "KgCoOp); official: those of its code; none: the template."
+        },
+    )
     transductive: bool = field(
         default=False,
         metadata={"help": "For methods that read no labels: train on all images of all classes, new ones included."},
@@ -94,11 +105,61 @@ class RunSettings:
             check_list(name, getattr(self, name))
         if self.template is not None:
             check_template(self.template)
+        check_list("anchors", self.anchors)
+        for text in self.anchors if self.anchors != [OFFICIAL] else ():
+            check_template(text)
         check_list("seeds", self.seeds)
         if len(set(self.seeds)) != len(self.seeds):
             raise DataError(f"Expected different `seeds`, got {self.seeds!r}.")
         self.protocol = str(self.protocol).replace("-", "_")  # either spelling, here and below
         check_choice("protocol", self.protocol, sorted(RUN_PROTOCOLS))
+
+
+@dataclass
+class ReproductionSettings:
+    """Which table of a paper is run, and where, as flags say it; documented by the help of each field."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of all runs and the table; a run in it goes on with what is missing."}
+    )
+    protocol: str | None = field(
+        default=None,
+        metadata={"help": f"One of {', '.join(TABLES)}, if the paper reports it; none: the recipe's first."},
+    )
+    datasets: list[str] = field(
+        default_factory=list, metadata={"help": "Some of the recipe's data sets, or of its targets; none: all."}
+    )
+    seeds: list[int] = field(default_factory=list, metadata={"help": "Seeds; none: those of the paper."})
+    data_root: str | None = field(
+        default=None, metadata={"help": "Folder of all data sets, laid out as CoOp's code expects them."}
+    )
+    model: str | None = field(default=None, metadata={"help": "Base model instead of the paper's."})
+    teacher: str | None = field(default=None, metadata={"help": "Teacher instead of the paper's."})
+    plan: bool = field(default=False, metadata={"help": "Print the runs, images and steps, and end."})
+    stand_in: bool = field(
+        default=False, metadata={"help": "The same grid on the bundled models and data, in minutes; no comparison."}
+    )
+    select_on_test_as_official: bool = field(
+        default=False,
+        metadata={"help": "Choose checkpoints on test images where the official code does; marked in the table."},
+    )
+
+    def check(self) -> None:
+        """Refuse what no grid can be made from.
+
+        Raises:
+            DataError: If a list holds something twice, or there is no folder.
+            ValueError: If the protocol is unknown.
+        """
+        for name in ("datasets", "seeds"):
+            check_list(name, getattr(self, name))
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise DataError(f"Expected different `{name}`, got {getattr(self, name)!r}.")
+        if self.protocol is not None:
+            self.protocol = self.protocol.replace("-", "_")
+            check_choice("protocol", self.protocol, TABLES)
+        if self.output_dir is None and not self.plan:
+            raise DataError("Expected `output_dir`, the folder of the runs and the table, got none.")
 
 
 @dataclass

@@ -86,6 +86,7 @@ def cross_dataset(
     classifier: ImageClassifier,
     targets: Mapping[str, ImageClassificationDataset],
     *,
+    source: str | None = None,
     templates: Mapping[str, str | Sequence[str]] | None = None,
     **options: int | bool,
 ) -> ProtocolResult:
@@ -94,10 +95,11 @@ def cross_dataset(
     Args:
         classifier: Trained on a source dataset.
         targets: Test images by dataset name.
+        source: The dataset of the training images, where it is among the targets; left out of the average.
         templates: Template by dataset name; the classifier's own for the others.
         **options: Passed to `classify.iterate_logits`.
     """
-    return _on_targets("cross-dataset", classifier, targets, templates, **options)
+    return _on_targets("cross-dataset", classifier, targets, templates, source=source, **options)
 
 
 def domain_shift(

@@ -19,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PrinterCallback,
     ProgressCallback,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -44,7 +45,7 @@ from peft_vlm.models.repository import hub_options, is_local, why_cache_only
 from peft_vlm.models.towers import FAMILIES
 from peft_vlm.objective import Objective
 from peft_vlm.registry import METHODS, Preset, RunSize
-from peft_vlm.settings import RUN_PROTOCOLS, EvaluationArguments, RunSettings
+from peft_vlm.settings import OFFICIAL, RUN_PROTOCOLS, EvaluationArguments, RunSettings
 from peft_vlm.text.answers import tokenize_candidates
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import check_same_vocabulary, tokenize_for_model
@@ -170,7 +171,10 @@ def size_of(settings: RunSettings, images: ImageClassificationDataset, model_con
 
 
 def run_training(
-    settings: RunSettings, arguments: Callable[[dict[str, Any]], VLMTrainingArguments]
+    settings: RunSettings,
+    arguments: Callable[[dict[str, Any]], VLMTrainingArguments],
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, float]:
     """Train an adapter, save it in `output_dir` of its arguments, and measure it.
 
@@ -178,6 +182,7 @@ def run_training(
         settings: Model, data, method and their settings.
         arguments: Makes the training arguments out of settings of the preset, or recommended ones, which it may
             override.
+        callbacks: Further callbacks of the trainer.
 
     Returns:
         Accuracies in percent on the test split by name, those of the base model with `zero_shot_`; empty without
@@ -194,8 +199,8 @@ def run_training(
     model_config = _base_config(settings.model)
     is_clip_like = isinstance(model_config, tuple(family.config_class for family in FAMILIES))
     # A missing split is better found before the training.
-    test = _images(settings, settings.test_split) if settings.evaluate else None
-    pool = _images(settings, settings.split)
+    test = images_of(settings, settings.test_split) if settings.evaluate else None
+    pool = images_of(settings, settings.split)
     size = size_of(settings, pool, model_config.to_dict())
     preset = preset_of(settings, size)
     args = arguments(preset.training)
@@ -206,11 +211,14 @@ def run_training(
     set_seed(args.seed)  # a new adapter may start from random values
     parts = (_classifier if is_clip_like else _answerer)(settings, args, pool, config, options)
     if test is not None:
-        check_not_trained_on(test, image_sample(parts.train), num_train=len(parts.train))
+        same = settings.transductive and settings.split == settings.test_split  # without labels, and reported
+        check_not_trained_on(test, image_sample(parts.train), num_train=len(parts.train), refuse=not same)
         _warn_of_selection(settings, args, parts.eval, test)
     trainer = VLMTrainer(
         parts.model, args, train_dataset=parts.train, eval_dataset=parts.eval, objective=parts.objective
     )
+    for callback in callbacks:
+        trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
     bar: _OneBar | None = None
     if not args.disable_tqdm:
@@ -363,6 +371,10 @@ def _classifier(
     prompts = tokenize_for_model(loaded.model, loaded.tokenizer, train.class_names, template=settings.template)
     offered: dict[str, Any] = {"seed": args.seed, "transductive": settings.transductive}
     offered["seen_classes"] = [pool.class_names[c] for c in _labelled(pool, settings)]
+    if settings.anchors:
+        texts = _anchor_texts(settings)
+        anchors = tokenize_for_model(loaded.model, loaded.tokenizer, train.class_names, template=texts)
+        offered |= dict.fromkeys(_ANCHORS, anchors)
     if settings.teacher or settings.teacher_adapter:
         teacher = load_model(settings.teacher_adapter, base_model=settings.teacher, device="cpu")
         check_same_vocabulary(loaded.tokenizer, teacher.tokenizer)
@@ -372,9 +384,27 @@ def _classifier(
     model = _adapted(loaded.model, settings.method, loaded.image_processor, config, offered)
     validation = None
     if settings.eval_split is not None:
-        images = _images(settings, settings.eval_split, EvalTransform(loaded.image_processor))
-        validation = images if settings.transductive else images.restrict(_labelled(images, settings))
+        images = images_of(settings, settings.eval_split, EvalTransform(loaded.image_processor))
+        classes = set(_labelled(images, settings))  # labels of new classes choose no checkpoint
+        seen = images.select([place for place, label in enumerate(images.labels) if label in classes])
+        validation = seen if settings.transductive else images.restrict(sorted(classes))
     return _Parts(model, objective, train, validation, lambda: _report(settings, args))
+
+
+#: What objectives call the prompts of features that are kept to.
+_ANCHORS = ("frozen_prompts", "anchor_prompts")
+
+
+def _anchor_texts(settings: RunSettings) -> Sequence[str]:
+    """Texts around class names that the method keeps to."""
+    method = METHODS[settings.method]
+    if method.objective is None or not set(_ANCHORS) & set(inspect.signature(method.objective).parameters):
+        raise PeftVLMError(f"{settings.method!r} has no use for `anchors`. Leave it out.")
+    if settings.anchors != [OFFICIAL]:
+        return settings.anchors
+    if not method.anchor_templates:
+        raise PeftVLMError(f"The code of {settings.method!r} has no `anchors` of its own. Name them.")
+    return method.anchor_templates
 
 
 def _answerer(
@@ -385,9 +415,11 @@ def _answerer(
     options: dict[str, Any],
 ) -> _Parts:
     """A run on a model that writes text: the classes are answers to one question."""
-    if settings.protocol != "few_shot" or settings.transductive or settings.teacher:
+    guide = METHODS[settings.method].guide
+    if settings.protocol != "few_shot" or settings.transductive or (settings.teacher and guide is None):
         raise PeftVLMError("Models that write text are trained with `protocol=few_shot`, without `teacher`.")
-    member = ImageTextModel.load(settings.model)
+    clip = None if settings.teacher is None else load_model(base_model=settings.teacher, device="cpu")
+    member = ImageTextModel.load(settings.model, clip_processor=clip and clip.image_processor)
     crop = RandomCrop(**named_values(settings.augmentation, "augmentation")) if settings.augmentation else None
 
     def questions(images: ImageClassificationDataset, augmentation: RandomCrop | None = None) -> ImageQuestionDataset:
@@ -395,6 +427,12 @@ def _answerer(
         return asked.with_collator(member.collator)
 
     train = questions(_shots(pool, settings, args.seed), crop)
+    offered: dict[str, Any] = {}
+    if clip is not None and guide is not None:
+        template = METHODS[settings.method].guide_template
+        prompts = tokenize_for_model(clip.model, clip.tokenizer, train.class_names, template=template)
+        offered["tse_clip"] = guide(clip.model, prompts, processor=clip.image_processor)
+        train = train.with_collator(member.training_collator)
     candidates = tokenize_candidates(
         member.collator.tokenizer,
         train.class_names,
@@ -402,19 +440,27 @@ def _answerer(
         include_end=True,  # one class name may be the beginning of another
         end_token=member.collator.end_token,
     )
-    objective = _objective(METHODS[settings.method].answer_objective, settings, candidates, {}, options)
+    objective = _objective(METHODS[settings.method].answer_objective, settings, candidates, offered, options)
     model = _adapted(member.model, settings.method, member.collator.processor.image_processor, config, {})
 
     def evaluate() -> dict[str, float]:
-        test = questions(_images(settings, settings.test_split))
+        test = questions(images_of(settings, settings.test_split))
         return {"accuracy": likelihood_accuracy(model.eval(), test, include_end=True)}
 
-    validation = None if settings.eval_split is None else questions(_images(settings, settings.eval_split))
+    validation = None if settings.eval_split is None else questions(images_of(settings, settings.eval_split))
     return _Parts(model, objective, train, validation, evaluate)
 
 
-def _images(settings: RunSettings, split: str, transform: ImageTransform | None = None) -> ImageClassificationDataset:
-    """One part of the dataset, all classes."""
+def images_of(
+    settings: RunSettings, split: str, transform: ImageTransform | None = None
+) -> ImageClassificationDataset:
+    """One part of a run's dataset, all classes.
+
+    Args:
+        settings: Settings of the run.
+        split: Part.
+        transform: Makes the pixels.
+    """
     options = {name: getattr(settings, name) for name in DATA_SETTINGS}
     options |= {"config_name": settings.dataset_config, "revision": settings.dataset_revision}
     # without a test every image trains

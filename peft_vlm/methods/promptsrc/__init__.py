@@ -30,6 +30,7 @@ register_method(
         preset_for=preset_for,
         presets=tuple(PRESETS),
         recommended=recommended,
+        anchor_templates=OFFICIAL_TEMPLATES,
     )
 )
 

@@ -36,6 +36,8 @@ register_method(
         preset_for=preset_for,
         presets=("cifar10", "script"),
         recommended=recommended,
+        guide=ClipGuide,
+        guide_template="this is a photo of a {}",
     )
 )
 

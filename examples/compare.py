@@ -15,7 +15,6 @@ seconds and memory).
 """
 
 import argparse
-import gc
 import logging
 import statistics
 from dataclasses import asdict
@@ -25,10 +24,9 @@ from typing import Any
 import peft_vlm  # noqa: F401 - registers the methods
 from peft_vlm.cli.command import calm
 from peft_vlm.evaluation.plots import new_figure, save_figure
-from peft_vlm.evaluation.report import EvalReport
-from peft_vlm.experiments.report import COSTS, PeakMemory, show_results
-from peft_vlm.experiments.run import run_training
-from peft_vlm.files import BASELINE_NAME, REPORT_NAME, SUMMARY_NAME, read_json, write_json
+from peft_vlm.experiments.cells import finished_cell, run_cell
+from peft_vlm.experiments.report import COSTS, show_results
+from peft_vlm.files import write_json
 from peft_vlm.registry import METHODS
 from peft_vlm.settings import RunSettings
 from peft_vlm.training.arguments import VLMTrainingArguments
@@ -36,7 +34,6 @@ from peft_vlm.training.arguments import VLMTrainingArguments
 ASSETS = Path(__file__).parent / "assets"
 #: Pretraining on thousands of classes, and a prompt for other models: measured by their own examples.
 ELSEWHERE = ("rpp", "tvp")
-CELL = "cell.json"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,11 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 def cell_of(
     args: argparse.Namespace, task: tuple[str, str, str], method: str, seed: int, folder: Path
 ) -> dict[str, Any]:
-    """Scores and costs of one run: trained now, or read where it was finished with the same settings.
-
-    Raises:
-        ValueError: If the folder holds the run of other settings.
-    """
+    """Scores and costs of one run: trained now, or read where it was finished with the same settings."""
     protocol, dataset, template = task
     settings = RunSettings(
         method=method,
@@ -82,10 +75,7 @@ def cell_of(
         teacher=args.teacher if method == "promptkd" else None,
     )
     wanted = asdict(settings) | {"seed": seed, "epochs": args.epochs}
-    if (folder / CELL).is_file():
-        cell = read_json(folder / CELL)
-        if cell["settings"] != wanted:
-            raise ValueError(f"{str(folder)!r} holds the run of other settings. Pass another --output_dir.")
+    if (cell := finished_cell(folder, wanted)) is not None:
         return cell
 
     def arguments(recommended: dict[str, Any]) -> VLMTrainingArguments:
@@ -94,21 +84,9 @@ def cell_of(
         own = {"seed": seed, "use_cpu": args.use_cpu, "disable_tqdm": True, "save_strategy": "no", "report_to": "none"}
         return VLMTrainingArguments(str(folder), **recommended, **own)
 
-    gc.collect()
-    peak = PeakMemory(arguments({}).device)
-    peak.start()
     with calm():
-        run_training(settings, arguments)
-    memory, summary = peak.stop(), read_json(folder / SUMMARY_NAME)
-    cell = {
-        "settings": wanted,
-        "scores": EvalReport.load(folder / REPORT_NAME).scores,
-        "zero_shot": EvalReport.load(folder / BASELINE_NAME).scores,
-        "seconds": summary["metrics"]["train_runtime"],
-        "peak_memory_mb": memory,
-        "trainable_parameters": summary["trainable_parameters"],
-    }
-    write_json(folder / CELL, cell)
+        cell = run_cell(settings, arguments, folder, wanted=wanted)
+    assert cell is not None, "the comparison runs in one process"
     return cell
 
 

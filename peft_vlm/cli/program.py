@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft_vlm.cli import convert, evaluate, export, info, predict, publish, train
+from peft_vlm.cli import convert, evaluate, export, info, predict, publish, reproduce, train
 from peft_vlm.cli.command import file_as_flags, part_flags
 from peft_vlm.errors import PeftVLMError, PeftVLMWarning
 from peft_vlm.files import installed_version
 from peft_vlm.serving.escape import one_line, printable
 
 #: In the order of the help text.
-COMMANDS = (train, evaluate, predict, convert, publish, export, info)
+COMMANDS = (train, evaluate, reproduce, predict, convert, publish, export, info)
 
 
 DESCRIPTION = """\

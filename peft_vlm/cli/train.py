@@ -86,24 +86,17 @@ def run(arguments: argparse.Namespace) -> None:
     settings.check()
     if settings.seeds and _is_given(arguments.more, "seed"):
         raise PeftVLMError("Expected `seed` or `seeds`, got both. Leave one out.")
-    _check_training_flags(arguments.more)
-    from transformers import HfArgumentParser
-
+    check_training_flags(arguments.more)
     from peft_vlm.experiments.run import run_training
-    from peft_vlm.training.arguments import VLMTrainingArguments
 
-    # transformers would switch progress off, since the program keeps its remarks quiet; --json is for scripts
-    defaults: dict[str, Any] = {"disable_tqdm": arguments.json}
-    parser = HfArgumentParser(VLMTrainingArguments, prog="peft-vlm train")
-    parser.usage = "peft-vlm train [FILE.yaml] [--flag value ...]   (all flags: --help)"
     words = arguments.more
-
-    def training_arguments(recommended: dict[str, Any], more: Sequence[str] = ()) -> VLMTrainingArguments:
-        values = defaults | {k: json.dumps(v) if isinstance(v, dict) else v for k, v in recommended.items()}
-        if settings.preset is None and _is_given(words, "max_steps", "num_train_epochs"):
-            values = {name: value for name, value in values.items() if not name.startswith("warmup_")}
-        return parser.parse_args_into_dataclasses([*as_flags(values), *words, *more], look_for_args_file=False)[0]
-
+    # transformers would switch progress off, since the program keeps its remarks quiet; --json is for scripts
+    training_arguments = arguments_maker(
+        words,
+        {"disable_tqdm": arguments.json},
+        usage="peft-vlm train [FILE.yaml]",
+        has_preset=settings.preset is not None,
+    )
     args = training_arguments({})  # wrong values are found before anything is loaded
     if settings.seeds:
         _train_with_seeds(settings, args.output_dir, training_arguments, as_json=arguments.json)
@@ -118,6 +111,33 @@ def run(arguments: argparse.Namespace) -> None:
     for name, score in scores.items():
         print_line(f"{name:24}{score:7.2f} %")
     print_line(f"Written to {args.output_dir}. Use it:  peft-vlm predict {args.output_dir!r} photo.png")
+
+
+def arguments_maker(
+    words: Sequence[str], defaults: dict[str, Any], *, usage: str, has_preset: bool
+) -> Callable[..., Any]:
+    """A function that makes `VLMTrainingArguments` of recommended settings, flags, and further words, in this order.
+
+    Args:
+        words: Flags of the command line.
+        defaults: Settings that recommended ones replace.
+        usage: Beginning of the command, for messages.
+        has_preset: Whether an official configuration was asked for, whose warm-up stays whatever the length.
+    """
+    from transformers import HfArgumentParser
+
+    from peft_vlm.training.arguments import VLMTrainingArguments
+
+    parser = HfArgumentParser(VLMTrainingArguments, prog=" ".join(usage.split()[:2]))
+    parser.usage = f"{usage} [--flag value ...]   (all flags: --help)"
+
+    def training_arguments(recommended: dict[str, Any], more: Sequence[str] = ()) -> VLMTrainingArguments:
+        values = defaults | {k: json.dumps(v) if isinstance(v, dict) else v for k, v in recommended.items()}
+        if not has_preset and _is_given(words, "max_steps", "num_train_epochs"):
+            values = {name: value for name, value in values.items() if not name.startswith("warmup_")}
+        return parser.parse_args_into_dataclasses([*as_flags(values), *words, *more], look_for_args_file=False)[0]
+
+    return training_arguments
 
 
 def _train_with_seeds(
@@ -154,8 +174,15 @@ def _is_given(words: Sequence[str], *names: str) -> bool:
     return any(word.partition("=")[0].removeprefix("--").replace("-", "_") in names for word in words)
 
 
-def _check_training_flags(words: Sequence[str]) -> None:
-    """Refuse a misspelt flag before anything is loaded."""
+def check_training_flags(words: Sequence[str]) -> None:
+    """Refuse a misspelt flag before anything is loaded.
+
+    Args:
+        words: Flags of `VLMTrainingArguments` with their values.
+
+    Raises:
+        PeftVLMError: Naming the one that was meant.
+    """
     known = training_settings()
     for word in words:
         flag = word.partition("=")[0].removeprefix("--").replace("-", "_")

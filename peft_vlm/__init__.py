@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peft_vlm.classification import ClassificationObjective
     from peft_vlm.classifier import PromptedClassifier
     from peft_vlm.hub import publish
+    from peft_vlm.methods.atprompt import ATPromptObjective
     from peft_vlm.methods.clip_lora import CLIPLoRAObjective
     from peft_vlm.methods.cocoop import CoCoOpConfig, CoCoOpModel, CoCoOpObjective
     from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from peft_vlm.training import VLMTrainer, VLMTrainingArguments
 
 __all__ = [
+    "ATPromptObjective",
     "CLIPLoRAObjective",
     "ClassificationObjective",
     "CoCoOpConfig",
@@ -75,6 +77,7 @@ __all__ = [
 
 #: Where the names above are defined: a name of a method stands in the method's folder.
 _HOMES = {
+    "ATPrompt": "methods.atprompt",
     "CLIPLoRA": "methods.clip_lora",
     "ClassificationObjective": "classification",
     "CoCoOp": "methods.cocoop",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPProcessor
 
 from peft_vlm import (
+    ATPromptObjective,
     CLIPLoRAObjective,
     CoCoOpConfig,
     CoCoOpObjective,
@@ -64,6 +65,12 @@ def lora_config(*, init_weights: bool = True, **settings: Any) -> LoraConfig:
 def coop_config(**settings: Any) -> CoOpConfig:
     """One vector that starts as the word "a", with which the template begins."""
     return CoOpConfig(**({"context_init_ids": WORD_A} | settings))
+
+
+def atprompt_config(**settings: Any) -> CoOpConfig:
+    """One vector, the word "a" and two vectors."""
+    own = {"num_text_tokens": 2, "attribute_ids": [WORD_A], "num_attribute_tokens": [1]}
+    return CoOpConfig(**(own | settings))
 
 
 def pre_config(**settings: Any) -> CoOpConfig:
@@ -164,6 +171,13 @@ CASES = [
             ({"target_modules": "q_proj"}, "chooses its modules"),
             ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
         ),
+    ),
+    Case(
+        method="atprompt",
+        config=atprompt_config,
+        objective=ATPromptObjective,
+        starts_as_base=False,
+        saved_module="visual_projection",
     ),
     Case(
         method="kgcoop",

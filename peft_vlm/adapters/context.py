@@ -1,7 +1,7 @@
 """The learned text context of an adapter's configuration, and where learned tokens go in CLIP's towers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, no_type_check
 
@@ -42,11 +42,24 @@ class TextContextConfig(VLMConfig):
 
     def file_shapes(self) -> dict[str, Shape]:
         """The shapes of the learned tokens of both towers, as the methods' depths place them."""
-        text, vision = getattr(self, "text_depth", 1), getattr(self, "vision_depth", 0)
-        counts = {"text": self.num_text_tokens if text else 0}
-        counts["vision"] = getattr(self, "num_vision_tokens", 0) if vision else 0
         prefix = f"{self.peft_type.value.lower()}_"
-        return {rf".*\b{tower}_model\..*{prefix}\w+": (count, None) for tower, count in counts.items() if count}
+        has_text = self.num_text_tokens and getattr(self, "text_depth", 1)
+        shapes = self.text_shapes(rf"{prefix}\w+") if has_text else {}
+        count = getattr(self, "num_vision_tokens", 0) if getattr(self, "vision_depth", 0) else 0
+        return shapes | ({rf".*\bvision_model\..*{prefix}\w+": (count, None)} if count else {})
+
+    def text_shapes(self, name: str) -> dict[str, Shape]:
+        """The shapes of the text context: vectors before fixed words are part of the first one alone.
+
+        Args:
+            name: Regular expression of the tensors' last names.
+        """
+        own, extra = self.num_text_tokens, self.before.count(None)
+        if not extra or own is None:
+            return {rf".*\btext_model\..*{name}": (own, None)}
+        shapes: dict[str, Shape] = {rf".*\btext_model\.embeddings\..*{name}": (extra + own, None)}
+        is_deep = (getattr(self, "text_depth", None) or getattr(self, "depth", None) or 1) > 1
+        return shapes | ({rf".*\btext_model\.encoder\..*{name}": (own, None)} if is_deep else {})
 
     @property
     def text_position(self) -> str:
@@ -54,12 +67,72 @@ class TextContextConfig(VLMConfig):
         return "end"
 
     @property
+    def before(self) -> list[int | None]:
+        """Places before the context: the token id of a fixed word, or None for a learned vector."""
+        return []
+
+    @property
     def slots(self) -> Slots | None:
         """Places that prompts must reserve; None without context, or before the adapter was created."""
         if not self.num_text_tokens or self.placeholder_id is None:
             return None
         ids = None if self.context_init_ids is None else tuple(self.context_init_ids)
-        return Slots(self.num_text_tokens, self.placeholder_id, self.text_position, ids)
+        return Slots(len(self.before) + self.num_text_tokens, self.placeholder_id, self.text_position, ids)
+
+
+@no_type_check  # wrong types get the messages of `__post_init__`, in tests too
+@dataclass
+class AttributeContextConfig(TextContextConfig):
+    """A context that may follow attribute words, each after learned vectors of its own (ATPrompt).
+
+    Args:
+        attributes: Words before the context whose token embeddings stay as they are, such as `["color", "shape"]`;
+            None: no words. Official `ATT1_TEXT` to `ATT3_TEXT`.
+        attribute_ids: Token ids of each word. Filled in from the base model's tokenizer; give them where there is
+            none.
+        num_attribute_tokens: Learned vectors before each word. None: as many as `num_text_tokens`. Official `N_ATT1`
+            to `N_ATT3`.
+
+    References:
+        ATPrompt: Textual-based Attribute Prompting for Vision-Language Models, 2024, arXiv 2412.09442, Eq. (4) to (6).
+    """
+
+    attributes: list[str] | None = field(default=None)
+    attribute_ids: list[list[int]] | None = field(default=None)
+    num_attribute_tokens: list[int] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        words, ids, counts = self.attributes, self.attribute_ids, self.num_attribute_tokens
+        if words is None and ids is None:
+            if counts is not None:
+                raise ValueError("Expected no `num_attribute_tokens` without `attributes`. Leave it out.")
+            return
+        if not (words or ids) or not all(word.strip() for word in words or ()):
+            raise ValueError(f"Expected `attributes` to be words, such as ['color', 'shape'], got {shown(words)}.")
+        known = [part for part in (words, ids, counts) if part is not None]
+        if len({len(part) for part in known}) > 1:
+            raise ValueError(
+                f"Expected one entry for each attribute, got `attributes`={shown(words)}, `attribute_ids`="
+                f"{shown(ids)} and `num_attribute_tokens`={shown(counts)}."
+            )
+        if min(counts or [0]) < 0 or any(not word or min(word) < 0 for word in ids or ()):
+            raise ValueError(
+                "Expected numbers of 0 or more in `num_attribute_tokens` and `attribute_ids`, and at least one token "
+                f"id for each attribute, got {shown(counts)} and {shown(ids)}."
+            )
+        if self.num_text_tokens == 0 or getattr(self, "text_depth", None) == 0:
+            raise ValueError(f"Expected a text context after `attributes`={shown(words)}, got none.")
+        if self.text_position != "end":
+            raise ValueError(
+                f"Expected the class name at the 'end' of a context with `attributes`, got {self.text_position!r}."
+            )
+
+    @property
+    def before(self) -> list[int | None]:
+        """Places before the context: for each attribute its learned vectors (None), then the ids of its word."""
+        parts = zip(self.num_attribute_tokens or (), self.attribute_ids or (), strict=False)
+        return [place for count, word in parts for place in (*[None] * count, *word)]
 
 
 def fit_depths(config: VLMConfig, layers: Mapping[str, int], *, official: int = 9) -> None:
@@ -110,6 +183,8 @@ def complete_context(config: TextContextConfig, model: Any) -> None:
     """
     config.placeholder_id = towers_of(model).start_token_id
     read_context_words(config, model)
+    if isinstance(config, AttributeContextConfig):
+        _complete_attributes(config, model)
     if config.context_init_ids is None:
         return
     if len(config.context_init_ids) < config.num_text_tokens:
@@ -119,12 +194,37 @@ def complete_context(config: TextContextConfig, model: Any) -> None:
             "`context_init=None`."
         )
     config.context_init_ids = list(config.context_init_ids[: config.num_text_tokens])
+    _check_ids("context_init_ids", config.context_init_ids, model)
+
+
+def _check_ids(name: str, ids: Sequence[int], model: Any) -> None:
+    """Refuse token ids that the base model does not know."""
     known = len(towers_of(model).token_embedding.weight)
-    if max(config.context_init_ids, default=0) >= known:
+    if max(ids, default=0) >= known:
         raise AdapterError(
-            f"Expected `context_init_ids` below {known}, the vocabulary of the base model, got "
-            f"{shown(config.context_init_ids)}. The adapter was made for another base model: load it onto that one."
+            f"Expected `{name}` below {known}, the vocabulary of the base model, got {shown(list(ids))}. The adapter "
+            "was made for another base model: load it onto that one."
         )
+
+
+def _complete_attributes(config: AttributeContextConfig, model: Any) -> None:
+    """Fill in the token ids of the attribute words, and the number of vectors before each."""
+    if config.attributes is not None and config.attribute_ids is None:
+        ids = [_ids_of(word, config, model, name="attribute_ids") for word in config.attributes]
+        config.attribute_ids = ids
+    ids = config.attribute_ids or []
+    if ids and config.num_attribute_tokens is None:
+        config.num_attribute_tokens = [config.num_text_tokens] * len(ids)
+    _check_ids("attribute_ids", [token for word in ids for token in word], model)
+    towers = towers_of(model)
+    special = {towers.start_token_id, towers.end_token_id}
+    for index, word in enumerate(ids):
+        if not word or special.intersection(word):
+            name = shown(word if config.attributes is None else config.attributes[index])
+            raise ValueError(
+                f"Expected attributes that the base model's tokenizer knows, got {name}, of which it makes the token "
+                f"ids {word!r}: none, or a start or end of the text. Take another word."
+            )
 
 
 def complete_whole_context(config: TextContextConfig, model: Any) -> None:
@@ -146,22 +246,34 @@ def read_context_words(config: TextContextConfig, model: Any) -> None:
     Args:
         config: Configuration of a new or loaded adapter.
         model: The base model.
+    """
+    if config.context_init_ids is None and config.context_init is not None:
+        advice = ", or `context_init=None` for a random start"
+        config.context_init_ids = _ids_of(config.context_init, config, model, name="context_init_ids", advice=advice)
+
+
+def _ids_of(words: str, config: TextContextConfig, model: Any, *, name: str, advice: str = "") -> list[int]:
+    """Token ids of words by the base model's tokenizer.
+
+    Args:
+        words: The words.
+        config: Configuration they stand in.
+        model: The base model.
+        name: Field of their ids.
+        advice: What else can be done.
 
     Raises:
         ValueError: If the base model's folder has no tokenizer.
     """
-    if config.context_init_ids is not None or config.context_init is None:
-        return
     # On another model than the recorded one the recorded revision means nothing.
     is_recorded = config.base_model_name_or_path in (None, model.name_or_path)
     tokenizer = tokenizer_of(model, revision=config.revision if is_recorded else None)
     if tokenizer is None:
         raise ValueError(
-            f"The context starts from the words {config.context_init!r}, and the base model's folder "
-            f"{model.name_or_path!r} has no tokenizer to read them. Pass their token ids as `context_init_ids`, "
-            "or `context_init=None` for a random start."
+            f"The context has the words {words!r}, and the base model's folder {model.name_or_path!r} has no "
+            f"tokenizer to read them. Pass their token ids as `{name}`{advice}."
         )
-    config.context_init_ids = list(tokenizer(config.context_init, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(words, add_special_tokens=False)["input_ids"])
 
 
 def learned_token_pattern(model: nn.Module, *, text_depth: int, vision_depth: int, first_layer: int = 1) -> str:

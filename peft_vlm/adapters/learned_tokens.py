@@ -1,5 +1,6 @@
 """Places for prompts of the attention blocks at the entrance of both towers, with nothing learned in them."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -94,6 +95,9 @@ class VisionSlots(DelegatingLayer):
 INIT_STD = 0.02
 """Standard deviation of randomly initialised prompts, in all official codes."""
 
+ATTRIBUTE_STD = 0.01
+"""That of the vectors before attribute words (official ATPrompt)."""
+
 
 class LearnedTokens(LearnedPrompt):
     """A layer with one (tokens, width) tensor per adapter."""
@@ -102,6 +106,14 @@ class LearnedTokens(LearnedPrompt):
         """Tokens of the active adapter in the dtype of a tensor; None when the layer must act as the base layer."""
         name = self.current_adapter
         return None if name is None else self.prompts[name].to(like.dtype)
+
+    def own_context(self, adapter_name: str) -> Float[Tensor, "tokens width"]:
+        """The tokens that replace those of the layer below; all that are learned.
+
+        Args:
+            adapter_name: Name of the adapter.
+        """
+        return self.prompts[adapter_name]
 
     def _random(self, tokens: int, like: Tensor) -> nn.Parameter:
         """N(0, 0.02) on the device of a weight, in its dtype."""
@@ -112,26 +124,80 @@ class LearnedTokens(LearnedPrompt):
 class TextContext(LearnedTokens, _ContextLayer):
     """CLIP's token embedding whose reserved slots are filled with learned context vectors, before positions are added.
 
+    Before the context there may be fixed words, each after learned vectors of its own. These vectors are the first
+    rows of the learned tensor; the words are no part of it.
+
     Args:
         base_layer: `nn.Embedding` of the text tower.
         prefix: The method's parameter prefix.
     """
 
+    def __init__(self, base_layer: nn.Module, *, prefix: str) -> None:
+        super().__init__(base_layer, prefix=prefix)
+        self.places_before: dict[str, list[int | None]] = {}
+        self.other_param_names = (*self.other_param_names, "places_before")
+
     def add_adapter(self, adapter_name: str, config: Any) -> None:
-        """Context from the embeddings of `context_init_ids`, or random.
+        """Context from the embeddings of `context_init_ids`, or random; random vectors before fixed words.
 
         Args:
             adapter_name: Key of the new tensor.
             config: A `TextContextConfig`, completed by `complete_context`.
         """
-        weight, slots = self.get_base_layer().weight, config.slots
+        weight, slots, before = self.get_base_layer().weight, config.slots, config.before
         if slots.initial_ids is None:
-            context = self._random(slots.num_tokens, weight)
+            context = self._random(config.num_text_tokens, weight)
         else:
             context = nn.Parameter(weight.detach()[list(slots.initial_ids)].clone())  # (slots, width)
             if not config.init_weights:
                 context.data += INIT_STD * torch.randn(context.shape).to(context)
+        if before.count(None):
+            own = self._random(before.count(None), weight) * (ATTRIBUTE_STD / INIT_STD)
+            context = nn.Parameter(torch.cat([own.detach(), context.detach()]))
         self.prompts[adapter_name], self.context_slots[adapter_name] = context, slots
+        self.places_before[adapter_name] = before
+
+    def own_context(self, adapter_name: str) -> Float[Tensor, "tokens width"]:
+        """The learned vectors after the last fixed word.
+
+        Args:
+            adapter_name: Name of the adapter.
+        """
+        return self.prompts[adapter_name][self.places_before[adapter_name].count(None) :]
+
+    def context(self, adapter_name: str) -> Float[Tensor, "*classes tokens width"]:
+        """The learned vectors of an adapter as prompts get them.
+
+        Args:
+            adapter_name: Name of the adapter.
+        """
+        return self.prompts[adapter_name]
+
+    def with_words(self, adapter_name: str, vectors: Float[Tensor, "tokens width"]) -> Float[Tensor, "slots width"]:
+        """Vectors for all slots: the learned ones, and the embeddings of the fixed words between them.
+
+        Args:
+            adapter_name: Name of the adapter.
+            vectors: The learned ones.
+        """
+        before = self.places_before[adapter_name]
+        ids = [token for token in before if token is not None]
+        if not ids:
+            return vectors
+        words = self.base_layer(torch.tensor(ids, device=vectors.device)).detach().to(vectors.dtype)
+        learned, fixed = itertools.count(), itertools.count(len(vectors))
+        order = [next(learned if token is None else fixed) for token in before]
+        order += range(before.count(None), len(vectors))
+        return torch.cat([vectors, words])[order]
+
+    def active_prompt(self, like: Tensor) -> Float[Tensor, "slots width"] | None:
+        """Vectors for all slots of the active adapter in the dtype of a tensor; None without one.
+
+        Args:
+            like: Tensor.
+        """
+        name = self.current_adapter
+        return None if name is None else self.with_words(name, self.context(name)).to(like.dtype)
 
     def forward(self, input_ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts tokens width"]:
         """Embeddings with the context in the slots.
@@ -226,15 +292,6 @@ class EncodedContext(TextContext):
         if adapter_name in self.networks:
             del self.networks[adapter_name]
 
-    def active_prompt(self, like: Tensor) -> Float[Tensor, "tokens width"] | None:
-        """The encoded context of the active adapter in the dtype of a tensor; None without one.
-
-        Args:
-            like: Tensor.
-        """
-        name = self.current_adapter
-        return None if name is None else self.context(name).to(like.dtype)
-
 
 def fill_slots(
     embedded: Float[Tensor, "prompts tokens width"],
@@ -298,12 +355,14 @@ class DeepTokens(LearnedTokens):
     Args:
         base_layer: `CLIPEncoderLayer`.
         prefix: The method's parameter prefix.
-        tower: `"text"`: positions 1 to n, after the start token; `"vision"`: the last n.
+        tower: `"text"`: the n positions after the start token and fixed words, if any; `"vision"`: the last n.
     """
 
     def __init__(self, base_layer: nn.Module, *, prefix: str, tower: Side) -> None:
         super().__init__(base_layer, prefix=prefix)
         self.tower = tower
+        self.num_before: dict[str, int] = {}
+        self.other_param_names = ("num_before",)
 
     def add_adapter(self, adapter_name: str, config: Any) -> None:
         """Random tokens.
@@ -312,14 +371,16 @@ class DeepTokens(LearnedTokens):
             adapter_name: Key of the new tensor.
             config: Configuration with `num_text_tokens` or `num_vision_tokens`.
         """
-        tokens = config.num_text_tokens if self.tower == "text" else config.num_vision_tokens
+        is_text = self.tower == "text"
+        tokens = config.num_text_tokens if is_text else config.num_vision_tokens
         self.prompts[adapter_name] = self._random(tokens, token_like(self.get_base_layer()))
+        self.num_before[adapter_name] = len(config.before) if is_text else 0
 
     @property
     def num_entering(self) -> int:
         """Positions after the start token that the active adapter replaces."""
         name = self.current_adapter
-        return 0 if name is None else len(self.prompts[name])
+        return 0 if name is None else self.num_before.get(name, 0) + len(self.prompts[name])
 
     def enter(self, hidden: Float[Tensor, "rows tokens width"]) -> Float[Tensor, "rows tokens width"]:
         """Return the layer's input with the learned tokens in place.
@@ -330,7 +391,8 @@ class DeepTokens(LearnedTokens):
         prompt = self.active_prompt(hidden)
         if prompt is None:
             return hidden
-        before, after = split_at_prompts(hidden, len(prompt), side=self.tower)
+        skipped = self.num_before.get(self.current_adapter or "", 0)  # fixed words and their vectors flow on
+        before, after = split_at_prompts(hidden, len(prompt), side=self.tower, skipped=skipped)
         return torch.cat([before, prompt.expand(len(hidden), -1, -1), after], dim=1)
 
     def forward(self, hidden: Float[Tensor, "rows tokens width"], *args: Any, **kwargs: Any) -> Any:

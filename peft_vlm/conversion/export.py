@@ -98,14 +98,19 @@ def prompt_buffers(
 
 
 def _check_template(config: Any) -> None:
-    """Refuse a template that the official codes cannot express: theirs is context, class name, full stop.
+    """Refuse text that the official files cannot hold: they have context, class name, full stop.
 
     Args:
         config: Configuration of an adapter with text context.
 
     Raises:
-        AdapterError: If there is other text around the class name.
+        AdapterError: If there are attribute words, or other text around the class name.
     """
+    if config.before:
+        raise AdapterError(
+            f"Expected an adapter without attribute words, got {config.attributes or config.attribute_ids!r}. The "
+            "official file of this method has no place for them."
+        )
     template = config.template
     if template is None:
         return

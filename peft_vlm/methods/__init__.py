@@ -1,8 +1,22 @@
 """The methods, one folder each. Every one is imported here by name, which registers it with PEFT."""
 
-from peft_vlm.methods import clip_lora, cocoop, coop, kgcoop, maple, pre, promptkd, promptsrc, rpp, skip_tuning, tvp
+from peft_vlm.methods import coop  # isort: skip - first: other methods train its adapter type
+from peft_vlm.methods import (
+    atprompt,
+    clip_lora,
+    cocoop,
+    kgcoop,
+    maple,
+    pre,
+    promptkd,
+    promptsrc,
+    rpp,
+    skip_tuning,
+    tvp,
+)
 
 __all__ = [
+    "atprompt",
     "clip_lora",
     "cocoop",
     "coop",

@@ -450,7 +450,7 @@ def _one_query_layer(
 
 
 def split_at_prompts(
-    hidden: Float[Tensor, "rows tokens width"], count: int, *, side: Side
+    hidden: Float[Tensor, "rows tokens width"], count: int, *, side: Side, skipped: int = 0
 ) -> tuple[Float[Tensor, "rows before width"], Float[Tensor, "rows after width"]]:
     """Split hidden states into the tokens before and after the learned tokens.
 
@@ -461,8 +461,9 @@ def split_at_prompts(
         hidden: All tokens.
         count: Number of learned tokens.
         side: The tower.
+        skipped: Tokens of the text tower between the start token and the learned tokens.
     """
-    start = 1 if side == "text" else hidden.shape[1] - count
+    start = 1 + skipped if side == "text" else hidden.shape[1] - count
     return hidden[:, :start], hidden[:, start + count :]
 
 

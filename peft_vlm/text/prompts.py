@@ -461,9 +461,9 @@ def _with_slots(prompts: ClassPrompts, slots: Slots) -> Int[Tensor, "prompts tok
     if slots.position == "end":
         # A template that spells the initial words gives them up; else the slots are inserted before it.
         words = torch.tensor(slots.initial_ids or (), dtype=ids.dtype, device=ids.device)
-        begins = ids[:, 1 : 1 + count]  # fewer columns where all prompts are shorter than the words
-        spelled = 0 < len(words) == count == begins.shape[1] and bool((begins == words).all())
-        return torch.cat([ids[:, :1], places, ids[:, 1 + (count if spelled else 0) :]], dim=1)
+        begins = ids[:, 1 : 1 + len(words)]  # fewer columns where all prompts are shorter than the words
+        spelled = 0 < len(words) == begins.shape[1] and bool((begins == words).all())
+        return torch.cat([ids[:, :1], places, ids[:, 1 + (len(words) if spelled else 0) :]], dim=1)
     if prompts.name_lengths is None or not all(text.startswith("{}") for text in prompts.templates):
         raise ClassNameError(
             f"Expected a template that begins with the class name, such as '{{}}.', for context in the "

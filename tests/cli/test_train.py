@@ -25,6 +25,7 @@ from tests.tiny_questions import llava_processor, tiny_llava
 
 #: Words that each method needs on a CLIP of three layers.
 WORDS = {
+    "atprompt": ["--config", 'attributes=["a"]', "num_text_tokens=1", "num_attribute_tokens=[1]"],
     "clip_lora": ["--config", "r=4"],
     "cocoop": ["--config", "context_init=null"],
     "coop": ["--config", "context_init=a"],
@@ -384,7 +385,7 @@ def test_presets_are_the_methods_own() -> None:
     """Each method's official configuration by its name; the command line passes the number of shots."""
     names = {"coop": "random", "promptkd": "base_to_new", "promptsrc": "base_to_new", "skip_tuning": "few_shot"}
     names |= {"clip_lora": "few_shot", "maple": "base_to_new", "cocoop": "base_to_new", "pre": "base_to_new"}
-    names |= {"kgcoop": "base_to_new", "tvp": "cifar10", "rpp": "imagenet21k"}
+    names |= {"atprompt": "eurosat", "kgcoop": "base_to_new", "tvp": "cifar10", "rpp": "imagenet21k"}
     for method in METHODS:
         if METHODS[method].preset_for is not None:
             size = RunSize(num_images=4, num_classes=4, fewest=1, is_small=False)

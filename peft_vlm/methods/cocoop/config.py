@@ -6,7 +6,7 @@ from typing import no_type_check
 from peft import PeftType
 
 from peft_vlm.adapters.adapter_files import Shape
-from peft_vlm.adapters.context import TextContextConfig, check_count
+from peft_vlm.adapters.context import AttributeContextConfig, check_count
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("COCOOP")
@@ -14,7 +14,7 @@ extend_peft_type("COCOOP")
 
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too
 @dataclass
-class CoCoOpConfig(TextContextConfig):
+class CoCoOpConfig(AttributeContextConfig):
     """Context vectors that a small network shifts by the image; the class name stands behind them.
 
     Args:
@@ -35,5 +35,4 @@ class CoCoOpConfig(TextContextConfig):
     def file_shapes(self) -> dict[str, Shape]:
         """The shape of the context; the base model decides those of the network."""
         layer = r".*\btext_model\..*cocoop_"
-        shapes: dict[str, Shape] = {f"{layer}prompt": (self.num_text_tokens, None)}
-        return shapes | {f"{layer}weight[12]": (None, None), f"{layer}bias[12]": (None,)}
+        return self.text_shapes("cocoop_prompt") | {f"{layer}weight[12]": (None, None), f"{layer}bias[12]": (None,)}

@@ -89,7 +89,9 @@ class ImageContext(TextContext, ConditionedContext):
         weight1, bias1, weight2, bias2 = network
         unit = nn.functional.normalize(self.image_feature.to(prompt.dtype), dim=-1)
         hidden = nn.functional.linear(unit, weight1, bias1).relu()
-        return (prompt + nn.functional.linear(hidden, weight2, bias2)).to(like.dtype)  # one shift for all vectors
+        shift = nn.functional.linear(hidden, weight2, bias2)  # one for all vectors after the last attribute word
+        count = self.places_before[name].count(None)
+        return self.with_words(name, torch.cat([prompt[:count], prompt[count:] + shift])).to(like.dtype)
 
 
 class CoCoOpModel(VLMTuner):

@@ -8,7 +8,7 @@ from peft import PeftType
 
 from peft_vlm.adapters.adapter_files import Shape
 from peft_vlm.adapters.config import fit_fields
-from peft_vlm.adapters.context import TextContextConfig, check_count
+from peft_vlm.adapters.context import AttributeContextConfig, check_count
 from peft_vlm.adapters.learned_tokens import NETWORKS
 from peft_vlm.errors import check_choice, shown
 from peft_vlm.registry import extend_peft_type
@@ -22,7 +22,7 @@ NUM_TOKENS = 16
 
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too
 @dataclass
-class CoOpConfig(TextContextConfig):
+class CoOpConfig(AttributeContextConfig):
     """Context vectors in the class prompts of a CLIP, shared by all classes or one set per class; nothing else trains.
 
     Args:
@@ -70,15 +70,20 @@ class CoOpConfig(TextContextConfig):
                 f"Expected `context_init`=None with `class_specific`=True, got {shown(self.context_init)}. The "
                 "official code starts contexts per class from random vectors only; leave the words out."
             )
+        if (self.class_specific or self.network) and (self.attributes or self.attribute_ids):
+            raise ValueError(
+                f"Expected no `attributes` with `class_specific` or `network`, got {shown(self.attributes)}. "
+                "ATPrompt's context is shared by all classes and trained as it is: leave one out."
+            )
         if self.class_token_ids is not None and not self.class_specific:
             raise ValueError("Expected no `class_token_ids` without `class_specific`=True. Leave them out.")
 
     def file_shapes(self) -> dict[str, Shape]:
         """The shape of the context: (tokens, width), with one such table per class where it is class-specific."""
-        shape: Shape = (self.num_text_tokens, None)
+        shapes = self.text_shapes("coop_prompt")
         if self.class_specific:
-            shape = (len(self.class_token_ids or self.class_names or ()), *shape)
-        shapes: dict[str, Shape] = {r".*\btext_model\..*coop_prompt": shape}
+            classes = len(self.class_token_ids or self.class_names or ())
+            shapes[r".*\btext_model\..*coop_prompt"] = (classes, self.num_text_tokens, None)
         return shapes | ({r".*\btext_model\..*coop_network\..*": ...} if self.network else {})
 
     def fit(self, layers: Mapping[str, int], length: int | None) -> None:

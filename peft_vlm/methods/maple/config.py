@@ -8,7 +8,7 @@ from peft import PeftType
 
 from peft_vlm.adapters.adapter_files import Shape
 from peft_vlm.adapters.config import fit_fields, fitted
-from peft_vlm.adapters.context import TextContextConfig, check_count
+from peft_vlm.adapters.context import AttributeContextConfig, check_count
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("MAPLE")
@@ -18,7 +18,7 @@ DEPTH = 9
 
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too
 @dataclass
-class MaPLeConfig(TextContextConfig):
+class MaPLeConfig(AttributeContextConfig):
     """Multi-modal prompts: the vision tokens of each layer are a linear function of its text tokens.
 
     Args:
@@ -53,8 +53,5 @@ class MaPLeConfig(TextContextConfig):
     def file_shapes(self) -> dict[str, Shape]:
         """The shapes of the text tokens; the base model decides those of the projections."""
         vision = r".*\bvision_model\..*maple_"
-        return {
-            r".*\btext_model\..*maple_prompt": (self.num_text_tokens, None),
-            rf"{vision}weight": (None, None),
-            rf"{vision}bias": (None,),
-        }
+        shapes = self.text_shapes("maple_prompt")
+        return shapes | {rf"{vision}weight": (None, None), rf"{vision}bias": (None,)}

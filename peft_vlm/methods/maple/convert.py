@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from peft_vlm.adapters.context import TextContextConfig
-from peft_vlm.adapters.learned_tokens import LearnedTokens
+from peft_vlm.adapters.context import AttributeContextConfig
+from peft_vlm.adapters.learned_tokens import LearnedTokens, TextContext
 from peft_vlm.conversion.base_model import (
     ADAPTER_PREFIX,
     TEXT,
@@ -148,14 +148,17 @@ def fold(model: PeftModel, folder: str | Path) -> None:
             f"Expected a MaPLe adapter without `modules_to_save`, got {type(own).__name__} with "
             f"{own.modules_to_save!r}."
         )
-    shared = {f.name: getattr(own, f.name) for f in fields(TextContextConfig) if f.init and f.name != "target_modules"}
+    shared = {
+        f.name: getattr(own, f.name) for f in fields(AttributeContextConfig) if f.init and f.name != "target_modules"
+    }
     shared |= {"text_depth": own.depth, "vision_depth": own.depth, "num_vision_tokens": own.num_text_tokens}
     shared.pop("peft_type")
     config = ADAPTERS["promptsrc"].config(**shared)
     tensors = {}
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, LearnedTokens):
-            tokens = layer.active_prompt(torch.empty(0))
+            is_context = isinstance(layer, TextContext)  # attribute words are no part of the file
+            tokens = layer.prompts[model.active_adapter] if is_context else layer.active_prompt(torch.empty(0))
             assert tokens is not None, "the adapter is active"
             place = name.replace(".base_layer", "")
             tensors[f"{ADAPTER_PREFIX}{place}.promptsrc_prompt"] = tokens.detach().cpu().contiguous()

@@ -66,7 +66,8 @@ class _Coupled(LearnedTokens):
         if name is None:
             return None
         weight, bias = (part[name] for part in self.projections)
-        return nn.functional.linear(self.sources[0].prompts[name].to(weight.dtype), weight, bias).to(like.dtype)
+        text = self.sources[0].own_context(name).to(weight.dtype)
+        return nn.functional.linear(text, weight, bias).to(like.dtype)
 
 
 class CoupledTokens(_Coupled, VisionTokens):

@@ -6,7 +6,7 @@ from typing import ClassVar, cast, no_type_check
 
 from peft import PeftType
 
-from peft_vlm.adapters.context import TextContextConfig, check_count, fit_depths
+from peft_vlm.adapters.context import AttributeContextConfig, check_count, fit_depths
 from peft_vlm.registry import extend_peft_type
 
 extend_peft_type("PROMPTSRC")
@@ -14,7 +14,7 @@ extend_peft_type("PROMPTSRC")
 
 @no_type_check  # wrong types get the messages of `__post_init__`, in tests too
 @dataclass
-class PromptSRCConfig(TextContextConfig):
+class PromptSRCConfig(AttributeContextConfig):
     """Independent vision-language prompting (IVLP): tokens and depth per tower.
 
     A tower with 0 tokens or depth 0 has none: text only with depth 1 is CoOp, vision only is VPT (deep from depth 2

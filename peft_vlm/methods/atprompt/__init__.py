@@ -1,0 +1,21 @@
+"""ATPrompt (ICCV 2025): attribute words, each after learned vectors, before a learned context; on CoOp's adapter."""
+
+from peft_vlm.methods.atprompt.objective import PAPER, ATPromptObjective
+from peft_vlm.methods.atprompt.presets import ATTRIBUTES, CONFIG, preset_for, recommended
+from peft_vlm.registry import TrainingMethod, register_method
+
+register_method(
+    TrainingMethod(
+        name="atprompt",
+        title="ATPrompt",
+        adapter="coop",
+        paper=PAPER,
+        objective=ATPromptObjective,
+        preset_for=preset_for,
+        presets=tuple(ATTRIBUTES),
+        recommended=recommended,
+        defaults=CONFIG,
+    )
+)
+
+__all__ = ["ATTRIBUTES", "ATPromptObjective", "preset_for"]

@@ -204,7 +204,10 @@ def run_training(
     size = size_of(settings, pool, model_config.to_dict())
     preset = preset_of(settings, size)
     args = arguments(preset.training)
-    config = {**METHODS[settings.method].defaults, **preset.config, **named_values(settings.config, "config")}
+    given = named_values(settings.config, "config")
+    config = {**METHODS[settings.method].defaults, **preset.config, **given}
+    if config.get("class_specific"):
+        config |= _for_fixed_classes(settings, given)
     options = preset.objective | named_values(settings.objective, "objective")
     if settings.preset is None and args.process_index == 0:
         _say_recommended(settings, size, preset, args, config | options)
@@ -230,6 +233,24 @@ def run_training(
         if bar is not None and bar.training_bar is not None:  # or it would be drawn below the message of an error
             bar.training_bar.close()
     return parts.evaluate() if settings.evaluate and args.process_index == 0 else {}
+
+
+def _for_fixed_classes(settings: RunSettings, given: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter with a context per class needs beside its settings.
+
+    Args:
+        settings: Settings of the run.
+        given: Settings of the adapter that were named; words to start from are not taken from a recommendation.
+
+    Raises:
+        PeftVLMError: If the run tests new classes.
+    """
+    if settings.protocol == "base_to_new":
+        raise PeftVLMError(
+            "Expected `protocol=few_shot` with `class_specific=true`, got 'base_to_new': contexts per class have "
+            "nothing to say about new classes. Leave one of them out."
+        )
+    return {"template": settings.template} | ({} if settings.preset else {"context_init": given.get("context_init")})
 
 
 def _warn_of_selection(
@@ -370,6 +391,8 @@ def _classifier(
     train = pool if settings.transductive else _shots(pool, settings, args.seed)
     prompts = tokenize_for_model(loaded.model, loaded.tokenizer, train.class_names, template=settings.template)
     offered: dict[str, Any] = {"seed": args.seed, "transductive": settings.transductive}
+    if config.get("class_specific"):
+        offered["class_names"] = list(train.class_names)
     offered["seen_classes"] = [pool.class_names[c] for c in _labelled(pool, settings)]
     if settings.anchors:
         texts = _anchor_texts(settings)

@@ -104,6 +104,26 @@ def test_kgcoop_writes_an_ordinary_coop_adapter(words, tmp_path, capsys) -> None
     assert json.loads((run / "training_summary.json").read_text())["objective"]["weight"] == 2
 
 
+def test_contexts_per_class_know_their_classes_only(words, tmp_path, capsys) -> None:
+    """Official `CSC` from flags alone: other names are refused, in use and before a training that would test them."""
+    root, flags = words
+    run = tmp_path / "run"
+    command = ["train", "--method", "coop", "--config", "class_specific=true", "num_text_tokens=2", *flags, "--json"]
+    assert main([*command, "--output_dir", str(run)]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    (context,) = load_file(run / "adapter_model.safetensors").values()
+    assert context.shape[:2] == (4, 2)
+    picture = str(next((root / "data" / "test").rglob("*.png")))
+    assert main(["predict", str(run), picture, "--class_names", "quite", "new"]) == 2
+    assert "nothing to say about new classes" in capsys.readouterr().err
+    data = ["--protocol", "few-shot", "--dataset", str(root / "data"), "--device", "cpu", "--no_plots", "--json"]
+    assert main(["evaluate", "--adapter", str(run), *data, "--output_dir", str(tmp_path / "report")]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"]["accuracy"] == scores["accuracy"]
+    assert main(["train", *command[1:], "--protocol", "base_to_new", "--output_dir", str(tmp_path / "new")]) == 2
+    assert "Expected `--protocol few_shot` with `class_specific=true`" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("method", ["promptsrc", "rpp"])
 def test_a_seed_also_gives_the_first_values_of_the_adapter(method, words, tmp_path) -> None:
     """Random vectors that are drawn before the seed is set make two equal commands end differently."""

@@ -13,6 +13,8 @@ EXAMPLES = """
       --template "a {} icon" --output_dir outputs/zero_shot
   peft-vlm evaluate --protocol base-to-new --dataset examples/assets/icons \\
       --adapter outputs/demo/icons/skip_tuning/seed1 --output_dir outputs/base_to_new
+  peft-vlm evaluate --protocol cross-dataset --data_root /data --dataset dtd eurosat \\
+      --model openai/clip-vit-base-patch16 --output_dir outputs/zero_shot_of_two
   peft-vlm evaluate settings.yaml
 """
 

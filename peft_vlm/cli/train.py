@@ -50,8 +50,9 @@ DESCRIPTION = """\
 Writes the adapter, training_summary.json, metrics.json and, after classifying the test split, report.json.
 
 A dataset is a folder with train/<class>/*.png and test/<class>/*.png, a CSV file with image, label and split, or a
-Hub id. Settings have three homes: --config rebuilds the adapter, --objective is for the loss (both: see the page
-of the method), and every field of transformers' TrainingArguments is a flag of its own."""
+Hub id; with --data_root DIR, the name of a published benchmark, such as dtd. Settings have three homes: --config
+rebuilds the adapter, --objective is for the loss (both: see the page of the method), and every field of transformers'
+TrainingArguments is a flag of its own."""
 
 
 def register(commands: Any) -> None:

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from peft_vlm.adapters.adapter_files import AdapterSource
 from peft_vlm.adapters.config import check_weights, read_config
 from peft_vlm.classifier import PromptedClassifier
+from peft_vlm.data import load_benchmark
 from peft_vlm.errors import PeftVLMError, PeftVLMWarning
 from peft_vlm.export import plain_classifier
 from peft_vlm.files import CONFIG_NAME, WEIGHTS_NAME
@@ -30,6 +31,7 @@ from peft_vlm.serving.plain import METADATA_KEY, load_exported
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.training.checkpoints import MANIFEST_NAME, damage, read_manifest
 from tests import forked, short_run
+from tests.benchmark_trees import write_trees
 from tests.cases import base_model, class_prompts
 from tests.hostile.attack import SECONDS, little_memory, no_connections, obeyed
 from tests.tiny import clip_processor, colour_names, noise_image
@@ -213,11 +215,26 @@ def fuzz_manifest(folder: str, examples: int, whole: bool) -> None:
     fuzz(examples, changed_json(sound), use)
 
 
+def fuzz_split(folder: str, examples: int, whole: bool) -> None:
+    """A split file of CoOp's, which comes from a link on the internet."""
+    path = Path(folder) / "dtd" / "split_zhou_DescribableTextures.json"
+
+    def use(data: bytes) -> None:
+        path.write_bytes(data)
+        images = load_benchmark("dtd", folder, shots=2)
+        assert all(Path(images.path_of(index)).is_relative_to(folder) for index in range(len(images)))
+        if whole:
+            images.image(0)
+
+    fuzz(examples, changed_json(path.read_text()), use)
+
+
 FILES: dict[str, tuple[Callable[[str, int, bool], None], str]] = {
     "config": (fuzz_config, ""),
     "weights": (fuzz_weights, ""),
     "card": (fuzz_card, "exported"),
     "manifest": (fuzz_manifest, "run"),
+    "split": (fuzz_split, "benchmarks"),
 }
 #: Adapters whose files are changed: of each shape one, and one of PEFT's own.
 ADAPTERS = ("coop", "promptsrc", "promptkd", "rpp", "skip_tuning", "tvp", "lora")
@@ -225,7 +242,7 @@ ADAPTERS = ("coop", "promptsrc", "promptkd", "rpp", "skip_tuning", "tvp", "lora"
 
 @pytest.fixture(scope="session")
 def material(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters, an exported classifier, and a run with a checkpoint."""
+    """Adapters, an exported classifier, a run with a checkpoint, and benchmarks."""
     folder = tmp_path_factory.mktemp("material")
     model = base_model()
     (folder / "exported").mkdir()
@@ -234,6 +251,7 @@ def material(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     classifier.save(folder / "exported" / "classifier.safetensors")
     forked.run(folder / "log", short_run.train, str(folder / "run"), "coop", max_steps=2)
+    write_trees(folder / "benchmarks")
     for name in ADAPTERS:
         shutil.copytree(sound / name, folder / name)
     return folder

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peft_vlm.classifier import PromptedClassifier
     from peft_vlm.hub import publish
     from peft_vlm.methods.atprompt import ATPromptObjective
+    from peft_vlm.methods.bayesian import BayesianConfig, BayesianModel, BayesianObjective
     from peft_vlm.methods.clip_lora import CLIPLoRAObjective
     from peft_vlm.methods.cocoop import CoCoOpConfig, CoCoOpModel, CoCoOpObjective
     from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATPromptObjective",
+    "BayesianConfig",
+    "BayesianModel",
+    "BayesianObjective",
     "CLIPLoRAObjective",
     "ClassificationObjective",
     "CoCoOpConfig",
@@ -78,6 +82,7 @@ __all__ = [
 #: Where the names above are defined: a name of a method stands in the method's folder.
 _HOMES = {
     "ATPrompt": "methods.atprompt",
+    "Bayesian": "methods.bayesian",
     "CLIPLoRA": "methods.clip_lora",
     "ClassificationObjective": "classification",
     "CoCoOp": "methods.cocoop",

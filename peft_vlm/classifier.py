@@ -19,7 +19,7 @@ from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import ClassNameError
 from peft_vlm.evaluation.classify import cosine_logits, image_wise_logits
 from peft_vlm.evaluation.run import load_model
-from peft_vlm.text.class_features import TextTensors, conditioned_context, encode_classes
+from peft_vlm.text.class_features import TextTensors, depends_on_image, encode_classes
 from peft_vlm.text.prompts import check_class_names, tokenize_for_model
 
 #: One image: a path, file content, a PIL image, or a uint8 array (rows, cols, channels).
@@ -131,7 +131,7 @@ class PromptedClassifier:
         """Forget the class features; the next call of `predict` computes them from the weights as they are then."""
         self._features = None
 
-    def _class_features(self, class_names: tuple[str, ...]) -> Float[Tensor, "classes dim"]:
+    def _class_features(self, class_names: tuple[str, ...]) -> Float[Tensor, "*samples classes dim"]:
         """Features of a class list by the model as it is, out of the last few lists where that is possible."""
         state, stored = TextTensors(self.model), self._features  # one read: another thread may replace it
         if stored is None or not stored[0].is_same(state):
@@ -196,11 +196,11 @@ class PromptedClassifier:
         if names is None:
             raise ClassNameError("The adapter records no class names. Pass `class_names=` to `predict`.")
         inputs = [images] if isinstance(images, ImageInput) else list(images)
-        if conditioned_context(self.model) is None:
-            logits = cosine_logits(self.model, self._class_features(names))
-        else:
+        if depends_on_image(self.model):
             prompts = tokenize_for_model(self.model, self.tokenizer, names, template=self.template)
             logits = image_wise_logits(self.model, prompts)
+        else:
+            logits = cosine_logits(self.model, self._class_features(names))
         results: list[list[Prediction]] = []
         for pixels in self._pixel_batches(inputs, batch_size):
             probabilities = logits(pixels).softmax(dim=-1)

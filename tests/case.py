@@ -22,7 +22,8 @@ class Case:
         other_shape: Settings of a second adapter with another shape, None if every adapter looks the same.
         starts_as_base: Whether an untrained adapter leaves the base model's output as it is.
         text_free: Whether the model with its adapter takes `pixel_values` alone.
-        image_conditioned: Whether class prompts depend on the image, so that the model's own forward refuses.
+        image_conditioned: Whether class prompts are shifted, by the image or by noise, so that the model's own forward
+            refuses.
         saved_module: A module outside the method's own targets, for PEFT's `modules_to_save`.
         can_merge: Whether merging into the base weights is exact.
         fits_any_base: Whether an adapter is meant for base models of other sizes too.

@@ -13,6 +13,8 @@ from transformers import CLIPProcessor
 
 from peft_vlm import (
     ATPromptObjective,
+    BayesianConfig,
+    BayesianObjective,
     CLIPLoRAObjective,
     CoCoOpConfig,
     CoCoOpObjective,
@@ -44,6 +46,11 @@ from tests.tiny import CONTEXT_LENGTH, clip_processor, colour_names, colour_rows
 
 NUM_CLASSES = 6
 WORD_A = tiny_tokenizer()("a", add_special_tokens=False)["input_ids"]
+
+
+def bayesian_config(**settings: Any) -> BayesianConfig:
+    """Two vectors in three samples."""
+    return BayesianConfig(**({"num_text_tokens": 2, "context_init": None, "num_samples": 3} | settings))
 
 
 def skip_tuning_config(**settings: Any) -> SkipTuningConfig:
@@ -130,6 +137,30 @@ def tvp_objective(prompts: ClassPrompts, **settings: Any) -> TVPObjective:
 
 
 CASES = [
+    Case(
+        method="bayesian",
+        config=bayesian_config,
+        objective=BayesianObjective,
+        other_shape={"num_text_tokens": 3, "conditional": True, "num_samples": 2},
+        starts_as_base=False,
+        image_conditioned=True,
+        saved_module="visual_projection",
+        batch_dependent="every step draws contexts of its own",
+        bad_settings=(
+            ({"num_text_tokens": 0}, "1 or more, got 0"),
+            ({"num_samples": 0}, "1 or more, got 0"),
+            ({"num_samples": 10**9}, "from 1 to 1000, got 1000000000"),
+            ({"num_samples": 2.5}, "integer, got 2.5"),
+            ({"noise_seed": -1}, "0 or more, got -1"),
+            ({"noise_seed": 2**32}, "from 0 to 4294967295, got 4294967296"),
+            ({"residual_std": 0.0}, "above 0 or None, got 0.0"),
+            ({"residual_std": float("nan")}, "finite number"),
+            ({"conditional": "yes"}, "True or False, got 'yes'"),
+            ({"context_init": "a photo"}, "has no tokenizer to read them"),
+            ({"target_modules": "q_proj"}, "chooses its modules"),
+            ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),
+        ),
+    ),
     Case(
         method="clip_lora",
         config=lora_config,

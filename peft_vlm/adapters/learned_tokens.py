@@ -1,6 +1,9 @@
 """Places for prompts of the attention blocks at the entrance of both towers, with nothing learned in them."""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from peft_vlm.adapters.layer import DelegatingLayer, LearnedPrompt, own_module
 from peft_vlm.errors import AdapterError
 from peft_vlm.models.towers import Side, split_at_prompts, token_like
+from peft_vlm.text.class_features import ConditionedContext
 from peft_vlm.text.prompts import SlotLayer, Slots, slot_mask
 
 
@@ -210,6 +214,50 @@ class TextContext(LearnedTokens, _ContextLayer):
         if context is None or slots is None:
             return embedded
         return fill_slots(embedded, input_ids, context, slots)
+
+
+#: The layer whose context is shifted now, and the vector that shifts it; every thread has its own.
+_SHIFT: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("shift", default=None)
+
+
+class ShiftedContext(TextContext, ConditionedContext):
+    """A context to all of whose vectors the same vector is added, one of `shifts`.
+
+    Args:
+        base_layer: `nn.Embedding` of the text tower.
+        prefix: The method's parameter prefix.
+    """
+
+    #: Says why there are no text features as the model is.
+    without_shift: str
+
+    @contextmanager
+    def shifted_by(self, shift: Float[Tensor, " width"]) -> Iterator[None]:
+        """The shifted class prompts, in this thread and for as long as the context is open.
+
+        Args:
+            shift: One of `shifts`.
+        """
+        token = _SHIFT.set((self, shift))
+        try:
+            yield
+        finally:
+            _SHIFT.reset(token)
+
+    def context(self, adapter_name: str) -> Float[Tensor, "tokens width"]:
+        """The learned vectors, those after the last fixed word shifted.
+
+        Args:
+            adapter_name: Name of the adapter.
+
+        Raises:
+            AdapterError: If nothing shifts them now.
+        """
+        shift, vectors = _SHIFT.get(), self.prompts[adapter_name]
+        if shift is None or shift[0] is not self:
+            raise AdapterError(self.without_shift)
+        count = self.places_before[adapter_name].count(None)
+        return torch.cat([vectors[:count], vectors[count:] + shift[1]])  # one shift for all of them
 
 
 class _Perceptron(nn.Module):

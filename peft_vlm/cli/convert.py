@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from peft_vlm.conversion.official_file import OfficialFile
 
 #: Kinds of official checkpoints, as `peft_vlm.conversion.formats` has them.
-KINDS = ("CoCoOp", "CoOp", "KgCoOp", "MaPLe", "POMP", "PromptKD", "PromptSRC or IVLP", "Skip Tuning", "TVP")
+KINDS = (
+    "Bayesian prompts",
+    "CoCoOp",
+    "CoOp",
+    "KgCoOp",
+    "MaPLe",
+    "POMP",
+    "PromptKD",
+    "PromptSRC or IVLP",
+    "Skip Tuning",
+    "TVP",
+)
 
 EXAMPLES = """
   peft-vlm convert prompt_learner/model.pth.tar-50 --base_model clip-vit-base-patch16 --class_position end \\
@@ -45,6 +56,7 @@ CLIP_FLAGS = {
     "tokenizer": "CLIP: folder or id with a tokenizer to put beside the model",
 }
 NUMBERS = {
+    "num_samples": "Bayesian prompts: contexts that predictions are averaged over (official L), 20 by default",
     "start_layer": "Skip Tuning: official START_LAYER; by default read off the file",
     "border": "TVP: width of the border, where the prompt does not show it",
     "patch_size": "TVP: side of the square of --shape patch",

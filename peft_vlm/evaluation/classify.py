@@ -15,11 +15,12 @@ from peft_vlm.data.dataset import ImageClassificationDataset, collate
 from peft_vlm.data.transforms import TrainTransform
 from peft_vlm.errors import ClassNameError, DataError, check_list
 from peft_vlm.evaluation.metrics import accuracy, confusion_matrix, expected_calibration_error, per_class_accuracy
-from peft_vlm.models.towers import device_of, image_features, similarity_logits
+from peft_vlm.models.towers import device_of, image_features
 from peft_vlm.text.class_features import (
     ClassFeatureCache,
-    conditioned_context,
+    class_logits,
     conditioned_logits,
+    depends_on_image,
     evaluation_mode,
 )
 from peft_vlm.text.prompts import ClassPrompts, tokenize_for_model
@@ -131,7 +132,7 @@ class TextClassifier:
         return _logits_of(self.model, prompts, self._cache)
 
 
-def cosine_logits(model: nn.Module, class_features: Float[Tensor, "classes dim"]) -> LogitsFn:
+def cosine_logits(model: nn.Module, class_features: Float[Tensor, "*samples classes dim"]) -> LogitsFn:
     """A function from pixels to logits; pixels are moved to the model's device.
 
     Args:
@@ -142,14 +143,14 @@ def cosine_logits(model: nn.Module, class_features: Float[Tensor, "classes dim"]
     def logits(pixel_values: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch classes"]:
         with torch.no_grad(), evaluation_mode(model):
             pixels = pixel_values.to(class_features.device)
-            return similarity_logits(model, image_features(model, pixels), class_features)
+            return class_logits(model, image_features(model, pixels), class_features)
 
     return logits
 
 
 def _logits_of(model: nn.Module, prompts: ClassPrompts, cache: ClassFeatureCache) -> LogitsFn:
     """Logits over class prompts, by class features where the prompts do not depend on the image."""
-    if conditioned_context(model) is not None:
+    if depends_on_image(model):
         return image_wise_logits(model, prompts)
     return cosine_logits(model, cache.get(model, prompts))
 
@@ -254,7 +255,7 @@ def evaluate_classifier(
 def predict_logits(
     model: nn.Module,
     dataset: ImageClassificationDataset,
-    class_features: Float[Tensor, "classes dim"],
+    class_features: Float[Tensor, "*samples classes dim"],
     **options: int | bool,
 ) -> Predictions:
     """All logits of a dataset, for analyses that need more than the best class.

@@ -17,7 +17,7 @@ from transformers import BaseImageProcessor
 
 from peft_vlm.adapters.config import VLMConfig, installed_version
 from peft_vlm.data.transforms import image_size_of, mean_and_std_of
-from peft_vlm.errors import ClassNameError, DataError, PeftVLMError, check_list
+from peft_vlm.errors import AdapterError, ClassNameError, DataError, PeftVLMError, check_list
 from peft_vlm.evaluation.classify import cosine_logits
 from peft_vlm.evaluation.run import load_model
 from peft_vlm.export.tower import copy_tower
@@ -78,7 +78,7 @@ def export_classifier(
 
 def plain_classifier(
     model: nn.Module,
-    class_features: Float[Tensor, "classes dim"],
+    class_features: Float[Tensor, "*samples classes dim"],
     class_names: Sequence[str],
     *,
     image_processor: BaseImageProcessor,
@@ -99,9 +99,15 @@ def plain_classifier(
         The classifier in evaluation mode, on the CPU.
 
     Raises:
+        AdapterError: If there are several sets of class features, whose probabilities are averaged.
         PeftVLMError: If its logits differ from those of the model.
     """
     check_list("class_names", class_names)
+    if class_features.ndim > 2:
+        raise AdapterError(
+            f"Expected one set of class features, got {len(class_features)}, whose probabilities the adapter averages "
+            "(Bayesian prompts). A plain classifier holds one: use `PromptedClassifier`."
+        )
     shape, tower = copy_tower(model)
     card = ClassifierCard(
         tuple(class_names),

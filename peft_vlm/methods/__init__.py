@@ -3,6 +3,7 @@
 from peft_vlm.methods import coop  # isort: skip - first: other methods train its adapter type
 from peft_vlm.methods import (
     atprompt,
+    bayesian,
     clip_lora,
     cocoop,
     kgcoop,
@@ -17,6 +18,7 @@ from peft_vlm.methods import (
 
 __all__ = [
     "atprompt",
+    "bayesian",
     "clip_lora",
     "cocoop",
     "coop",

@@ -1,5 +1,6 @@
 """Text features of a class list: computed once, and known to be stale when anything on the text side has changed."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -45,19 +46,34 @@ class StoredFeaturesLayer(ABC):
 
 
 class ConditionedContext(ABC):
-    """A layer around the token embedding whose context depends on the image, so that there are no class features."""
+    """A layer around the token embedding whose context is shifted: by the image (CoCoOp), or by noise in several
+    samples (Bayesian prompts). One text pass alone does not classify.
+    """
+
+    @property
+    @abstractmethod
+    def sees_image(self) -> bool:
+        """Whether the active adapter's context depends on the image; no class features can be stored then."""
 
     @abstractmethod
-    def conditioned_on(self, image_feature: Float[Tensor, "1 dim"]) -> AbstractContextManager[None]:
-        """Class prompts of one image, for as long as the context is open.
+    def shifts(self, image_features: Float[Tensor, "images dim"] | None) -> Float[Tensor, "shifted samples width"]:
+        """Vectors that are added to the context, one per sample: of each image, or a single row for all of them.
 
         Args:
-            image_feature: Its feature, not normalised.
+            image_features: Features of the images, not normalised; not read where the context does not see them.
+        """
+
+    @abstractmethod
+    def shifted_by(self, shift: Float[Tensor, " width"]) -> AbstractContextManager[None]:
+        """The shifted class prompts, in this thread and for as long as the context is open.
+
+        Args:
+            shift: One of `shifts`.
         """
 
 
 def conditioned_context(model: nn.Module) -> ConditionedContext | None:
-    """The layer by which the class prompts of a model depend on the image; None where they do not.
+    """The layer that shifts the context of a model's class prompts; None where they stand as they are.
 
     Args:
         model: CLIP-like model, with or without adapters.
@@ -67,13 +83,24 @@ def conditioned_context(model: nn.Module) -> ConditionedContext | None:
     return layer if isinstance(layer, ConditionedContext) and is_active else None
 
 
+def depends_on_image(model: nn.Module) -> bool:
+    """Return whether every image has class prompts of its own, so that there are no class features.
+
+    Args:
+        model: CLIP-like model, with or without adapters.
+    """
+    layer = conditioned_context(model)
+    return layer is not None and layer.sees_image
+
+
 def conditioned_logits(
     model: nn.Module, prompts: ClassPrompts, image_features: Float[Tensor, "batch dim"], *, chunk_size: int = 256
 ) -> Float[Tensor, "batch classes"]:
-    """Logits of a model whose class prompts depend on the image (CoCoOp): one text pass over all classes per image.
+    """Logits of a model whose context is shifted by the image (CoCoOp) or in several samples (Bayesian prompts).
 
-    Each pass computes once what its prompts begin with. With autograd it is computed again in the backward pass, so
-    that memory grows neither with the images nor, beyond `chunk_size`, with the classes.
+    Each text pass computes once what its prompts begin with. With autograd it is computed again in the backward pass,
+    so that memory grows neither with images and samples nor, beyond `chunk_size`, with the classes. The probabilities
+    of several samples are averaged, see `mean_over_samples`.
 
     Args:
         model: CLIP-like model with such an adapter.
@@ -82,42 +109,99 @@ def conditioned_logits(
         chunk_size: Prompts per pass.
 
     Raises:
-        AdapterError: If the class prompts do not depend on the image.
+        AdapterError: If the context is not shifted.
+    """
+    return conditioned_scores(model, prompts, image_features, image_features[:, None], chunk_size=chunk_size)[:, 0]
+
+
+def conditioned_scores(
+    model: nn.Module,
+    prompts: ClassPrompts,
+    image_features: Float[Tensor, "batch dim"],
+    vectors: Float[Tensor, "batch vectors dim"],
+    *,
+    chunk_size: int = 256,
+) -> Float[Tensor, "batch vectors classes"]:
+    """Scaled cosines between vectors of each image and the class prompts that the image has made, as logits.
+
+    Args:
+        model: CLIP-like model with an adapter that shifts its context.
+        prompts: Tokenised class list.
+        image_features: Features of the images that shift the context, not normalised.
+        vectors: Vectors to score, not normalised: an image feature itself, or others.
+        chunk_size: Prompts per pass.
+
+    Raises:
+        AdapterError: If the context is not shifted.
     """
     layer, towers = conditioned_context(model), towers_of(model)
     if layer is None:
-        raise AdapterError("Expected an active adapter whose class prompts depend on the image, got none.")
-    input_ids = reserve_slots(model, prompts).input_ids.to(device_of(model))
+        raise AdapterError("Expected an active adapter that shifts its context, by the image or by noise, got none.")
+    ids = reserve_slots(model, prompts).input_ids.to(device_of(model))
+    ids = ids.unflatten(0, (-1, len(prompts.class_names)))  # (templates, classes, tokens)
+    parts = ids.split(max(1, chunk_size // len(ids)), dim=1)
     trained = [p for p in towers.token_embedding.parameters() if p.requires_grad]
 
-    def features_of(image: Tensor, ids: Tensor, *_: Tensor) -> Tensor:
-        with layer.conditioned_on(image):
-            return _unit_features(model, ids)
-
-    rows = []
-    for image in image_features.split(1):
-        parts = [
-            checkpoint(features_of, image, ids, *trained, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else features_of(image, ids)
-            for ids in input_ids.split(chunk_size)
-        ]
+    def scores_of(scored: Tensor, shift: Tensor, part: Tensor, *_: Tensor) -> Tensor:
+        with layer.shifted_by(shift):
+            text = _unit_features(model, part.flatten(0, 1))
         # the features of a class in several templates are averaged, as `encode_classes` does
-        text = torch.cat(parts).unflatten(0, (-1, len(prompts.class_names))).mean(dim=0)
-        rows.append(towers.similarity_logits(image, text))
+        return towers.similarity_logits(scored, text.unflatten(0, (len(part), -1)).mean(dim=0))
+
+    def scores(scored: Tensor, shift: Tensor, part: Tensor) -> Tensor:
+        inputs = (scored, shift, part, *trained)
+        return checkpoint(scores_of, *inputs, use_reentrant=False) if torch.is_grad_enabled() else scores_of(*inputs)
+
+    shifts = layer.shifts(image_features)
+    groups = vectors.split(len(vectors) // len(shifts))  # the images of each row of shifts: one, or all
+    rows = []
+    for group, samples in zip(groups, shifts, strict=True):
+        flat = group.flatten(0, 1)
+        each = [torch.cat([scores(flat, shift, part) for part in parts], dim=-1) for shift in samples]
+        rows.append(mean_over_samples(torch.stack(each)).unflatten(0, group.shape[:2]))
     return torch.cat(rows)
+
+
+def mean_over_samples(logits: Float[Tensor, "samples rows classes"]) -> Float[Tensor, "rows classes"]:
+    """The logarithm of the class probabilities averaged over samples; logits of a single sample as they are.
+
+    Its softmax is the average, so that it serves as logits. Averaged logits would be another classifier.
+
+    Args:
+        logits: Scaled logits.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    return logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
+
+
+def class_logits(
+    model: nn.Module, image_features: Float[Tensor, "batch dim"], class_features: Float[Tensor, "*samples classes dim"]
+) -> Float[Tensor, "batch classes"]:
+    """Logits from class features, those of several samples included.
+
+    Args:
+        model: CLIP-like model.
+        image_features: Features of the images, not normalised.
+        class_features: Result of `encode_classes`.
+    """
+    towers = towers_of(model)
+    if class_features.ndim == 2:
+        return towers.similarity_logits(image_features, class_features)
+    return mean_over_samples(torch.stack([towers.similarity_logits(image_features, s) for s in class_features]))
 
 
 @torch.no_grad()
 def encode_classes(
     model: nn.Module, prompts: ClassPrompts, *, chunk_size: int = 256, divide: bool = False
-) -> Float[Tensor, "classes dim"]:
+) -> Float[Tensor, "*samples classes dim"]:
     """Class features: each prompt's text feature is normalised, averaged over the templates, and normalised again.
 
     Runs in evaluation mode without autograd; memory beside the result grows with `chunk_size`, not with the number of
     classes. The result is float32, unit-norm, on the model's device, and may enter a loss as a constant.
 
-    A model whose active adapter stores class features (a PromptKD student) gives those, by class name.
+    A model whose active adapter stores class features (a PromptKD student) gives those, by class name. One whose
+    context has samples (Bayesian prompts without the image) gives the class features of each.
 
     Args:
         model: CLIP-like model, with or without adapters.
@@ -133,6 +217,19 @@ def encode_classes(
     if stored is not None:
         return stored
     prompts = reserve_slots(model, prompts)
+    layer = conditioned_context(model)
+    if layer is None or layer.sees_image:  # the latter refuses
+        return _encode(model, prompts, chunk_size, divide)
+    with evaluation_mode(model):
+        features = []
+        for shift in layer.shifts(None)[0]:
+            with layer.shifted_by(shift):
+                features.append(_encode(model, prompts, chunk_size, divide))
+    return torch.stack(features)
+
+
+def _encode(model: nn.Module, prompts: ClassPrompts, chunk_size: int, divide: bool) -> Float[Tensor, "classes dim"]:
+    """The class features of prompts with slots, by the tower as it is."""
     device = device_of(model)
     num_classes = len(prompts.class_names)
     if divide and num_processes() > 1:
@@ -241,7 +338,7 @@ class ClassFeatureCache:
 
     def get(
         self, model: nn.Module, prompts: ClassPrompts, *, refresh: bool = True, divide: bool = False
-    ) -> Float[Tensor, "classes dim"]:
+    ) -> Float[Tensor, "*samples classes dim"]:
         """Class features of the model as it is now, unit-norm.
 
         Args:
@@ -369,7 +466,7 @@ class PromptObjective(Objective):
             model: The model under evaluation.
             batch: `pixel_values`.
         """
-        if conditioned_context(model) is not None:
-            return conditioned_logits(model, self.prompts, image_features(model, batch["pixel_values"]))
-        features = self._class_features.get(model, self.prompts)
-        return towers_of(model).similarity_logits(image_features(model, batch["pixel_values"]), features)
+        images = image_features(model, batch["pixel_values"])
+        if depends_on_image(model):
+            return conditioned_logits(model, self.prompts, images)
+        return class_logits(model, images, self._class_features.get(model, self.prompts))

@@ -26,6 +26,7 @@ from tests.tiny_questions import llava_processor, tiny_llava
 #: Words that each method needs on a CLIP of three layers.
 WORDS = {
     "atprompt": ["--config", 'attributes=["a"]', "num_text_tokens=1", "num_attribute_tokens=[1]"],
+    "bayesian": ["--config", "context_init=null", "num_samples=2"],
     "clip_lora": ["--config", "r=4"],
     "cocoop": ["--config", "context_init=null"],
     "coop": ["--config", "context_init=a"],
@@ -406,6 +407,7 @@ def test_presets_are_the_methods_own() -> None:
     names = {"coop": "random", "promptkd": "base_to_new", "promptsrc": "base_to_new", "skip_tuning": "few_shot"}
     names |= {"clip_lora": "few_shot", "maple": "base_to_new", "cocoop": "base_to_new", "pre": "base_to_new"}
     names |= {"atprompt": "eurosat", "kgcoop": "base_to_new", "tvp": "cifar10", "rpp": "imagenet21k"}
+    names["bayesian"] = "base_to_new"
     for method in METHODS:
         if METHODS[method].preset_for is not None:
             size = RunSize(num_images=4, num_classes=4, fewest=1, is_small=False)

@@ -139,3 +139,18 @@ def test_cocoop_is_trained_beside_coop(data, tmp_path):
     picture = str(next(path for path in sorted(data.rglob("*.png"))))
     folder = tmp_path / "few icons" / "cocoop" / "seed1"
     assert len(PromptedClassifier.from_pretrained(folder).predict(picture)) == CLASSES // 2
+
+
+def test_bayesian_prompts_are_trained_beside_coop(data, tmp_path):
+    result = run(
+        "train_bayesian.py",
+        *("--dataset", str(data), "--shots", str(SHOTS), "--seeds", "1", "--epochs", "1", "--conditional"),
+        *("--output_dir", str(tmp_path)),
+    )
+    assert result.code == 0, result.printed
+    check(tmp_path, ["zero_shot", "coop", "bayesian"], {"base", "new", "h"})
+    picture = str(next(path for path in sorted(data.rglob("*.png"))))
+    folder = tmp_path / "few icons" / "bayesian" / "seed1"
+    scores = [PromptedClassifier.from_pretrained(folder).predict(picture) for _ in range(2)]
+    assert len(scores[0]) == CLASSES // 2
+    assert scores[0] == scores[1], "a published adapter gives everybody the same numbers"

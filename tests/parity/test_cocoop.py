@@ -65,11 +65,11 @@ def test_the_shift_is_that_of_the_normalised_image_feature():
     model, _, _ = setup()
     layer = towers_of(model).token_embedding
     with torch.no_grad():
-        features = image_features(model, RECORDED["in.images"]).split(1)
-        for feature, shift in zip(features, RECORDED["expected.meta_bias"], strict=True):
-            with layer.conditioned_on(feature):
-                moved = layer.active_prompt(feature) - RECORDED["in.text_ctx"]
-            assert_close(moved, shift.expand_as(moved), rtol=0, atol=1e-5)
+        shifts = layer.shifts(image_features(model, RECORDED["in.images"]))
+        for (shift,), expected in zip(shifts, RECORDED["expected.meta_bias"], strict=True):
+            with layer.shifted_by(shift):
+                moved = layer.active_prompt(shift) - RECORDED["in.text_ctx"]
+            assert_close(moved, expected.expand_as(moved), rtol=0, atol=1e-5)
 
 
 def test_predictions_are_those_of_the_objective():

@@ -1,7 +1,5 @@
 """CoCoOp as a PEFT tuner: a context that a network of two layers shifts by the image."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,18 +8,16 @@ from torch import Tensor, nn
 
 from peft_vlm.adapters.context import complete_whole_context, learned_token_pattern
 from peft_vlm.adapters.layer import PromptLayer, own_module
-from peft_vlm.adapters.learned_tokens import TextContext
+from peft_vlm.adapters.learned_tokens import ShiftedContext
 from peft_vlm.adapters.tuner import VLMTuner
-from peft_vlm.errors import AdapterError
 from peft_vlm.methods.cocoop.config import CoCoOpConfig
 from peft_vlm.models.towers import towers_of
-from peft_vlm.text.class_features import ConditionedContext
 
 REDUCTION = 16
 """The network's hidden layer is this many times narrower than an image feature, in the paper and the official code."""
 
 
-class ImageContext(TextContext, ConditionedContext):
+class ImageContext(ShiftedContext):
     """CLIP's token embedding whose reserved slots are filled with context vectors plus a shift by the image.
 
     Args:
@@ -30,13 +26,19 @@ class ImageContext(TextContext, ConditionedContext):
         dim: Numbers of an image feature.
     """
 
+    without_shift = (
+        "Class prompts of a CoCoOp adapter depend on the image, so there are no class features without one. "
+        "Classify with `PromptedClassifier`, or `conditioned_logits(model, prompts, image_features)` of "
+        "`peft_vlm.text`; an adapter without the image in its prompts (CoOp) can be exported."
+    )
+
     def __init__(self, base_layer: nn.Module, *, prefix: str, dim: int) -> None:
         super().__init__(base_layer, prefix=prefix)
         network = tuple(f"{prefix}{name}" for name in ("weight1", "bias1", "weight2", "bias2"))
         self.adapter_layer_names = (f"{prefix}prompt", *network)
         for name in network:
             setattr(self, name, nn.ParameterDict())
-        self.dim, self.image_feature = dim, None
+        self.dim = dim
 
     def add_adapter(self, adapter_name: str, config: Any) -> None:
         """The context, and a network that begins as `nn.Linear` does.
@@ -54,44 +56,23 @@ class ImageContext(TextContext, ConditionedContext):
             start = torch.empty(shape).uniform_(-(count**-0.5), count**-0.5)  # drawn on the CPU in float32
             own_module(self, name)[adapter_name] = nn.Parameter(start if like.is_meta else start.to(like))
 
-    @contextmanager
-    def conditioned_on(self, image_feature: Float[Tensor, "1 dim"]) -> Iterator[None]:
-        """Class prompts of one image.
+    @property
+    def sees_image(self) -> bool:
+        """Always."""
+        return True
+
+    def shifts(self, image_features: Float[Tensor, "images dim"] | None) -> Float[Tensor, "images 1 width"]:
+        """What the network makes of each image.
 
         Args:
-            image_feature: Its feature, not normalised.
+            image_features: Features of the images, not normalised.
         """
-        self.image_feature = image_feature
-        try:
-            yield
-        finally:
-            self.image_feature = None
-
-    def active_prompt(self, like: Tensor) -> Float[Tensor, "tokens width"] | None:
-        """The shifted context in the dtype of a tensor; None without an adapter.
-
-        Args:
-            like: Tensor.
-
-        Raises:
-            AdapterError: If there is no image.
-        """
-        name = self.current_adapter
-        if name is None:
-            return None
-        if self.image_feature is None:
-            raise AdapterError(
-                "Class prompts of a CoCoOp adapter depend on the image, so there are no class features without one. "
-                "Classify with `PromptedClassifier`, or `conditioned_logits(model, prompts, image_features)` of "
-                "`peft_vlm.text`; an adapter without the image in its prompts (CoOp) can be exported."
-            )
-        prompt, *network = (own_module(self, part)[name] for part in self.adapter_layer_names)
-        weight1, bias1, weight2, bias2 = network
-        unit = nn.functional.normalize(self.image_feature.to(prompt.dtype), dim=-1)
+        assert image_features is not None, "its context sees the image"
+        networks = self.adapter_layer_names[1:]
+        weight1, bias1, weight2, bias2 = (own_module(self, part)[self.current_adapter] for part in networks)
+        unit = nn.functional.normalize(image_features.to(weight1.dtype), dim=-1)
         hidden = nn.functional.linear(unit, weight1, bias1).relu()
-        shift = nn.functional.linear(hidden, weight2, bias2)  # one for all vectors after the last attribute word
-        count = self.places_before[name].count(None)
-        return self.with_words(name, torch.cat([prompt[:count], prompt[count:] + shift])).to(like.dtype)
+        return nn.functional.linear(hidden, weight2, bias2)[:, None]
 
 
 class CoCoOpModel(VLMTuner):

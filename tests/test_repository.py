@@ -12,7 +12,7 @@ from tests.source_tree import CODE_FOLDERS, PACKAGE, ROOT, Module, imported_name
 
 MEGABYTE = 1_000_000
 #: Largest total size, in MB, of the tracked files below each path.
-SIZE_BUDGETS = {"examples/assets/mllm_": 54, "examples/assets/": 60 + 54, "tests/": 42, "model_cards/": 30, "": 160}
+SIZE_BUDGETS = {"examples/assets/mllm_": 54, "examples/assets/": 60 + 54, "tests/": 44, "model_cards/": 30, "": 160}
 
 #: Text that works on one machine only, or names a package registry that a reader may not use. Written in two halves so
 #: that this file does not contain what it looks for.

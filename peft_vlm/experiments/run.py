@@ -27,8 +27,10 @@ from transformers import (
 )
 
 from peft_vlm.adapters.config import OFFICIAL_LAYERS, VLMConfig, architecture_of
-from peft_vlm.data.benchmarks import template_for
+from peft_vlm.data.benchmarks import load_benchmark, template_for
 from peft_vlm.data.dataset import ImageClassificationDataset
+from peft_vlm.data.folders import split_of
+from peft_vlm.data.images import as_value_range
 from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
 from peft_vlm.data.splits import base_and_new_classes, check_not_trained_on, few_shot, image_sample, is_chosen_on
@@ -407,7 +409,8 @@ def _classifier(
     model = _adapted(loaded.model, settings.method, loaded.image_processor, config, offered)
     validation = None
     if settings.eval_split is not None:
-        images = images_of(settings, settings.eval_split, EvalTransform(loaded.image_processor))
+        images = _validation(settings, settings.eval_split, args.seed)
+        images.transform = EvalTransform(loaded.image_processor)
         classes = set(_labelled(images, settings))  # labels of new classes choose no checkpoint
         seen = images.select([place for place, label in enumerate(images.labels) if label in classes])
         validation = seen if settings.transductive else images.restrict(sorted(classes))
@@ -470,7 +473,9 @@ def _answerer(
         test = questions(images_of(settings, settings.test_split))
         return {"accuracy": likelihood_accuracy(model.eval(), test, include_end=True)}
 
-    validation = None if settings.eval_split is None else questions(images_of(settings, settings.eval_split))
+    validation = None
+    if settings.eval_split is not None:
+        validation = questions(_validation(settings, settings.eval_split, args.seed))
     return _Parts(model, objective, train, validation, evaluate)
 
 
@@ -489,6 +494,15 @@ def images_of(
     # without a test every image trains
     options["holdout"] = settings.holdout if settings.evaluate or settings.eval_split is not None else 0.0
     return load_image_dataset(settings.dataset, split=split, transform=transform, **options)
+
+
+def _validation(settings: RunSettings, split: str, seed: int) -> ImageClassificationDataset:
+    """Images of the validation during training; of a benchmark as few per class as CoOp's code draws."""
+    if settings.data_root is None or not settings.shots or split_of(split) != "validation":
+        return images_of(settings, split)
+    drawn = load_benchmark(settings.dataset, settings.data_root, split="val", shots=settings.shots, seed=seed)
+    drawn.value_range = as_value_range(settings.value_range)
+    return drawn
 
 
 def _labelled(images: ImageClassificationDataset, settings: RunSettings) -> Sequence[int]:

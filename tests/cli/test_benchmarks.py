@@ -8,6 +8,8 @@ import pytest
 from transformers import CLIPProcessor
 
 from peft_vlm.cli import main
+from peft_vlm.data import load_benchmark, load_selection_images
+from peft_vlm.data.splits import image_sample
 from tests.benchmark_trees import write_trees
 from tests.tiny import clip_processor, tiny_clip, tiny_tokenizer
 
@@ -39,10 +41,26 @@ def test_a_benchmark_is_trained_by_name_with_its_own_template(root: Path, tmp_pa
     assert config["class_names"] == ["Apply_Eye_Makeup", "Yo_Yo"]
     summary = json.loads((run / "training_summary.json").read_text())
     assert summary["training_images"]["count"] == 4
+    drawn = load_benchmark("ucf101", root / "DATA", shots=2, seed=1, classes="base")
+    assert summary["training_images"]["sample"] == image_sample(drawn)
     report = json.loads((run / "report.json").read_text())
     assert set(report["scores"]) == {"base", "new", "h"}
     baseline = json.loads((run / "zero_shot.json").read_text())
     assert report["template"] == baseline["template"] == ["a photo of a person doing {}."]
+
+
+def test_a_checkpoint_is_chosen_on_the_validation_shots_of_coops_code(root: Path, tmp_path: Path) -> None:
+    """At most 4 images of each base class; all of them would be another, better choice, and ImageNet has none."""
+    choice = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    choice += ["--eval_split", "val", "--load_best_model_at_end", "--protocol", "base_to_new", "--shots", "1"]
+    assert train(root, tmp_path / "run", "--dataset", "dtd", "--seed", "1", *choice) == 0
+    summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
+    chosen = load_selection_images("dtd", root / "DATA", shots=1, seed=1, classes="base")
+    assert chosen is not None
+    assert len(chosen) == 2
+    assert summary["selection"]["sample"] == image_sample(chosen)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["selected_on_test"] is False
+    assert train(root, tmp_path / "none", "--dataset", "imagenet", *choice) == 2
 
 
 def test_a_cross_dataset_source_is_trained_on_all_classes_of_imagenet(root: Path, tmp_path: Path) -> None:

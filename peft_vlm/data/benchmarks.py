@@ -350,7 +350,7 @@ def load_benchmark(
     if shots is not None and (isinstance(shots, bool) or not isinstance(shots, int) or shots < 1):
         raise ValueError(f"Expected `shots` of at least 1, or None for all images, got {shots!r}.")
     benchmark = BENCHMARKS[name]
-    root = _checked_folder(name, benchmark, data_root)
+    root = _checked_folder(name, benchmark, data_root, split)
     try:
         dataset = _drawn(benchmark, root, split, shots, seed)
         if classes != "all":
@@ -414,14 +414,13 @@ def _drawn(benchmark: Benchmark, root: Path, split: str, shots: int | None, seed
     return images.select(chosen)
 
 
-def _checked_folder(name: str, benchmark: Benchmark, data_root: str | Path) -> Path:
+def _checked_folder(name: str, benchmark: Benchmark, data_root: str | Path, split: str) -> Path:
     """The folder of a benchmark, if all that it needs is there; of a dataset on the Hub a copy in the cache."""
     data_root = _downloaded(data_root, benchmark.folder) if _is_on_hub(data_root) else Path(data_root)
     root = data_root.expanduser().absolute() / benchmark.folder
-    is_there = {
-        part: (root / part).is_file() if Path(part).suffix else (root / part).is_dir() for part in benchmark.parts
-    }
-    missing = [f"{part!r} ({what})" for part, what in benchmark.parts.items() if not is_there[part]]
+    unused = "images/train" if split == "test" else "images/val"  # of ImageNet, for a test without its 138 GB
+    needs = {part: what for part, what in benchmark.parts.items() if part != unused}
+    missing = [f"{part!r} ({what})" for part, what in needs.items() if not _is_there(root / part)]
     if not missing:
         return root
     found = root if root.is_dir() else data_root
@@ -500,9 +499,14 @@ def _read_class_folders(benchmark: Benchmark, root: Path, split: str) -> ImageCl
         folder /= "val" if split == "test" else split
     there = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     wanted = [str(place) for place in range(len(known))] if benchmark.folder == "imagenetv2" else sorted(known)
+    if not there:
+        raise DataError(
+            f"Expected class folders in {str(folder)!r}, got {shown(sorted(os.listdir(folder)))}. Sort images that "
+            "lie there into a folder per class, such as 'n01440764'."
+        )
     unknown = sorted(set(there) - set(wanted))
     lacking = [name for name in wanted if name not in set(there)]
-    if unknown or (lacking and benchmark.num_classes == 1000) or not there:
+    if unknown or (lacking and benchmark.num_classes == 1000):
         raise DataError(
             f"Expected in {str(folder)!r} a folder for each of the {len(wanted)} lines of 'classnames.txt', got "
             f"{len(there)}: {shown(lacking[:5])} of {len(lacking)} are missing, {shown(unknown[:5])} of "

@@ -232,16 +232,17 @@ def test_every_missing_part_is_named_with_what_to_put_there(own: Path, name: str
     benchmark = BENCHMARKS[name]
     root = own / benchmark.folder
     for part, what in benchmark.parts.items():
+        split = "train" if part == "images/train" else "test"
         (root / part).rename(own / "elsewhere")
         with pytest.raises(DataError) as caught:
-            load_benchmark(name, own, split="test")
+            load_benchmark(name, own, split=split)
         (own / "elsewhere").rename(root / part)
         assert f"The benchmark {name!r} lacks {part!r} ({what}) in {str(root)!r}" in str(caught.value)
         assert "\n" not in str(caught.value)
     shutil.rmtree(root)
     with pytest.raises(DataError) as caught:
         load_benchmark(name, own, split="test")
-    assert all(part in str(caught.value) for part in benchmark.parts)
+    assert all(part in str(caught.value) for part in benchmark.parts if part != "images/train")
     assert f"pass as `data_root` the folder that holds {benchmark.folder!r}" in str(caught.value)
 
 
@@ -287,6 +288,21 @@ def test_class_folders_that_are_none_are_refused(own: Path, name: str, caplog: p
         file.unlink()
     with pytest.raises(DataError, match=rf"{name}.*{first.name}' holds no image"):
         load_benchmark(name, own, split="test")
+
+
+def test_imagenet_is_tested_without_its_training_images(own: Path) -> None:
+    """Zero-shot accuracy and a published adapter need 6 GB of it, not 144."""
+    shutil.rmtree(own / "imagenet" / "images" / "train")
+    assert len(load_benchmark("imagenet", own, split="test")) == 10
+
+
+def test_validation_images_without_class_folders_are_refused(own: Path) -> None:
+    """ImageNet's archive has them in one folder, without their classes."""
+    folder = own / "imagenet" / "images" / "val"
+    shutil.rmtree(folder)
+    put_image(folder / "ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(DataError, match=r"Expected class folders in .*got \['ILSVRC.*Sort images that lie there into"):
+        load_benchmark("imagenet", own, split="test")
 
 
 @pytest.mark.parametrize(

@@ -74,11 +74,13 @@ def run(arguments: argparse.Namespace) -> None:
             "`select_on_test_as_official`."
         )
     folder = Path(settings.output_dir or "outputs")
-    place = Place(
-        folder, settings.data_root, settings.stand_in, _changes(arguments.more), settings.select_on_test_as_official
-    )
+    changes = {name: chosen[name] for name in ("model", "teacher") if chosen[name]} | _changes(arguments.more)
+    place = Place(folder, settings.data_root, settings.stand_in, changes, settings.select_on_test_as_official)
     make = arguments_maker(
-        arguments.more, {"disable_tqdm": True}, usage="peft-vlm reproduce METHOD", has_preset=not settings.stand_in
+        arguments.more,
+        {"disable_tqdm": True},
+        usage="peft-vlm reproduce METHOD",
+        has_preset="max_steps" not in changes,  # a few steps have no epoch to warm up in
     )
     with calm():
         plans = plan_of(grid, place, make)

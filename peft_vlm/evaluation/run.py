@@ -363,6 +363,9 @@ def _check_new(arguments: EvaluationArguments, datasets: Mapping[str, ImageClass
         return False
     data, selection = summary.get("training_images") or {}, summary.get("selection") or {}
     refuse = not any(split_of(split) == "train" for split in arguments.split)  # asked for by its name
+    refuse = refuse and not (summary.get("objective") or {}).get(
+        "transductive"
+    )  # seen without labels; the card says so
     for dataset in datasets.values():
         check_not_trained_on(dataset, data.get("sample") or [], num_train=data.get("count") or 0, refuse=refuse)
     return any(is_chosen_on(dataset, selection.get("sample") or []) for dataset in datasets.values())

@@ -36,7 +36,7 @@ from peft_vlm.experiments.comparison import STAND_IN_NOTE, TABLE_NAME, lines_of,
 from peft_vlm.experiments.recipes import ASSETS, Cell, Grid
 from peft_vlm.experiments.run import images_of, preset_of
 from peft_vlm.experiments.transfer import ImageTextModel
-from peft_vlm.files import REPORT_NAME, TRANSFER_NAME, read_json
+from peft_vlm.files import REPORT_NAME, TRANSFER_NAME, last_part, read_json
 from peft_vlm.hub.card import write_card
 from peft_vlm.models.repository import is_local
 from peft_vlm.registry import RunSize
@@ -83,9 +83,9 @@ class Place:
         Raises:
             DataError: If no folder is given that it could be in.
         """
-        if "/" in name:  # an id on the Hub
-            return {"dataset": name, "data_root": None}
-        root = self.data_root or (str(ASSETS) if self.stand_in else None)
+        if "/" in name:  # an id on the Hub, or a copy of it
+            return {"dataset": str(self._copy(name) or name), "data_root": None}
+        root = self._root()
         if root is None:
             raise DataError(
                 "Expected `data_root`, the folder of all data sets, got none. docs/reproduce.md says how to fill it."
@@ -95,13 +95,21 @@ class Place:
         return {"dataset": str(Path(root) / name), "data_root": None}
 
     def model(self, name: str) -> str:
-        """Folder or Hub id of a model.
+        """Folder or Hub id of a model: a copy in `data_root`, if there is one.
 
         Args:
             name: Its name in the recipe.
         """
-        bundled = Path(self.data_root or ASSETS) / name
-        return str(bundled) if self.stand_in and not is_local(name) and bundled.exists() else name
+        return name if is_local(name) else str(self._copy(name) or name)
+
+    def _root(self) -> str | None:
+        return self.data_root or (str(ASSETS) if self.stand_in else None)
+
+    def _copy(self, name: str) -> Path | None:
+        """A folder in `data_root` that is called like the last part of an id."""
+        root = self._root()
+        copy = None if root is None else Path(root, last_part(name))
+        return copy if copy is not None and copy.is_dir() else None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
 
 from peft_vlm.cli import main
 from peft_vlm.evaluation.metrics import harmonic_mean
@@ -18,7 +19,10 @@ from peft_vlm.experiments.comparison import Line
 from peft_vlm.experiments.recipes import AVERAGE, ELEVEN, Grid, grid_of, read_recipe, recipe_names
 from peft_vlm.registry import METHODS
 from peft_vlm.settings import TABLES
+from tests.benchmark_trees import put_image, write_trees
 from tests.source_tree import ROOT
+from tests.tiny import clip_processor
+from tests.tiny_questions import llava_processor, tiny_llava
 
 #: Two runs of a second each.
 SMALL = ["coop", "--stand-in", "--datasets", "emoji", "--seeds", "1", "2", "--protocol", "base_to_new"]
@@ -171,3 +175,126 @@ def kill_when(path: Path, words: list[str], folder: Path) -> None:
         process.send_signal(signal.SIGKILL)
         assert process.wait() in (-signal.SIGKILL, 0)
     assert path.exists()
+
+
+def save_clip(folder: Path, *, width: int = 32, heads: int = 2, size: int = 32, patch: int = 8, dim: int = 16) -> str:
+    """A random CLIP of 12 layers in both towers, as the official settings expect, with the bundled vocabulary."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/assets/clip_student")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tower = {"intermediate_size": 4 * width, "num_hidden_layers": 12}
+    text = {"hidden_size": min(width, 512), "num_attention_heads": min(heads, 8), "vocab_size": len(tokenizer)} | ends
+    vision = {"hidden_size": width, "num_attention_heads": heads, "image_size": size, "patch_size": patch}
+    config = CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=dim)
+    CLIPModel(config).save_pretrained(folder)
+    CLIPProcessor(image_processor=clip_processor(size), tokenizer=tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trees of all benchmarks in `DATA`, with a few classes of ImageNet-21K and CIFAR-10; two narrow CLIPs."""
+    root = tmp_path_factory.mktemp("reproduce")
+    write_trees(root / "DATA")
+    for name, parts in {"imagenet21k": ("train", "val"), "cifar10": ("train", "test")}.items():
+        for number, (part, label) in enumerate((part, label) for part in parts for label in ("cat", "dog", "ship")):
+            put_image(root / "DATA" / name / part / label / f"{number}.png")
+    save_clip(root / "clip")
+    save_clip(root / "teacher", dim=24)
+    return root
+
+
+def run_small(root: Path, output: Path, method: str, protocol: str, *words: str, clip: str = "clip") -> int:
+    """Two steps per run on the miniature trees."""
+    flags = [
+        "--protocol",
+        protocol,
+        "--data_root",
+        str(root / "DATA"),
+        "--model",
+        str(root / clip),
+        "--max_steps",
+        "2",
+    ]
+    flags += ["--teacher", str(root / "teacher")] if "teacher" in read_recipe(method) else []
+    return main(["reproduce", method, *flags, "--use_cpu", "--output_dir", str(output), *words])
+
+
+def test_a_benchmark_that_is_missing_is_named_and_the_others_run(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A night of runs would end at the first folder that was not unpacked."""
+    (root / "DATA/dtd").rename(root / "DATA/dtd_")
+    try:
+        words = ["--datasets", "dtd", "caltech101", "--seeds", "1"]
+        assert run_small(root, tmp_path, "skip_tuning", "base_to_new", *words) == 2
+    finally:
+        (root / "DATA/dtd_").rename(root / "DATA/dtd")
+    error = capsys.readouterr().err
+    assert "1 of 2 runs failed: dtd/seed1" in error
+    table = table_of(tmp_path)
+    assert "The benchmark 'dtd' lacks 'images'" in table["failed"]["dtd/seed1"]
+    rows = {(row["row"], row["column"]): row for row in table["rows"]}
+    assert rows["caltech101", "base"]["ours"]["values"].keys() == {"1"}
+    assert rows["dtd", "base"]["verdict"] == rows[AVERAGE, "h"]["verdict"] == "not run"
+    assert "max_steps=2" in table["notes"][0]
+    template = json.loads((tmp_path / "caltech101/seed1/adapter_config.json").read_text())["template"]
+    assert template == "itap of a {}.", "Skip Tuning's template, not CoOp's"
+    assert run_small(root, tmp_path, "skip_tuning", "base_to_new", *words) == 0, "the failed run is run again"
+    assert rows["caltech101", "base"] in table_of(tmp_path)["rows"]
+
+
+def test_a_teacher_is_trained_first_and_teaches_the_students_of_its_data_set(root: Path, tmp_path: Path) -> None:
+    """A student of an untrained teacher, or of another data set's, would look like a failed reproduction."""
+    words = ["--datasets", "imagenet_a", "--seeds", "1", "2"]
+    assert run_small(root, tmp_path, "promptkd", "domain_shift", *words) == 0
+    settings = json.loads((tmp_path / "imagenet_a/seed2/cell.json").read_text())["settings"]
+    assert settings["teacher_adapter"] == "teacher/imagenet/seed1"
+    assert settings["transductive"]
+    assert settings["split"] == "test"
+    config = json.loads((tmp_path / "teacher/imagenet/seed1/adapter_config.json").read_text())
+    assert len(config["class_names"]) == 5, "all classes of the source"
+    rows = {row["row"]: row for row in table_of(tmp_path)["rows"]}
+    assert list(rows) == ["imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r", AVERAGE, "teacher, imagenet"]
+    assert len(rows["imagenet_a"]["ours"]["values"]) == 2
+    assert rows[AVERAGE]["verdict"] == "not run", "the paper's average is over all four"
+    assert "Transductive" in " ".join(table_of(tmp_path)["notes"])
+
+
+def test_one_source_is_tested_on_all_targets(root: Path, tmp_path: Path) -> None:
+    """Ten trainings instead of one, or targets in the source's classes, would be another protocol."""
+    assert run_small(root, tmp_path, "coop", "cross_dataset", "--seeds", "1") == 0
+    rows = {row["row"]: row["ours"] for row in table_of(tmp_path)["rows"]}
+    assert list(rows) == [*ELEVEN, AVERAGE]
+    targets = [rows[name]["mean"] for name in ELEVEN[1:]]
+    assert rows[AVERAGE]["mean"] == pytest.approx(fmean(targets)), "without the source"
+    report = json.loads((tmp_path / "imagenet/seed1/report.json").read_text())
+    assert report["protocol"] == "cross-dataset"
+    assert report["parts"]["ucf101"]["num_classes"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted({*recipe_names()} - {"tvp"}))
+def test_a_run_at_real_size_works_for_every_method(method: str, root: Path, tmp_path: Path) -> None:
+    """A recipe whose official settings do not fit ViT-B/16 would fail on the user's GPU, hours in."""
+    size = {"width": 768, "heads": 12, "size": 224, "patch": 16, "dim": 512}
+    save_clip(root / "vit", **size)
+    protocol = "cross_dataset" if method == "rpp" else next(iter(read_recipe(method)["protocols"]))
+    words = ["--datasets", "caltech101", *(() if method == "rpp" else ("--seeds", "1"))]
+    assert run_small(root, tmp_path, method, protocol, *words, clip="vit") == 0
+    done = [row for row in table_of(tmp_path)["rows"] if row["ours"]]
+    assert {row["row"].partition(",")[0] for row in done} >= {"caltech101"}
+
+
+def test_a_pixel_prompt_is_trained_on_one_model_and_measured_on_another(root: Path, tmp_path: Path) -> None:
+    """The recipe's loss needs a CLIP, and its data set has columns of its own."""
+    for seed, name in enumerate(("llava", "DATA/blip2-flan-t5-xl")):
+        tiny_llava(seed=seed).save_pretrained(root / name)
+        llava_processor().save_pretrained(root / name)
+    assert run_small(root, tmp_path, "tvp", "mllm_transfer", clip="llava") == 0
+    rows = {(row["row"], row["column"]): row["ours"]["mean"] for row in table_of(tmp_path)["rows"]}
+    assert len(rows) == 2 * 3, "two models under three conditions"
+    report = json.loads((tmp_path / "instructblip/seed42/transfer.json").read_text())
+    assert report["sources"] == ["instructblip"]
+    assert rows["blip2_t5", "prompted"] == report["effects"]["blip2_t5"]["prompted"]
+    settings = json.loads((tmp_path / "instructblip/seed42/training_summary.json").read_text())["objective"]
+    assert (settings["fca_weight"], settings["tse_weight"]) == (0.005, 0.001)

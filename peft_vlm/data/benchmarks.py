@@ -426,10 +426,18 @@ def _checked_folder(name: str, benchmark: Benchmark, data_root: str | Path, spli
     found = root if root.is_dir() else data_root
     there = sorted(os.listdir(found)) if found.is_dir() else []
     holds = f"which holds {shown(there)}" if found.is_dir() else "which is no folder"
+    alike = [name for name in there if found == data_root and _letters(name) == _letters(benchmark.folder)]
+    if alike:
+        raise DataError(f"Expected the benchmark {name!r} in {str(root)!r}, got {alike[0]!r} beside it. Rename it.")
     raise DataError(
         f"The benchmark {name!r} lacks {', '.join(missing)} in {str(root)!r}; looked in {str(found)!r}, {holds}. Put "
         f"them there, or pass as `data_root` the folder that holds {benchmark.folder!r}."
     )
+
+
+def _letters(name: str) -> str:
+    """A name without what people spell in different ways."""
+    return "".join(filter(str.isalnum, name)).lower()
 
 
 def _is_on_hub(data_root: str | Path) -> bool:

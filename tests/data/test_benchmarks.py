@@ -246,6 +246,15 @@ def test_every_missing_part_is_named_with_what_to_put_there(own: Path, name: str
     assert f"pass as `data_root` the folder that holds {benchmark.folder!r}" in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "spelling"), [("dtd", "DTD"), ("caltech101", "Caltech_101"), ("food101", "food101")])
+def test_a_folder_in_another_spelling_is_pointed_at(own: Path, name: str, spelling: str) -> None:
+    """Folders unpack under the names of their authors, and some systems tell no capitals apart."""
+    folder = BENCHMARKS[name].folder
+    (own / folder).rename(own / spelling)
+    with pytest.raises(DataError, match=f"'{name}' in '.*{folder}', got '{spelling}' beside it. Rename it."):
+        load_benchmark(name, own)
+
+
 @pytest.mark.parametrize("name", [*SPLIT_FILES, "fgvc_aircraft"])
 def test_images_that_a_list_names_and_that_are_missing_are_counted(own: Path, name: str) -> None:
     """A tree that was unpacked by half, or another version of it."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_vlm.adapters.layer import DelegatingLayer, LearnedPrompt, own_module
 from peft_vlm.errors import AdapterError
+from peft_vlm.models.packed_texts import OwnContexts
 from peft_vlm.models.towers import Side, split_at_prompts, token_like
 from peft_vlm.text.class_features import ConditionedContext
 from peft_vlm.text.prompts import SlotLayer, Slots, slot_mask
@@ -177,7 +178,9 @@ class TextContext(LearnedTokens, _ContextLayer):
         """
         return self.prompts[adapter_name]
 
-    def with_words(self, adapter_name: str, vectors: Float[Tensor, "tokens width"]) -> Float[Tensor, "slots width"]:
+    def with_words(
+        self, adapter_name: str, vectors: Float[Tensor, "*parts tokens width"]
+    ) -> Float[Tensor, "*parts slots width"]:
         """Vectors for all slots: the learned ones, and the embeddings of the fixed words between them.
 
         Args:
@@ -189,12 +192,13 @@ class TextContext(LearnedTokens, _ContextLayer):
         if not ids:
             return vectors
         words = self.base_layer(torch.tensor(ids, device=vectors.device)).detach().to(vectors.dtype)
-        learned, fixed = itertools.count(), itertools.count(len(vectors))
+        count = vectors.shape[-2]
+        learned, fixed = itertools.count(), itertools.count(count)
         order = [next(learned if token is None else fixed) for token in before]
-        order += range(before.count(None), len(vectors))
-        return torch.cat([vectors, words])[order]
+        order += range(before.count(None), count)
+        return torch.cat([vectors, words.expand(*vectors.shape[:-2], -1, -1)], dim=-2)[..., order, :]
 
-    def active_prompt(self, like: Tensor) -> Float[Tensor, "slots width"] | None:
+    def active_prompt(self, like: Tensor) -> Float[Tensor, "*parts slots width"] | None:
         """Vectors for all slots of the active adapter in the dtype of a tensor; None without one.
 
         Args:
@@ -220,7 +224,7 @@ class TextContext(LearnedTokens, _ContextLayer):
 _SHIFT: ContextVar[tuple[nn.Module, Tensor] | None] = ContextVar("shift", default=None)
 
 
-class ShiftedContext(TextContext, ConditionedContext):
+class ShiftedContext(TextContext, ConditionedContext, OwnContexts):
     """A context to all of whose vectors the same vector is added, one of `shifts`.
 
     Args:
@@ -232,20 +236,31 @@ class ShiftedContext(TextContext, ConditionedContext):
     without_shift: str
 
     @contextmanager
-    def shifted_by(self, shift: Float[Tensor, " width"]) -> Iterator[None]:
-        """The shifted class prompts, in this thread and for as long as the context is open.
+    def shifted_by(self, shifts: Float[Tensor, "shifts width"]) -> Iterator[None]:
+        """The class prompts shifted, all by the first, then all by the second, ...; in this thread, while it is open.
 
         Args:
-            shift: One of `shifts`.
+            shifts: Some of `shifts`.
         """
-        token = _SHIFT.set((self, shift))
+        token = _SHIFT.set((self, shifts))
         try:
             yield
         finally:
             _SHIFT.reset(token)
 
-    def context(self, adapter_name: str) -> Float[Tensor, "tokens width"]:
-        """The learned vectors, those after the last fixed word shifted.
+    @property
+    def contexts_differ(self) -> bool:
+        """Not among the prompts of one shift."""
+        return False
+
+    @property
+    def num_repeats(self) -> int:
+        """Once for each shift."""
+        active = _SHIFT.get()
+        return 1 if active is None or active[0] is not self else len(active[1])
+
+    def context(self, adapter_name: str) -> Float[Tensor, "*shifts tokens width"]:
+        """The learned vectors, those after the last fixed word shifted; one set for each of several shifts.
 
         Args:
             adapter_name: Name of the adapter.
@@ -253,11 +268,13 @@ class ShiftedContext(TextContext, ConditionedContext):
         Raises:
             AdapterError: If nothing shifts them now.
         """
-        shift, vectors = _SHIFT.get(), self.prompts[adapter_name]
-        if shift is None or shift[0] is not self:
+        active, vectors = _SHIFT.get(), self.prompts[adapter_name]
+        if active is None or active[0] is not self:
             raise AdapterError(self.without_shift)
-        count = self.places_before[adapter_name].count(None)
-        return torch.cat([vectors[:count], vectors[count:] + shift[1]])  # one shift for all of them
+        count, shifts = self.places_before[adapter_name].count(None), active[1][:, None]
+        fixed = vectors[:count].expand(len(shifts), -1, -1)
+        shifted = torch.cat([fixed, vectors[count:] + shifts], dim=1)  # (shifts, tokens, width)
+        return shifted[0] if len(shifted) == 1 else shifted
 
 
 class _Perceptron(nn.Module):
@@ -344,15 +361,15 @@ class EncodedContext(TextContext):
 def fill_slots(
     embedded: Float[Tensor, "prompts tokens width"],
     input_ids: Int[Tensor, "prompts tokens"],
-    vectors: Float[Tensor, "*prompts slots width"],
+    vectors: Float[Tensor, "*parts slots width"],
     slots: Slots,
 ) -> Float[Tensor, "prompts tokens width"]:
-    """Put vectors into the reserved places of every prompt, the same ones or each prompt's own.
+    """Put vectors into the reserved places of every prompt: the same ones, or own ones of each of some equal parts.
 
     Args:
         embedded: Embeddings of the prompts.
         input_ids: Their token ids, which say where the places are.
-        vectors: One per place, for all prompts or for each.
+        vectors: One per place, for all prompts or for each of as many parts of them, at most for each prompt.
         slots: Places that the active adapter needs.
 
     Raises:
@@ -368,7 +385,8 @@ def fill_slots(
             f"{slots.num_tokens} times first, as in '{'<|startoftext|>' * min(slots.num_tokens, 2)} ... a cat.'"
         )
     # `masked_scatter` reads its source row by row: vectors, (slots, width), per prompt.
-    rows = vectors.repeat(len(input_ids), 1) if vectors.ndim == 2 else vectors.flatten(0, 1)
+    per_part = vectors if vectors.ndim == 3 else vectors[None]
+    rows = per_part.repeat_interleave(len(input_ids) // len(per_part), dim=0).flatten(0, 1)
     return embedded.masked_scatter(mask[..., None], rows)
 
 

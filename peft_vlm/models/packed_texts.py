@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+#: Longest packed row, in tokens, whose attention is one call with a mask, by device. A GPU waits for kernels to start,
+#: not for their sums, so it gains by few kernels; a CPU gains by few sums.
+LONGEST_MASKED = {"cuda": 2048}
 
 #: Passes of the text tower by the way they took: `"packed"`, or `"plain: <reason>"`. Tests read it.
 passes: Counter[str] = Counter()
@@ -31,6 +36,11 @@ class OwnContexts(ABC):
     @abstractmethod
     def contexts_differ(self) -> bool:
         """Whether it does so with the active adapter."""
+
+    @property
+    def num_repeats(self) -> int:
+        """How often the same prompts follow each other, each time with another context for all of them."""
+        return 1
 
 
 @runtime_checkable
@@ -98,13 +108,23 @@ class PackedTexts:
         """No prompt is shorter than the longest, so that the own tokens are a plain table."""
         return self.real.numel() == len(self.rows)
 
-    def pack(self, hidden: Float[Tensor, "prompts tokens width"]) -> Float[Tensor, "1 packed width"]:
-        """Return the packed row of hidden states.
+    @cached_property
+    def visible(self) -> Bool[Tensor, "packed packed"]:
+        """Which tokens of the packed row (columns) each of them (rows) attends to."""
+        first = torch.arange(self.num_shared, device=self.rows.device)
+        prompt = torch.cat([torch.full_like(first, -1), self.rows])  # (packed,): -1 where all prompts share the token
+        column = torch.cat([first, self.columns])
+        is_seen = (prompt == -1) | (prompt == prompt[:, None])
+        return is_seen & (column <= column[:, None])
+
+    def pack(self, hidden: Float[Tensor, "rows tokens width"]) -> Float[Tensor, "repeats packed width"]:
+        """Return the packed rows of hidden states.
 
         Args:
-            hidden: States of the prompts, padded.
+            hidden: States of the prompts, padded; perhaps several times the prompts, with other states.
         """
-        return torch.cat([hidden[0, : self.num_shared], hidden[self.rows, self.columns]])[None]
+        hidden = hidden.unflatten(0, (-1, len(self.own)))
+        return torch.cat([hidden[:, 0, : self.num_shared], hidden[:, self.rows, self.columns]], dim=1)
 
     def table(self, own: Float[Tensor, "own *rest"]) -> Float[Tensor, "prompts longest *rest"]:
         """Return values of own tokens as one row per prompt; padding holds some token's values.
@@ -155,23 +175,23 @@ def num_required(layers: Sequence[nn.Module]) -> int:
 
 
 def run_packed(
-    layers: Sequence[nn.Module], hidden: Float[Tensor, "1 packed width"], texts: PackedTexts
-) -> Float[Tensor, "prompts width"]:
+    layers: Sequence[nn.Module], hidden: Float[Tensor, "repeats packed width"], texts: PackedTexts
+) -> Float[Tensor, "rows width"]:
     """Return each prompt's pooled state after the layers; the last layer computes the pooled tokens only.
 
     Args:
         layers: `CLIPEncoderLayer`, or wrappers that say how they enter one.
         hidden: What enters the first of them.
-        texts: Layout of the row.
+        texts: Layout of each row.
     """
     for layer in layers[:-1]:
         hidden = _layer(layer, hidden, texts, pooled_only=False)
-    return _layer(layers[-1], hidden, texts, pooled_only=True)[0]
+    return _layer(layers[-1], hidden, texts, pooled_only=True).flatten(0, 1)
 
 
 def _layer(
-    layer: Any, hidden: Float[Tensor, "1 packed width"], texts: PackedTexts, *, pooled_only: bool
-) -> Float[Tensor, "1 positions width"]:
+    layer: Any, hidden: Float[Tensor, "repeats packed width"], texts: PackedTexts, *, pooled_only: bool
+) -> Float[Tensor, "repeats positions width"]:
     """One layer, recomputed in the backward pass where the model's gradient checkpointing says so."""
     inner = layer
     while isinstance(inner, _EntersLayer):
@@ -182,22 +202,22 @@ def _layer(
 
 
 def _run_layer(
-    layer: Any, hidden: Float[Tensor, "1 packed width"], texts: PackedTexts, pooled_only: bool
-) -> Float[Tensor, "1 positions width"]:
+    layer: Any, hidden: Float[Tensor, "repeats packed width"], texts: PackedTexts, pooled_only: bool
+) -> Float[Tensor, "repeats positions width"]:
     is_wrapped = isinstance(layer, _EntersLayer)
     while isinstance(layer, _EntersLayer):
         hidden, layer = layer.enter(hidden), layer.base_layer
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-    keys, values = attention.k_proj(normed)[0], attention.v_proj(normed)[0]
+    keys, values = attention.k_proj(normed), attention.v_proj(normed)
     if not pooled_only:
-        attended = _attention(attention, attention.q_proj(normed)[0], keys, values, texts)
+        attended = _attention(attention, attention.q_proj(normed), keys, values, texts)
     else:
         places = texts.num_shared + texts.pooled
         hidden = hidden[:, places]
         # prompts of queries know their places in the whole row alone
         queries = attention.q_proj(normed)[:, places] if is_wrapped else attention.q_proj(normed[:, places])
-        attended = _pooled_attention(attention, queries[0], keys, values, texts)
-    hidden = hidden + attention.out_proj(attended[None])
+        attended = _pooled_attention(attention, queries, keys, values, texts)
+    hidden = hidden + attention.out_proj(attended)
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
@@ -207,12 +227,55 @@ def _heads(attention: Any, tokens: Float[Tensor, "*tokens width"]) -> Float[Tens
 
 def _attention(
     attention: Any,
+    queries: Float[Tensor, "repeats packed width"],
+    keys: Float[Tensor, "repeats packed width"],
+    values: Float[Tensor, "repeats packed width"],
+    texts: PackedTexts,
+) -> Float[Tensor, "repeats packed width"]:
+    """Attend within the shared tokens, and from each prompt's own tokens to the shared ones and its own."""
+    if keys.shape[1] <= LONGEST_MASKED.get(keys.device.type, 0):
+        return _masked_attention(attention, queries, keys, values, texts.visible)
+    return torch.stack(
+        [_attention_in_parts(attention, *row, texts) for row in zip(queries, keys, values, strict=True)]
+    )
+
+
+def _pooled_attention(
+    attention: Any,
+    queries: Float[Tensor, "repeats prompts width"],
+    keys: Float[Tensor, "repeats packed width"],
+    values: Float[Tensor, "repeats packed width"],
+    texts: PackedTexts,
+) -> Float[Tensor, "repeats prompts width"]:
+    """Attend from the pooled tokens alone, which come last in their prompts."""
+    if keys.shape[1] <= LONGEST_MASKED.get(keys.device.type, 0):
+        visible = texts.visible[texts.num_shared + texts.pooled]
+        return _masked_attention(attention, queries, keys, values, visible)
+    parts = (_pooled_in_parts(attention, *row, texts) for row in zip(queries, keys, values, strict=True))
+    return torch.stack(list(parts))
+
+
+def _masked_attention(
+    attention: Any,
+    queries: Float[Tensor, "repeats asking width"],
+    keys: Float[Tensor, "repeats packed width"],
+    values: Float[Tensor, "repeats packed width"],
+    visible: Bool[Tensor, "asking packed"],
+) -> Float[Tensor, "repeats asking width"]:
+    """Attend from some tokens to those of the packed row that they see, in one call."""
+    q, k, v = (_heads(attention, tokens).transpose(1, 2) for tokens in (queries, keys, values))
+    attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=attention.scale)
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _attention_in_parts(
+    attention: Any,
     queries: Float[Tensor, "packed width"],
     keys: Float[Tensor, "packed width"],
     values: Float[Tensor, "packed width"],
     texts: PackedTexts,
 ) -> Float[Tensor, "packed width"]:
-    """Attend within the shared tokens, and from each prompt's own tokens to the shared ones and its own."""
+    """Attend without computing what the mask hides."""
     q, k, v = (_heads(attention, tokens) for tokens in (queries, keys, values))
     count, longest = texts.num_shared, texts.own.shape[1]
     shared = (tensor[None, :count].transpose(1, 2) for tensor in (q, k, v))  # 1, heads, shared, size
@@ -223,14 +286,14 @@ def _attention(
     return torch.cat([first[0].transpose(0, 1), texts.untable(rest)]).flatten(1)
 
 
-def _pooled_attention(
+def _pooled_in_parts(
     attention: Any,
     queries: Float[Tensor, "prompts width"],
     keys: Float[Tensor, "packed width"],
     values: Float[Tensor, "packed width"],
     texts: PackedTexts,
 ) -> Float[Tensor, "prompts width"]:
-    """Attend from the pooled tokens alone, which come last in their prompts."""
+    """The same from the pooled tokens alone."""
     q, k, v = (_heads(attention, tokens) for tokens in (queries, keys, values))
     count, visible = texts.num_shared, texts.real[:, None, None]
     own = (texts.table(tensor[count:]) for tensor in (k, v))

@@ -307,8 +307,10 @@ class Towers:
         embedding = self.token_embedding
         if start == 0 and isinstance(embedding, OwnContexts) and embedding.contexts_differ:
             reason = "each class has a context of its own"
+        repeats = embedding.num_repeats if start == 0 and isinstance(embedding, OwnContexts) else 1
         if reason is None:
-            texts = PackedTexts.of(input_ids, positions)
+            count = len(input_ids) // repeats
+            texts = PackedTexts.of(input_ids[:count], positions[:count])
             if texts.num_shared >= num_required(layers):
                 passes["packed"] += 1
                 pooled = run_packed(layers, texts.pack(hidden), texts)
@@ -329,14 +331,14 @@ class Towers:
         return 4 * 18 * num_tokens * len(self.text_layers) * width
 
     def similarity_logits(
-        self, image_features: Float[Tensor, "batch dim"], text_features: Float[Tensor, "classes dim"]
-    ) -> Float[Tensor, "batch classes"]:
+        self, image_features: Float[Tensor, "*batch images dim"], text_features: Float[Tensor, "*batch classes dim"]
+    ) -> Float[Tensor, "*batch images classes"]:
         """Cosine similarities multiplied by the logit scale, in float32. Inputs need not be normalised."""
         with torch.autocast(image_features.device.type, enabled=False), filled(self.model):
             # Float32: half precision rounds cosines times 100 to steps that change the order of classes.
             image = nn.functional.normalize(image_features.float(), dim=-1)
             text = nn.functional.normalize(text_features.float(), dim=-1)
-            return self.model.logit_scale.float().exp() * (image @ text.T)
+            return self.model.logit_scale.float().exp() * (image @ text.mT)
 
 
 class _SiglipTowers(Towers):
@@ -396,8 +398,8 @@ class _SiglipTowers(Towers):
             return float(self.model.logit_bias.detach().float())
 
     def similarity_logits(
-        self, image_features: Float[Tensor, "batch dim"], text_features: Float[Tensor, "classes dim"]
-    ) -> Float[Tensor, "batch classes"]:
+        self, image_features: Float[Tensor, "*batch images dim"], text_features: Float[Tensor, "*batch classes dim"]
+    ) -> Float[Tensor, "*batch images classes"]:
         """Scaled cosine similarities plus SigLIP's logit bias, in float32. Inputs need not be normalised."""
         scaled = super().similarity_logits(image_features, text_features)
         with filled(self.model):

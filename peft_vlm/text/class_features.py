@@ -14,9 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_vlm.distributed import divided, num_processes
 from peft_vlm.errors import AdapterError
-from peft_vlm.models.towers import device_of, image_features, side_of, towers_of
+from peft_vlm.models.towers import Towers, device_of, image_features, side_of, towers_of
 from peft_vlm.objective import Batch, Objective
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots, slots_of
+
+#: Activations, in bytes, of the shifted prompts that `conditioned_scores` runs together on a GPU.
+SHIFTS_MEMORY = 4 * 2**30
 
 _SIGNED_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -64,11 +67,11 @@ class ConditionedContext(ABC):
         """
 
     @abstractmethod
-    def shifted_by(self, shift: Float[Tensor, " width"]) -> AbstractContextManager[None]:
-        """The shifted class prompts, in this thread and for as long as the context is open.
+    def shifted_by(self, shifts: Float[Tensor, "shifts width"]) -> AbstractContextManager[None]:
+        """The class prompts shifted, all by the first, then all by the second, ...; in this thread, while it is open.
 
         Args:
-            shift: One of `shifts`.
+            shifts: Some of `shifts`.
         """
 
 
@@ -99,14 +102,15 @@ def conditioned_logits(
     """Logits of a model whose context is shifted by the image (CoCoOp) or in several samples (Bayesian prompts).
 
     Each text pass computes once what its prompts begin with. With autograd it is computed again in the backward pass,
-    so that memory grows neither with images and samples nor, beyond `chunk_size`, with the classes. The probabilities
-    of several samples are averaged, see `mean_over_samples`.
+    so that memory grows neither with images and samples nor, beyond `chunk_size`, with the classes. A GPU, which waits
+    for kernels to start, runs as many of them together as keep activations under 4 GiB. The probabilities of several
+    samples are averaged, see `mean_over_samples`.
 
     Args:
         model: CLIP-like model with such an adapter.
         prompts: Tokenised class list.
         image_features: Features of the images, not normalised.
-        chunk_size: Prompts per pass.
+        chunk_size: Prompts per pass and shift.
 
     Raises:
         AdapterError: If the context is not shifted.
@@ -129,7 +133,7 @@ def conditioned_scores(
         prompts: Tokenised class list.
         image_features: Features of the images that shift the context, not normalised.
         vectors: Vectors to score, not normalised: an image feature itself, or others.
-        chunk_size: Prompts per pass.
+        chunk_size: Prompts per pass and shift.
 
     Raises:
         AdapterError: If the context is not shifted.
@@ -142,27 +146,34 @@ def conditioned_scores(
     parts = ids.split(max(1, chunk_size // len(ids)), dim=1)
     trained = [p for p in towers.token_embedding.parameters() if p.requires_grad]
 
-    def scores_of(scored: Tensor, shift: Tensor, part: Tensor, *_: Tensor) -> Tensor:
-        with layer.shifted_by(shift):
-            text = _unit_features(model, part.flatten(0, 1))
+    def scores_of(scored: Tensor, shifts: Tensor, part: Tensor, *_: Tensor) -> Tensor:
+        with layer.shifted_by(shifts):
+            text = _unit_features(model, part.flatten(0, 1).repeat(len(shifts), 1))
         # the features of a class in several templates are averaged, as `encode_classes` does
-        return towers.similarity_logits(scored, text.unflatten(0, (len(part), -1)).mean(dim=0))
+        text = text.unflatten(0, (len(shifts), len(part), -1)).mean(dim=1)  # (shifts, classes, dim)
+        return towers.similarity_logits(scored, text)
 
-    def scores(scored: Tensor, shift: Tensor, part: Tensor) -> Tensor:
-        inputs = (scored, shift, part, *trained)
+    def scores(*inputs: Tensor) -> Tensor:
+        inputs = (*inputs, *trained)
         return checkpoint(scores_of, *inputs, use_reentrant=False) if torch.is_grad_enabled() else scores_of(*inputs)
 
-    shifts = layer.shifts(image_features)
-    groups = vectors.split(len(vectors) // len(shifts))  # the images of each row of shifts: one, or all
-    rows = []
-    for group, samples in zip(groups, shifts, strict=True):
-        flat = group.flatten(0, 1)
-        each = [torch.cat([scores(flat, shift, part) for part in parts], dim=-1) for shift in samples]
-        rows.append(mean_over_samples(torch.stack(each)).unflatten(0, group.shape[:2]))
-    return torch.cat(rows)
+    shifts = layer.shifts(image_features)  # (one per image, or one for all; samples; width)
+    scored = vectors.reshape(len(shifts), 1, -1, vectors.shape[-1]).expand(-1, shifts.shape[1], -1, -1)
+    together = _shifts_per_pass(towers, parts[0].flatten(0, 1))
+    passes = zip(scored.flatten(0, 1).split(together), shifts.flatten(0, 1).split(together), strict=True)
+    logits = torch.cat([torch.cat([scores(*inputs, part) for part in parts], dim=-1) for inputs in passes])
+    return mean_over_samples(logits.unflatten(0, shifts.shape[:2]).transpose(0, 1)).reshape(*vectors.shape[:2], -1)
 
 
-def mean_over_samples(logits: Float[Tensor, "samples rows classes"]) -> Float[Tensor, "rows classes"]:
+def _shifts_per_pass(towers: Towers, input_ids: Int[Tensor, "prompts tokens"]) -> int:
+    """Shifts whose class prompts run together: one on a CPU, which gains nothing by more."""
+    if input_ids.device.type == "cpu":
+        return 1
+    longest = int(towers.pooled_positions(input_ids).max()) + 1
+    return max(1, SHIFTS_MEMORY // towers.text_activation_bytes(longest * len(input_ids)))
+
+
+def mean_over_samples(logits: Float[Tensor, "samples *rows classes"]) -> Float[Tensor, "*rows classes"]:
     """The logarithm of the class probabilities averaged over samples; logits of a single sample as they are.
 
     Its softmax is the average, so that it serves as logits. Averaged logits would be another classifier.
@@ -223,7 +234,7 @@ def encode_classes(
     with evaluation_mode(model):
         features = []
         for shift in layer.shifts(None)[0]:
-            with layer.shifted_by(shift):
+            with layer.shifted_by(shift[None]):
                 features.append(_encode(model, prompts, chunk_size, divide))
     return torch.stack(features)
 

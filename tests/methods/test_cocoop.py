@@ -12,7 +12,7 @@ from peft_vlm.evaluation.classify import TextClassifier, evaluate_classifier
 from peft_vlm.methods.cocoop import preset_for
 from peft_vlm.models import packed_texts
 from peft_vlm.models.towers import image_features, towers_of
-from peft_vlm.text import ClassFeatureCache, conditioned_logits, encode_classes, tokenize_classes
+from peft_vlm.text import ClassFeatureCache, class_features, conditioned_logits, encode_classes, tokenize_classes
 from tests.cases import CASES as ALL_CASES
 from tests.cases import class_prompts, images, perturb, pixels, prepared, processor
 from tests.tiny import CONTEXT_LENGTH, colour_names, tiny_clip, tiny_tokenizer
@@ -88,6 +88,25 @@ def test_chunks_of_classes_and_shared_beginnings_change_nothing():
         assert packed_texts.passes["packed"] > before
         parts = conditioned_logits(model, class_prompts(), features, chunk_size=2)
     assert_close(parts, whole, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [0, 2048])
+def test_images_that_run_together_have_the_logits_and_gradients_of_single_ones(masked, monkeypatch):
+    """As on a GPU: a context in the prompts of another image would leave the loss plausible."""
+    model = adapted().train()
+    features = image_features(model, pixels()).detach()
+    results = []
+    for together in (1, 3):  # of four images: three and one
+        monkeypatch.setattr(class_features, "_shifts_per_pass", lambda *_, together=together: together)
+        monkeypatch.setitem(packed_texts.LONGEST_MASKED, "cpu", masked)
+        model.zero_grad()
+        logits = conditioned_logits(model, class_prompts(), features)
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    assert len(results[0]) == 6
+    for alone, joint in zip(*results, strict=True):
+        assert alone.abs().max() > 0
+        assert_close(joint, alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
 
 
 def test_several_templates_are_averaged():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from peft_vlm import CoOpConfig, PromptSRCConfig, RPPConfig, SkipTuningConfig
-from peft_vlm.models.packed_texts import PackedTexts, passes
+from peft_vlm.models.packed_texts import LONGEST_MASKED, PackedTexts, passes
 from peft_vlm.models.towers import Towers, towers_of
 from tests.tiny import tiny_clip, tiny_siglip
 
@@ -99,8 +99,12 @@ def gradients(model: nn.Module, features: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("start", [0, 1])
-def test_packed_prompts_give_the_same_features_and_gradients(case: str, start: int) -> None:
+@pytest.mark.parametrize("attention", ["in parts", "masked"])
+def test_packed_prompts_give_the_same_features_and_gradients(
+    case: str, start: int, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another result would train another adapter than the model that is used with it."""
+    monkeypatch.setitem(LONGEST_MASKED, "cpu", 2048 if attention == "masked" else 0)  # as on a GPU
     config, ids = CASES[case]
     model = adapted(config)
     towers = towers_of(model)

@@ -119,7 +119,7 @@ def test_class_features_of_every_sample(name):
         assert_close(posterior, recorded[f"expected.{part}"], rtol=0, atol=1e-5)
     (shifts,) = layer.shifts(images)
     for shift, rows in zip(shifts, expected, strict=True):
-        with layer.shifted_by(shift):
+        with layer.shifted_by(shift[None]):
             features = encode_classes(model, objective.prompts)
         assert_close(features, rows, rtol=0, atol=case["tolerance"]["features_atol"])
 

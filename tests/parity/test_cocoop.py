@@ -67,7 +67,7 @@ def test_the_shift_is_that_of_the_normalised_image_feature():
     with torch.no_grad():
         shifts = layer.shifts(image_features(model, RECORDED["in.images"]))
         for (shift,), expected in zip(shifts, RECORDED["expected.meta_bias"], strict=True):
-            with layer.shifted_by(shift):
+            with layer.shifted_by(shift[None]):
                 moved = layer.active_prompt(shift) - RECORDED["in.text_ctx"]
             assert_close(moved, expected.expand_as(moved), rtol=0, atol=1e-5)
 

@@ -5,10 +5,10 @@
     python benchmarks/gpu.py --device cpu --size small        # minutes on two cores, to see that it runs
     python benchmarks/gpu.py --compile                        # with the steps compiled, as `torch_compile=True` does
 
-For each method, in a process of its own, and each precision: images per second of a whole step (forward, backward,
+For each method and precision: images per second of a whole step (forward, backward,
 SGD), peak memory above the loaded model, and the share of the matrix-product bound: operations of the step's matrix
 products as torch counts them, over the step's time and the rate at which the device multiplies two matrices of
-8192 rows and columns (1024 on the CPU) in that precision; on a GPU also in bf16. 100 classes, no stored features.
+8192 rows and columns (1024 on the CPU) in that precision; on a GPU also in bf16. 100 classes, no stored features. `full` is full fine-tuning.
 
 The short suite ends within 8 minutes on one H100 and needs pytest and pytest-timeout beside the package. What fails or
 finds no time is named in the JSON file under `not_run`.
@@ -21,6 +21,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -34,12 +35,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from measuring import random_clip, random_prompts
 
 METHODS = (
+    "full",
     *("coop", "kgcoop", "pre", "cocoop", "promptsrc", "maple"),
     *("promptkd", "skip_tuning", "rpp", "tvp", "clip_lora"),
 )
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUM_CLASSES = 100
-SUITE_SECONDS = 470
+LIMIT = 100
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -82,12 +84,40 @@ def small_clip() -> Any:
     )
 
 
+class FullFineTuning:
+    """Cross-entropy over class prompts with every parameter of the model trained, in transformers' own forward."""
+
+    def __init__(self, prompts: Any) -> None:
+        self.prompts = prompts
+
+    def prepare(self, model: nn.Module, dataset: Any) -> None:
+        """Train everything."""
+        model.requires_grad_(True)
+
+    def epoch_start(self, model: nn.Module, dataset: Any, epoch: int) -> None:
+        """Nothing."""
+
+    def optimizer(self, model: nn.Module, *, learning_rate: float) -> None:
+        """The ordinary one."""
+
+    def __call__(self, model: Any, batch: dict[str, Any]) -> Any:
+        """The loss."""
+        from peft_vlm.objective import ObjectiveOutput
+
+        ids = self.prompts.input_ids.to(batch["labels"].device)
+        logits = model(input_ids=ids, pixel_values=batch["pixel_values"]).logits_per_image
+        loss = nn.functional.cross_entropy(logits, batch["labels"])
+        return ObjectiveOutput({"cross_entropy": loss}, logits, batch["labels"])
+
+
 def build(method: str, clip: Any, teacher: Any, prompts: Any) -> tuple[nn.Module, Any]:
     """Adapter and objective of a method, with the settings of its paper where the size allows; no stored features."""
     from peft import get_peft_model
 
     from peft_vlm.registry import METHODS as METHODS_BY_NAME
 
+    if method == "full":
+        return clip, FullFineTuning(prompts)
     depth = min(9, clip.config.vision_config.num_hidden_layers)
     deep = {"text_depth": depth, "vision_depth": depth, "context_init": None}
     size = clip.config.vision_config.image_size
@@ -100,7 +130,7 @@ def build(method: str, clip: Any, teacher: Any, prompts: Any) -> tuple[nn.Module
         "cocoop": {"num_text_tokens": 4, "context_init": None},
         "promptsrc": deep,
         "maple": {"depth": depth, "context_init": None},
-        "promptkd": {"class_dim": teacher.config.projection_dim, "vision_depth": depth},
+        "promptkd": {"class_dim": teacher.config.projection_dim if teacher else 0, "vision_depth": depth},
         "skip_tuning": {"start_layer": depth * 2 // 3},
         "rpp": {"text_depth": 1, "vision_depth": depth - 1, "context_init": None},
         "tvp": pixel,
@@ -123,12 +153,13 @@ def build(method: str, clip: Any, teacher: Any, prompts: Any) -> tuple[nn.Module
     return model, record.objective(prompts, **own.get(method, {}))
 
 
-def child(method: str, cells: list[str], options: argparse.Namespace) -> None:
-    """Measure one method in each precision, `bf16+compile` with a compiled step, and print a line for each."""
+def child(cells: list[str], options: argparse.Namespace) -> None:
+    """Measure cells such as `coop:bf16` or, with a compiled step, `coop:bf16:compiled`; print a line for each."""
     for cell in cells:
-        precision, _, compiled = cell.partition("+")
+        method, precision, *compiled = cell.split(":")
         row = measured(method, precision, options, is_compiled=bool(compiled))
         print(json.dumps({"method": method, "precision": precision, "compiled": bool(compiled), **row}), flush=True)
+        torch.compiler.reset()
         gc.collect()
 
 
@@ -140,11 +171,10 @@ def measured(method: str, precision: str, options: argparse.Namespace, *, is_com
     device = torch.device(options.device)
     with device:  # random weights of 0.6 billion numbers take seconds on a CPU
         small = options.size == "small"
-        clip, teacher = (
-            (small_clip(), small_clip()) if small else (random_clip(), random_clip(large=method == "promptkd"))
-        )
+        clip = small_clip() if small else random_clip()
+        teacher = (small_clip() if small else random_clip(large=True)).eval() if method == "promptkd" else None
     prompts = random_prompts(NUM_CLASSES, full_length=False)
-    model, objective = build(method, clip, teacher.eval(), prompts)
+    model, objective = build(method, clip, teacher, prompts)
     model.to(device).train()
     dataset = RandomImages(options.batch, clip.config.vision_config.image_size)
     batch = {
@@ -222,6 +252,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--suite", choices=["short"], help="steps, compiled steps, `gpu` tests, two processes on a card"
     )
+    parser.add_argument("--seconds", type=float, default=470, help="of a suite; what does not fit is left out")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", choices=["vit_b16", "small"], default="vit_b16")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -231,7 +262,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the step with torch.compile")
     parser.add_argument("--output", type=Path, help="JSON file, written after every method")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--child", nargs="+", metavar=("METHOD", "CELL"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", metavar="CELL", help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -241,7 +272,7 @@ class Session:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.end = time.monotonic() + (SUITE_SECONDS if options.suite else 1e9)
+        self.end = time.monotonic() + (options.seconds if options.suite else 1e9)
         name = f"{platform.machine()} CPU"
         if options.device.startswith("cuda"):
             name = torch.cuda.get_device_name(options.device)
@@ -271,35 +302,43 @@ class Session:
             print(done.stderr[-1500:], file=sys.stderr)
         return done.stdout
 
-    def steps(self, method: str, cells: list[str]) -> None:
-        """Measure a method, in a process of its own."""
-        output = self.run(f"{method} {' '.join(cells)}", self.command(method, cells), limit=150)
-        for row in (json.loads(line) for line in output.splitlines() if line.startswith("{")):
-            self.facts["rows"].append(row)
-            memory = float("nan") if row["peak_mb"] is None else row["peak_mb"]
-            cell = row["precision"] + (" compiled" if row["compiled"] else "")
-            print(f"{method:12}{cell:>16}{row['images_per_second']:10.1f}{memory:10.0f}{row['share_of_bound']:10.1%}")
-        sys.stdout.flush()
-        self.save()
-
-    def command(self, method: str, cells: list[str], *, steps: int | None = None) -> list[str]:
-        """Command line of the process that measures a method."""
-        options = self.options
+    def steps(self, cells: list[str]) -> None:
+        """Measure cells in a process, and those after one that fails or hangs in another process."""
+        options, left = self.options, list(cells)
         common = ["--device", options.device, "--size", options.size, "--batch", str(options.batch)]
-        common += ["--steps", str(steps or options.steps)]
-        return [sys.executable, str(Path(__file__).resolve()), *common, "--child", method, *cells]
+        command = [sys.executable, str(Path(__file__).resolve()), *common, "--steps", str(options.steps), "--child"]
+        while left:
+            seconds = self.end - time.monotonic()
+            if seconds <= 0:
+                self.facts["not_run"] += [f"{cell}: no time left" for cell in left]
+                return
+            process = subprocess.Popen([*command, *left], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            assert process.stdout is not None
+            while left and (line := self.line_of(process)):
+                if line.startswith("{"):
+                    self.add(json.loads(line))
+                    left.pop(0)
+            process.kill()
+            process.wait()
+            if left:
+                self.facts["not_run"].append(f"{left.pop(0)}: it failed, or took more than {LIMIT} seconds")
 
-    def fill_compile_cache(self, cells: list[str]) -> None:
-        """Compile the steps of all methods side by side: torch keeps the kernels for the processes that measure."""
-        commands = [self.command(method, cells, steps=1) for method in self.options.methods]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        children = [subprocess.Popen(command, cwd=ROOT, **quiet) for command in commands]
-        end = min(time.monotonic() + 120, self.end - 60)
-        for one in children:
-            try:
-                one.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                one.kill()
+    def line_of(self, process: Any) -> str:
+        """Next line that a process prints; nothing when it ends or takes too long."""
+        watch = threading.Timer(min(LIMIT, max(0.0, self.end - time.monotonic())), process.kill)
+        watch.start()
+        line = process.stdout.readline()
+        watch.cancel()
+        return line
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Note and print a measured cell."""
+        self.facts["rows"].append(row)
+        memory = float("nan") if row["peak_mb"] is None else row["peak_mb"]
+        cell = row["precision"] + (" compiled" if row["compiled"] else "")
+        numbers = f"{row['images_per_second']:10.1f}{memory:10.0f}{row['share_of_bound']:10.1%}"
+        print(f"{row['method']:12}{cell:>16}{numbers}", flush=True)
+        self.save()
 
     def gpu_tests(self) -> None:
         """The tests that need a GPU."""
@@ -342,7 +381,7 @@ def main() -> None:
     """Run every method in every precision and print a table."""
     options = parse_arguments()
     if options.child:
-        child(options.child[0], options.child[1:], options)
+        child(options.child, options)
         return
     if options.ranks:
         train_ranks(options.ranks)
@@ -352,15 +391,12 @@ def main() -> None:
     session = Session(options)
     print(f"{session.facts['device']}, torch {torch.__version__}, size {options.size}, batch {options.batch}")
     print(f"{'method':12}{'precision':>16}{'images/s':>10}{'peak MB':>10}{'of bound':>10}")
-    cells = [precision + ("+compile" if options.compile else "") for precision in precisions]
-    for method in options.methods:
-        session.steps(method, cells)
+    compiled = ":compiled" if options.compile else ""
+    session.steps([f"{method}:{precision}{compiled}" for precision in precisions for method in options.methods])
     if options.suite:
-        session.gpu_tests()
         session.two_ranks()
-        session.fill_compile_cache(["bf16+compile"])
-        for method in options.methods:
-            session.steps(method, ["bf16+compile"])
+        session.gpu_tests()
+        session.steps([f"{method}:bf16:compiled" for method in options.methods])
     session.save()
     for line in session.facts["not_run"]:
         print("not run:", line)

@@ -8,7 +8,8 @@
 For each method and precision: images per second of a whole step (forward, backward,
 SGD), peak memory above the loaded model, and the share of the matrix-product bound: operations of the step's matrix
 products as torch counts them, over the step's time and the rate at which the device multiplies two matrices of
-8192 rows and columns (1024 on the CPU) in that precision; on a GPU also in bf16. 100 classes, no stored features. `full` is full fine-tuning.
+8192 rows and columns (1024 on the CPU) in that precision; on a GPU also in bf16. 100 classes, no stored features;
+`full` is full fine-tuning.
 
 The short suite ends within 8 minutes on one H100 and needs pytest and pytest-timeout beside the package. What fails or
 finds no time is named in the JSON file under `not_run`.
@@ -36,7 +37,7 @@ from measuring import random_clip, random_prompts
 
 METHODS = (
     "full",
-    *("coop", "kgcoop", "pre", "cocoop", "promptsrc", "maple"),
+    *("coop", "kgcoop", "pre", "cocoop", "bayesian", "promptsrc", "maple"),
     *("promptkd", "skip_tuning", "rpp", "tvp", "clip_lora"),
 )
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,6 +129,7 @@ def build(method: str, clip: Any, teacher: Any, prompts: Any) -> tuple[nn.Module
         "pre": {"num_text_tokens": 4, "network": "lstm"},
         "kgcoop": {"num_text_tokens": 4},
         "cocoop": {"num_text_tokens": 4, "context_init": None},
+        "bayesian": {"num_text_tokens": 4, "context_init": None, "num_samples": 4},
         "promptsrc": deep,
         "maple": {"depth": depth, "context_init": None},
         "promptkd": {"class_dim": teacher.config.projection_dim if teacher else 0, "vision_depth": depth},

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 #: Kinds of official checkpoints, as `peft_vlm.conversion.formats` has them.
 KINDS = (
     "Bayesian prompts",
+    "CLIP-LoRA",
     "CoCoOp",
     "CoOp",
     "KgCoOp",
     "MaPLe",
     "POMP",
+    "PRE",
     "PromptKD",
     "PromptSRC or IVLP",
     "Skip Tuning",

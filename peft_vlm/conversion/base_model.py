@@ -3,7 +3,7 @@ adapter that goes onto it.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,14 @@ def openai_name(official: str) -> str:
 
 
 def write_adapter(
-    model: PeftModel, tensors: Mapping[str, Tensor], folder: str | Path, *, file: OfficialFile, kind: str
+    model: PeftModel,
+    tensors: Mapping[str, Tensor],
+    folder: str | Path,
+    *,
+    file: OfficialFile,
+    kind: str,
+    facts: Any = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> ConversionReport:
     """Put tensors into a new adapter and write its folder with the report.
 
@@ -125,11 +132,15 @@ def write_adapter(
         folder: New folder.
         file: The account of the official file.
         kind: Kind of the file.
+        facts: What the report says of classes, where an adapter's own configuration does not.
+        beside: Writes what an adapter of PEFT's own types has beside its configuration, into its folder.
     """
     set_peft_model_state_dict(model, {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in tensors.items()})
-    report = file.report(kind, model.active_peft_config)
+    report = file.report(kind, facts or model.active_peft_config)
     with new_folder(folder) as part:
         model.save_pretrained(part)
+        if beside is not None:
+            beside(part)
         write_json(part / CONVERSION_NAME, report.to_dict())
     return report
 

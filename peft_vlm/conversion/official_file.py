@@ -55,14 +55,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         AdapterError: If there is no such file, it is damaged, holds other objects than tensors and plain values, or no
             tensor at all.
     """
+    return _read(path)[0]
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a checkpoint by name, and the plain values that it keeps under `metadata`."""
     path = Path(path)
     if not path.is_file():
         raise AdapterError(f"Expected a checkpoint file, got {str(path)!r}, which does not exist or is a folder.")
     content = _content(path)
     if isinstance(content, _Shell):
         content = _tensors_of_archive(content)
+    metadata = content.get("metadata") if isinstance(content, dict) else None
     if isinstance(content, dict) and isinstance(content.get(WRAPPING_KEY), dict):
         content = content[WRAPPING_KEY]
+    elif isinstance(content, dict) and isinstance(content.get("weights"), dict):
+        content = _flat(content["weights"])
     named = content.items() if isinstance(content, dict) else ()
     tensors = {key: value for key, value in named if isinstance(key, str) and torch.is_tensor(value)}
     if not tensors:
@@ -71,7 +79,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"Expected a mapping of names to tensors in {str(path)!r}, got {shown(keys)}. Pass the checkpoint itself."
         )
     _check_tensors(tensors, path)
-    return tensors
+    return tensors, metadata if isinstance(metadata, dict) else {}
+
+
+def _flat(nested: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> dict[str, Any]:
+    """A mapping of mappings as one, with dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        is_inner = isinstance(value, dict) and depth < MAX_DEPTH
+        found |= _flat(value, f"{prefix}{key}.", depth + 1) if is_inner else {f"{prefix}{key}": value}
+    return found
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -232,10 +249,13 @@ class OfficialFile:
     Args:
         path: Path of the file.
         tensors: By their official names.
+        metadata: Plain values that the file holds beside them.
     """
 
-    def __init__(self, path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-        self.path, self.tensors = Path(path), dict(tensors)
+    def __init__(
+        self, path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path, self.tensors, self.metadata = Path(path), dict(tensors), dict(metadata or {})
         self.used: list[str] = []
         self.unused: dict[str, str] = {}
         self.missing: dict[str, str] = {}
@@ -248,7 +268,7 @@ class OfficialFile:
         Args:
             source: Path of a checkpoint, or what `open` gave.
         """
-        return source if isinstance(source, OfficialFile) else cls(source, read_checkpoint(source))
+        return source if isinstance(source, OfficialFile) else cls(source, *_read(source))
 
     def take(self, name: str) -> Tensor:
         """A tensor for the adapter; floating point as float32.

@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from peft_vlm.cli import main
 from peft_vlm.conversion.formats import convert
 from peft_vlm.errors import AdapterError, ClassNameError
+from peft_vlm.evaluation.classify import TextClassifier
 from peft_vlm.methods.coop import convert_checkpoint
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import ClassPrompts
 from tests.conversion.official_files import adapter, logits, official, official_tensors
-from tests.parity.recorded import facts, tensors
+from tests.parity.recorded import facts, recorded_tokenizer, tensors
 
 #: The recorded classes have digits and punctuation, whose spelling no file holds: see `test_class_names.py`.
 pytestmark = pytest.mark.filterwarnings("ignore:Class names were read off")
@@ -38,6 +40,25 @@ def test_the_recorded_logits_come_out_of_the_official_file(name, position, stude
     assert_close(
         logits(adapter(tmp_path / "adapter"), recorded["in.images"]), recorded["expected.logits"], rtol=0, atol=atol
     )
+
+
+@pytest.mark.parametrize("name", ["E5_coop_csc16_end", "E6_coop_csc4_middle"])
+def test_contexts_per_class_from_the_command_to_the_classifier_and_back(name, student_folder, tmp_path, capsys):
+    """Its classes in any order, no others, and the same tensors in the official file of the way back."""
+    folder, back = str(tmp_path / "adapter"), str(tmp_path / "model.pth.tar-1")
+    command = ["convert", str(official(name)), "--base_model", str(student_folder), "--class_position", CASES[name]]
+    assert main([*command, "--output_dir", folder, "--json"]) == 0
+    model, recorded = adapter(tmp_path / "adapter"), tensors(name)
+    classes = tuple(reversed(model.active_peft_config.class_names))
+    classifier = TextClassifier(model, recorded_tokenizer(), template="{}.")
+    expected, atol = recorded["expected.logits"].flip(1), facts(name)["tolerance"]["logits_atol"]
+    assert_close(classifier.logits_for(classes)(recorded["in.images"]).detach(), expected, rtol=0, atol=atol)
+    with pytest.raises(ClassNameError, match="nothing to say about new classes"):
+        classifier.logits_for((*classes, "frog"))(recorded["in.images"])
+    assert main(["convert", folder, "--base_model", str(student_folder), "--official_file", back, "--json"]) == 0
+    assert '"CSC": true' in capsys.readouterr().out
+    again, first = torch.load(back, weights_only=True)["state_dict"], official_tensors(name)
+    assert torch.equal(again["ctx"], first["ctx"])
 
 
 @pytest.mark.parametrize(("variant", "atol"), [("fp16", 5e-3), ("verbatim", None)])

@@ -2,6 +2,7 @@
 
 from peft import LoraConfig, LoraModel
 
+from peft_vlm.methods.clip_lora.convert import OFFICIAL_FORMATS, convert_checkpoint
 from peft_vlm.methods.clip_lora.objective import PAPER, CLIPLoRAObjective
 from peft_vlm.methods.clip_lora.presets import CONFIG, preset_for, recommended
 from peft_vlm.objective import Paper
@@ -27,6 +28,7 @@ register_adapter(
   year      = {2022}
 }""",
         ),
+        formats=OFFICIAL_FORMATS,
     )
 )
 register_method(
@@ -43,4 +45,4 @@ register_method(
     )
 )
 
-__all__ = ["CLIPLoRAObjective", "preset_for"]
+__all__ = ["CLIPLoRAObjective", "convert_checkpoint", "preset_for"]

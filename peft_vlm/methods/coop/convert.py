@@ -1,16 +1,19 @@
-"""Official CoOp checkpoints to adapter folders, and those of two methods that train CoOp's context otherwise.
+"""Official CoOp checkpoints to adapter folders, and those of three methods that train CoOp's context otherwise.
 
-KgCoOp pulls the class features towards those of a fixed template, POMP samples classes: losses, not other prompts.
+KgCoOp pulls the class features towards those of a fixed template, POMP samples classes: losses, not other prompts. PRE
+encodes the context by a network, which the conversion collapses.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from peft_vlm.adapters.learned_tokens import NETWORKS
 from peft_vlm.conversion.base_model import load_base, official_pixels, write_adapter
 from peft_vlm.conversion.class_texts import check_context_words, official_template, training_class_names
 from peft_vlm.conversion.export import adapter_tensors, base_tensors, prompt_buffers, save_official
@@ -33,7 +36,7 @@ def convert_checkpoint(
     context_init: str | None = None,
     class_names: Sequence[str] | None = None,
 ) -> ConversionReport:
-    """Write an adapter folder from `prompt_learner/model.pth.tar-*` of CoOp or POMP.
+    """Write an adapter folder from `prompt_learner/model.pth.tar-*` of CoOp, POMP or PRE.
 
     Args:
         source: The official file.
@@ -52,6 +55,8 @@ def convert_checkpoint(
     base = load_base(base_model)
     tokenizer = tokenizer_of(base)
     context = _context(file, f"{prefix}ctx")
+    if kind == "PRE":
+        context = _encoded(file, context, prefix)
     count, is_specific = context.shape[-2], context.ndim == 3
     check_context_words(context_init, tokenizer, count=count, file=file)
     buffers = f"{prefix}{'train_' if kind == 'POMP' else ''}token"
@@ -91,6 +96,51 @@ def _convert_kgcoop(
     return convert_checkpoint(source, folder, class_position="end", **settings)
 
 
+def _convert_pre(
+    source: str | Path | OfficialFile,
+    folder: str | Path,
+    *,
+    base_model: str | Path,
+    class_position: str = "end",
+    context_init: str | None = None,
+    class_names: Sequence[str] | None = None,
+) -> ConversionReport:
+    """Write a CoOp adapter from a file of PRE: what its network makes of the vectors, and the vectors.
+
+    Args:
+        source: The official file.
+        folder: New folder.
+        base_model: Folder or id of the CLIP of the training.
+        class_position: As for CoOp. The official scripts set it where PRE does not read it, so that it is `"end"`.
+        context_init: As for CoOp.
+        class_names: As for CoOp.
+    """
+    settings = {"base_model": base_model, "context_init": context_init, "class_names": class_names}
+    return convert_checkpoint(source, folder, class_position=class_position, **settings)
+
+
+@torch.no_grad()
+def _encoded(file: OfficialFile, context: Tensor, prefix: str) -> Tensor:
+    """The context E(v) + v of PRE."""
+    encoder = f"{prefix}encoder_network."
+    kind = "lstm" if f"{encoder}lstm_head.weight_ih_l0" in file.tensors else "mlp"
+    network = NETWORKS[kind](context.shape[-1])
+    named = {"lstm": lambda name: f"lstm_head.{name}", "mlp": lambda name: f"module.{_LAYERS[name[-1]]}.{name[:-1]}"}
+    for name, parameter in network.named_parameters():
+        tensor = file.take(f"{encoder}{named[kind](name)}")
+        if tensor.shape != parameter.shape:
+            raise AdapterError(
+                f"Expected {encoder}{named[kind](name)!r} of shape {tuple(parameter.shape)}, got "
+                f"{tuple(tensor.shape)} in {str(file.path)!r}. PRE's networks LSTM1 and MLP1 are known."
+            )
+        parameter.copy_(tensor)
+    return context + network(context)
+
+
+#: Places of the two linear layers in PRE's perceptron.
+_LAYERS = {"1": 0, "2": 2}
+
+
 def _context(file: OfficialFile, name: str) -> Tensor:
     """The context vectors, shared by all classes or of each."""
     shape = tuple(file.tensors[name].shape)
@@ -103,9 +153,11 @@ def _context(file: OfficialFile, name: str) -> Tensor:
 
 
 def _kind(tensors: Mapping[str, Tensor]) -> str:
-    """Which of the three methods wrote a file."""
+    """Which of the four methods wrote a file."""
     if "train_token_suffix" in tensors:
         return "POMP"
+    if _is_pre(tensors):
+        return "PRE"
     return "KgCoOp" if any(name.endswith("bias_vectors") for name in tensors) else "CoOp"
 
 
@@ -155,8 +207,15 @@ def _is_pomp(tensors: Mapping[str, Tensor]) -> bool:
     return {"ctx", "train_token_suffix"} <= set(tensors)
 
 
+def _is_pre(tensors: Mapping[str, Tensor]) -> bool:
+    """Recognise a file of PRE: a context with a network."""
+    names = {name.removeprefix("prompt_learner.") for name in tensors}
+    return "ctx" in names and any(name.startswith("encoder_network.") for name in names)
+
+
 OFFICIAL_FORMATS = (
     OfficialFormat("CoOp", _is_coop, convert_checkpoint),
     OfficialFormat("KgCoOp", _is_kgcoop, _convert_kgcoop),
     OfficialFormat("POMP", _is_pomp, convert_checkpoint),
+    OfficialFormat("PRE", _is_pre, _convert_pre),
 )

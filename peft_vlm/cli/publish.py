@@ -1,10 +1,14 @@
 """`peft-vlm publish`: an adapter folder to the Hub, evaluated first if asked to."""
 
 import argparse
+import os
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from peft_vlm.cli.command import add_command, calm, print_json, print_line
+from peft_vlm.errors import PeftVLMError
+from peft_vlm.files import CONFIG_NAME
 from peft_vlm.settings import PROTOCOLS, EvaluationArguments
 
 EXAMPLES = """
@@ -13,6 +17,8 @@ EXAMPLES = """
   peft-vlm publish outputs/readme user/my-adapter --license mit --protocol few-shot --dataset my_images/ --shots 16
       evaluates adapter and base model first, into the folder
   peft-vlm publish outputs/readme user/my-adapter --license mit --private --base_model openai/clip-vit-base-patch16
+  peft-vlm publish outputs/promptsrc/* --collection user/promptsrc --license mit
+      all prompts of a table that `peft-vlm reproduce` made, with the table as card
 """
 
 
@@ -26,8 +32,11 @@ def register(commands: Any) -> None:
         description="Uploads weights, configuration, reports and card in one commit. Log in first: hf auth login",
         examples=EXAMPLES,
     )
-    command.add_argument("folder", help="adapter folder")
-    command.add_argument("repo_id", help="owner/name; made if it does not exist")
+    command.add_argument("folder", help="adapter folder; with --collection also a folder of them")
+    repo_id = command.add_argument("repo_id", help="owner/name; made if it does not exist; with --collection a folder")
+    repo_id.required = False
+    command.add_argument("folders", nargs="*", default=[], help="further folders, with --collection")
+    command.add_argument("--collection", metavar="OWNER/NAME", help="one repository for all adapters, in subfolders")
     command.add_argument("--license", help="licence as the Hub spells it: apache-2.0, mit, cc-by-4.0, ...")
     command.add_argument("--base_model", help="Hub id of the base model, if the adapter was trained on a folder")
     command.add_argument("--title", help="heading of the card")
@@ -44,16 +53,31 @@ def register(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluate if asked to, publish, and print the address."""
+    """Evaluate if asked to, publish, and print the address.
+
+    Args:
+        arguments: Parsed words.
+
+    Raises:
+        PeftVLMError: If neither one folder and its repository nor a collection are given.
+    """
+    if arguments.collection:
+        _publish_collection(arguments)
+        return
+    if arguments.repo_id is None or arguments.folders:
+        raise PeftVLMError(
+            f"Expected a folder and owner/name, got {_words(arguments)!r}. For several folders pass `collection`."
+        )
     from peft_vlm.evaluation.run import run_evaluation
     from peft_vlm.hub.publish import publish
 
+    folder = arguments.folder
     if arguments.dataset:
         evaluation = EvaluationArguments(
             protocol=arguments.protocol,
             dataset=arguments.dataset,
-            output_dir=arguments.folder,
-            adapter=arguments.folder,
+            output_dir=folder,
+            adapter=folder,
             split=[arguments.split],
             shots=arguments.shots,
             baseline=True,
@@ -62,9 +86,43 @@ def run(arguments: argparse.Namespace) -> None:
         with calm():
             run_evaluation(evaluation)
     names = ("license", "base_model", "title", "note", "subfolder", "revision", "private", "incomplete")
-    options = {name: getattr(arguments, name) for name in names}
-    published = publish(arguments.folder, arguments.repo_id, **options)
+    _print(publish(folder, arguments.repo_id, **{name: getattr(arguments, name) for name in names}), arguments)
+
+
+def _words(arguments: argparse.Namespace) -> list[str]:
+    """What stands on the command line beside the flags."""
+    return [arguments.folder, *filter(None, [arguments.repo_id]), *arguments.folders]
+
+
+def _print(published: Any, arguments: argparse.Namespace) -> None:
+    """The address."""
     if arguments.json:
         print_json(asdict(published))
         return
     print_line(published.url if published.changed else f"{published.url} has the same files already: no new commit.")
+
+
+def _publish_collection(arguments: argparse.Namespace) -> None:
+    """All adapters in and below some folders, with the table beside them."""
+    unused = [name for name in ("dataset", "title", "note", "subfolder", "revision") if getattr(arguments, name)]
+    if unused:
+        raise PeftVLMError(f"Expected `{unused[0]}` for one adapter only, got it with `collection`. Leave it out.")
+    from peft_vlm.hub.publish import publish_collection
+
+    places = [Path(word).absolute() for word in _words(arguments)]
+    missing = [str(place) for place in places if not place.exists()]
+    if missing:
+        raise PeftVLMError(f"Expected folders with adapters, got {missing!r}, which do not exist.")
+    found = sorted({file.parent for place in places if place.is_dir() for file in place.rglob(CONFIG_NAME)})
+    found = [folder for folder in found if not any(part.startswith("checkpoint-") for part in folder.parts)]
+    root = Path(os.path.commonpath([place.parent for place in places] if len(places) > 1 else places))
+    root = root.parent if root in found else root
+    table = root / "table.md"
+    names = ("license", "base_model", "private", "incomplete")
+    published = publish_collection(
+        {folder.relative_to(root).as_posix(): folder for folder in found},
+        arguments.collection,
+        table=table.read_text("utf-8") if table.is_file() else "",
+        **{name: getattr(arguments, name) for name in names},
+    )
+    _print(published, arguments)

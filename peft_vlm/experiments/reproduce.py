@@ -33,7 +33,7 @@ from peft_vlm.evaluation.run import load_model
 from peft_vlm.evaluation.transfer import TransferReport
 from peft_vlm.experiments.cells import finished_cell, run_cell
 from peft_vlm.experiments.comparison import STAND_IN_NOTE, TABLE_NAME, lines_of, write_table
-from peft_vlm.experiments.recipes import ASSETS, Cell, Grid
+from peft_vlm.experiments.recipes import ASSETS, TEACHER, Cell, Grid
 from peft_vlm.experiments.run import images_of, preset_of
 from peft_vlm.experiments.transfer import ImageTextModel
 from peft_vlm.files import REPORT_NAME, TRANSFER_NAME, last_part, read_json
@@ -211,7 +211,20 @@ def settings_of(cell: Cell, place: Place) -> RunSettings:
     teacher = None if settings.teacher is None else place.model(settings.teacher)
     adapter = None if cell.teacher is None else str(place.output_dir / cell.teacher)
     data, model = place.data(settings.dataset), place.model(settings.model)
-    return replace(settings, **data, model=model, teacher=teacher, teacher_adapter=adapter)
+    chosen_on = settings.test_split if _selects(cell, place) else None
+    return replace(settings, **data, model=model, teacher=teacher, teacher_adapter=adapter, eval_split=chosen_on)
+
+
+#: Checkpoints after every epoch, of which the best one on the validation images stays.
+_BEST_EPOCH = {
+    **{"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1},
+    **{"load_best_model_at_end": True, "metric_for_best_model": "accuracy"},
+}
+
+
+def _selects(cell: Cell, place: Place) -> bool:
+    """Whether a cell's checkpoint is chosen on test images; a teacher's never is."""
+    return place.select_on_test and not cell.row.startswith(TEACHER)
 
 
 def _run_settings(cell: Cell) -> RunSettings:
@@ -308,8 +321,10 @@ def _run(cell: Cell, grid: Grid, place: Place, arguments: MakeArguments, clock: 
     if any(folder.glob("checkpoint-*")):  # of a run that was stopped
         last.append("--resume_from_checkpoint=True")
 
+    saving = _BEST_EPOCH if _selects(cell, place) else {"save_strategy": "no"}
+
     def training(recommended: dict[str, Any]) -> VLMTrainingArguments:
-        return arguments({"save_strategy": "no", "report_to": "none"} | recommended | cell.training, last)
+        return arguments({**saving, "report_to": "none", **recommended, **cell.training}, last)
 
     def measure() -> dict[str, float]:
         function = _measure_models if grid.protocol == "mllm_transfer" else _measure_targets

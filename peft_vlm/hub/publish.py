@@ -9,12 +9,14 @@ import io
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCardData
 from peft import PeftModel
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
@@ -38,6 +40,7 @@ from peft_vlm.files import (
 )
 from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
 from peft_vlm.hub.card import render_card
+from peft_vlm.serving.escape import markdown, python_string
 
 #: Files copied as they are; configuration, class names, image of the prompt and card are written again.
 REPORTS = (
@@ -166,6 +169,86 @@ def publish(
         AdapterError: If the folder holds no adapter, or one that nobody could use.
         HubError: If the Hub refuses, fails or cannot be reached.
     """
+    adapter = _checked(folder, repo_id, license=license, base_model=base_model, incomplete=incomplete)
+    with tempfile.TemporaryDirectory() as staging:
+        place = {"repo_id": repo_id, "base_model": base_model, "subfolder": subfolder}
+        write_folder(adapter, Path(staging), license=license, title=title, note=note, **place)
+        message = commit_message or f"{(subfolder or repo_id).rpartition('/')[2]}: {adapter.method} adapter"
+        with explained(f"{repo_id!r} was not published"):
+            return _upload(
+                HfApi(token=token), staging, repo_id, subfolder, revision=revision, private=private, message=message
+            )
+
+
+def publish_collection(
+    folders: Mapping[str, str | Path],
+    repo_id: str,
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    table: str = "",
+    private: bool | None = None,
+    token: str | None = None,
+    incomplete: bool = False,
+) -> Published:
+    """Upload many adapters into one repository, each in a subfolder with its own card, in one commit.
+
+    Args:
+        folders: Adapter folders by the name of their subfolder.
+        repo_id: `owner/name`; made if it does not exist.
+        license: As in `publish`.
+        base_model: As in `publish`, for all of them.
+        table: Markdown for the repository's own card, for example the table that the adapters belong to.
+        private: As in `publish`.
+        token: As in `publish`.
+        incomplete: As in `publish`.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        AdapterError: If there is no adapter, or one that nobody could use; nothing is uploaded then.
+        HubError: As `publish`.
+    """
+    if not folders:
+        raise AdapterError(
+            "Expected adapter folders to publish, got none. Pass folders that hold `adapter_config.json`."
+        )
+    options: dict[str, Any] = {"license": license, "base_model": base_model}
+    with tempfile.TemporaryDirectory() as staging:
+        for name, folder in folders.items():
+            adapter = _checked(folder, repo_id, incomplete=incomplete, **options)
+            target = Path(staging, name)
+            target.mkdir(parents=True)
+            write_folder(adapter, target, repo_id=repo_id, subfolder=name, **options)
+        card = _collection_card(repo_id, folders, license=license, base_model=base_model, table=table)
+        write_bytes(Path(staging, CARD_NAME), card.encode(errors="backslashreplace"))
+        with explained(f"{repo_id!r} was not published"):
+            message = f"{repo_id.rpartition('/')[2]}: {len(folders)} adapters"
+            return _upload(HfApi(token=token), staging, repo_id, None, revision=None, private=private, message=message)
+
+
+def _collection_card(
+    repo_id: str, folders: Mapping[str, str | Path], *, license: str | None, base_model: str | None, table: str
+) -> str:
+    """Front matter, how to load one, the table, and a link to each adapter."""
+    facts: dict[str, Any] = {"library_name": "peft", "tags": ["peft_vlm"]}
+    facts |= {name: value for name, value in (("license", license), ("base_model", base_model)) if value}
+    first = next(iter(folders))
+    text = [f"---\n{ModelCardData(**facts)}\n---\n", f"# {markdown(repo_id.rpartition('/')[2])}\n"]
+    text += [
+        f"{len(folders)} adapters of [peft_vlm](https://pypi.org/project/peft-vlm/), each in a folder with its card:\n"
+    ]
+    load = f"model = PeftModel.from_pretrained(base, {python_string(repo_id)}, subfolder={python_string(first)})"
+    text += [f"```python\nimport peft_vlm\nfrom peft import PeftModel\n\n{load}\n```\n"]
+    text += [f"- [{markdown(name)}]({quote(name)}/README.md)" for name in folders]
+    return "\n".join([*text, "", table])
+
+
+def _checked(
+    folder: str | Path, repo_id: str, *, license: str | None, base_model: str | None, incomplete: bool
+) -> AdapterFolder:
+    """An adapter that others can use; what it lacks draws a warning."""
     adapter = AdapterFolder.read(folder)
     if "/" not in repo_id or not HUB_ID.fullmatch(repo_id):
         raise HubError(f"Expected `repo_id` to be 'owner/name', got {repo_id!r}.")
@@ -176,15 +259,8 @@ def publish(
             "is pass `incomplete=True`."
         )
     if gaps and not incomplete:
-        warnings.warn(f"Publishing without {'; without '.join(gaps)}.", PeftVLMWarning, stacklevel=2)
-    with tempfile.TemporaryDirectory() as staging:
-        place = {"repo_id": repo_id, "base_model": base_model, "subfolder": subfolder}
-        write_folder(adapter, Path(staging), license=license, title=title, note=note, **place)
-        message = commit_message or f"{(subfolder or repo_id).rpartition('/')[2]}: {adapter.method} adapter"
-        with explained(f"{repo_id!r} was not published"):
-            return _upload(
-                HfApi(token=token), staging, repo_id, subfolder, revision=revision, private=private, message=message
-            )
+        warnings.warn(f"Publishing without {'; without '.join(gaps)}.", PeftVLMWarning, stacklevel=3)
+    return adapter
 
 
 def _upload(

@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
 
 from peft_vlm.cli import main
+from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.evaluation.metrics import harmonic_mean
 from peft_vlm.experiments.comparison import Line
 from peft_vlm.experiments.recipes import AVERAGE, ELEVEN, Grid, grid_of, read_recipe, recipe_names
@@ -258,6 +259,20 @@ def test_a_teacher_is_trained_first_and_teaches_the_students_of_its_data_set(roo
     assert len(rows["imagenet_a"]["ours"]["values"]) == 2
     assert rows[AVERAGE]["verdict"] == "not run", "the paper's average is over all four"
     assert "Transductive" in " ".join(table_of(tmp_path)["notes"])
+
+
+def test_only_the_official_switch_selects_on_test_images(root: Path, tmp_path: Path) -> None:
+    """Numbers that were chosen on test images would stand beside honest ones, unmarked."""
+    words = ["--datasets", "eurosat", "--seeds", "1"]
+    with pytest.warns(PeftVLMWarning, match="The checkpoint is chosen on the test images"):
+        assert run_small(root, tmp_path, "promptkd", "base_to_new", *words, "--select-on-test-as-official") == 0
+    report = json.loads((tmp_path / "eurosat/seed1/report.json").read_text())
+    assert report["selected_on_test"]
+    assert not json.loads((tmp_path / "teacher/eurosat/seed1/report.json").read_text())["selected_on_test"]
+    selection = json.loads((tmp_path / "eurosat/seed1/training_summary.json").read_text())["selection"]
+    assert len(selection["sample"]) == 2, "test images of the two base classes; labels of the new one choose nothing"
+    assert "chosen on test images" in (tmp_path / "table.md").read_text()
+    assert run_small(root, tmp_path, "promptkd", "base_to_new", *words) == 2, "the cells are not those of this table"
 
 
 def test_one_source_is_tested_on_all_targets(root: Path, tmp_path: Path) -> None:

@@ -250,6 +250,37 @@ def test_the_numbers_of_every_protocol_reach_the_card(adapter, hub):
     assert [result.metric_value for result in results] == [71.25, 64.5, 67.7], "not those of the base model"
 
 
+def test_all_adapters_of_a_table_are_published_at_once(adapter, hub, tmp_path, capsys):
+    """Thirty commands for thirty prompts, or one that leaves half of them behind."""
+    grid = tmp_path / "grid"
+    for name in ("dtd/seed1", "dtd/seed2", "sun397/seed1"):
+        shutil.copytree(adapter, grid / name)
+    shutil.copytree(adapter, grid / "dtd/seed1/checkpoint-3")
+    (grid / "table.md").write_text("| data set | ours |\n|---|---|\n| dtd | 70.00 |\n")
+    words = ["--collection", NAME, "--license", "mit", "--base_model", BASE]
+    assert main(["publish", str(grid / "dtd"), *words, str(grid / "sun397"), str(grid / "table.md")]) == 0
+    files = hub.model(NAME).files
+    assert len(hub.model(NAME).messages) == 1
+    folders = {name.rpartition("/")[0] for name in files if name.endswith("adapter_model.safetensors")}
+    assert folders == {"dtd/seed1", "dtd/seed2", "sun397/seed1"}
+    card = files["README.md"].decode()
+    assert ModelCard(card).data.base_model == BASE
+    assert "| dtd | 70.00 |" in card
+    assert 'subfolder="dtd/seed1"' in card
+    assert 'subfolder="sun397/seed1"' in files["sun397/seed1/README.md"].decode()
+    assert isinstance(
+        PeftModel.from_pretrained(CLIPModel.from_pretrained(BASE), NAME, subfolder="dtd/seed2"), PeftModel
+    )
+    (grid / "sun397/seed1/adapter_model.safetensors").write_bytes(b"half")
+    hub.requests.clear()
+    assert main(["publish", str(grid), *words]) == 2
+    assert hub.requests == [], "nothing is uploaded where one adapter is damaged"
+    assert main(["publish", str(grid), "a/b", "c"]) == 2
+    assert "For several folders pass `--collection`" in capsys.readouterr().err
+    assert main(["publish", str(grid / "none"), *words]) == 2
+    assert main(["publish", str(grid / "table.md"), *words]) == 2
+
+
 def test_models_are_published_with_the_reports_of_their_run(adapter, hub):
     """`model.push_to_hub`, which in PEFT uploads a card full of gaps."""
     model = PeftModel.from_pretrained(base_model(), adapter)

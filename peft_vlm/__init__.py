@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peft_vlm.methods.clip_lora import CLIPLoRAObjective
     from peft_vlm.methods.cocoop import CoCoOpConfig, CoCoOpModel, CoCoOpObjective
     from peft_vlm.methods.coop import CoOpConfig, CoOpModel, CoOpObjective
+    from peft_vlm.methods.cpl import CPLObjective
     from peft_vlm.methods.kgcoop import KgCoOpObjective
     from peft_vlm.methods.maple import MaPLeConfig, MaPLeModel, MaPLeObjective
     from peft_vlm.methods.pre import PREObjective
@@ -45,6 +46,7 @@ __all__ = [
     "BayesianModel",
     "BayesianObjective",
     "CLIPLoRAObjective",
+    "CPLObjective",
     "ClassificationObjective",
     "CoCoOpConfig",
     "CoCoOpModel",
@@ -84,6 +86,7 @@ _HOMES = {
     "ATPrompt": "methods.atprompt",
     "Bayesian": "methods.bayesian",
     "CLIPLoRA": "methods.clip_lora",
+    "CPL": "methods.cpl",
     "ClassificationObjective": "classification",
     "CoCoOp": "methods.cocoop",
     "CoOp": "methods.coop",

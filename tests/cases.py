@@ -20,6 +20,7 @@ from peft_vlm import (
     CoCoOpObjective,
     CoOpConfig,
     CoOpObjective,
+    CPLObjective,
     KgCoOpObjective,
     MaPLeConfig,
     MaPLeObjective,
@@ -208,6 +209,14 @@ CASES = [
         config=atprompt_config,
         objective=ATPromptObjective,
         starts_as_base=False,
+        saved_module="visual_projection",
+    ),
+    Case(
+        method="cpl",
+        config=cocoop_config,
+        objective=CPLObjective,
+        starts_as_base=False,
+        image_conditioned=True,
         saved_module="visual_projection",
     ),
     Case(

@@ -31,6 +31,7 @@ QUESTION_RUNS = ("tvp_questions", "skip_tuning_answers")
 RUNS = (*(case.method for case in CASES), *QUESTION_RUNS)
 #: Settings under which a method has the most to remember between two steps.
 MEMORY = {
+    "cpl": {"momentum": 0.5},
     "promptkd": {"teacher_cache": "views", "num_views": 2},
     "promptsrc": {"gpa_mean": 2.0, "gpa_std": 1.0},
     "skip_tuning": {"redraw_tail": "step", "batch_composition": "one_class"},

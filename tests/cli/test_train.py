@@ -30,6 +30,7 @@ WORDS = {
     "clip_lora": ["--config", "r=4"],
     "cocoop": ["--config", "context_init=null"],
     "coop": ["--config", "context_init=a"],
+    "cpl": ["--config", "context_init=null"],
     "kgcoop": ["--config", "context_init=a"],
     "maple": ["--config", "depth=2", "context_init=null"],
     "pre": ["--config", "num_text_tokens=2"],
@@ -407,7 +408,7 @@ def test_presets_are_the_methods_own() -> None:
     names = {"coop": "random", "promptkd": "base_to_new", "promptsrc": "base_to_new", "skip_tuning": "few_shot"}
     names |= {"clip_lora": "few_shot", "maple": "base_to_new", "cocoop": "base_to_new", "pre": "base_to_new"}
     names |= {"atprompt": "eurosat", "kgcoop": "base_to_new", "tvp": "cifar10", "rpp": "imagenet21k"}
-    names["bayesian"] = "base_to_new"
+    names |= {"bayesian": "base_to_new", "cpl": "base_to_new"}
     for method in METHODS:
         if METHODS[method].preset_for is not None:
             size = RunSize(num_images=4, num_classes=4, fewest=1, is_small=False)

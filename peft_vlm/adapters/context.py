@@ -54,7 +54,7 @@ class TextContextConfig(VLMConfig):
         Args:
             name: Regular expression of the tensors' last names.
         """
-        own, extra = self.num_text_tokens, self.before.count(None)
+        own, extra = self.num_text_tokens, self.num_vectors_before
         if not extra or own is None:
             return {rf".*\btext_model\..*{name}": (own, None)}
         shapes: dict[str, Shape] = {rf".*\btext_model\.embeddings\..*{name}": (extra + own, None)}
@@ -70,6 +70,11 @@ class TextContextConfig(VLMConfig):
     def before(self) -> list[int | None]:
         """Places before the context: the token id of a fixed word, or None for a learned vector."""
         return []
+
+    @property
+    def num_vectors_before(self) -> int:
+        """Learned vectors among these places."""
+        return 0
 
     @property
     def slots(self) -> Slots | None:
@@ -133,6 +138,11 @@ class AttributeContextConfig(TextContextConfig):
         """Places before the context: for each attribute its learned vectors (None), then the ids of its word."""
         parts = zip(self.num_attribute_tokens or (), self.attribute_ids or (), strict=False)
         return [place for count, word in parts for place in (*[None] * count, *word)]
+
+    @property
+    def num_vectors_before(self) -> int:
+        """Learned vectors of the attributes; counted without a list, which a stranger's number could make large."""
+        return sum(self.num_attribute_tokens or ()) if self.attribute_ids else 0
 
 
 def fit_depths(config: VLMConfig, layers: Mapping[str, int], *, official: int = 9) -> None:
@@ -215,6 +225,12 @@ def _complete_attributes(config: AttributeContextConfig, model: Any) -> None:
     ids = config.attribute_ids or []
     if ids and config.num_attribute_tokens is None:
         config.num_attribute_tokens = [config.num_text_tokens] * len(ids)
+    places = config.num_vectors_before + sum(map(len, ids))
+    if places > towers_of(model).text_length:
+        raise ValueError(
+            f"Expected attribute words and their vectors to fit into {towers_of(model).text_length} tokens, the limit "
+            f"of the text tower, got {places}. Take fewer words, or lower `num_attribute_tokens`."
+        )
     _check_ids("attribute_ids", [token for word in ids for token in word], model)
     towers = towers_of(model)
     special = {towers.start_token_id, towers.end_token_id}

@@ -156,8 +156,8 @@ class TextContext(LearnedTokens, _ContextLayer):
             context = nn.Parameter(weight.detach()[list(slots.initial_ids)].clone())  # (slots, width)
             if not config.init_weights:
                 context.data += INIT_STD * torch.randn(context.shape).to(context)
-        if before.count(None):
-            own = self._random(before.count(None), weight) * (ATTRIBUTE_STD / INIT_STD)
+        if config.num_vectors_before:
+            own = self._random(config.num_vectors_before, weight) * (ATTRIBUTE_STD / INIT_STD)
             context = nn.Parameter(torch.cat([own.detach(), context.detach()]))
         self.prompts[adapter_name], self.context_slots[adapter_name] = context, slots
         self.places_before[adapter_name] = before

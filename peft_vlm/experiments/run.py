@@ -113,7 +113,10 @@ def build(
     missing = [p.name for p in parameters if p.default is p.empty and p.name not in settings]
     if missing:
         raise PeftVLMError(f"The method needs {', '.join(missing)}: pass `--{missing[0]}`, or set it in `{name}`.")
-    return target(*given, **settings)
+    try:
+        return target(*given, **settings)
+    except TypeError as error:  # a value of another kind, which was written on the command line
+        raise PeftVLMError(f"`{name}`: {error}") from error
 
 
 #: Settings that are handed on to `load_image_dataset`.

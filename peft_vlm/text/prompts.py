@@ -28,7 +28,7 @@ class Slots:
     prompt says by itself where its slots are, and nothing a user writes is overwritten by accident.
 
     Args:
-        num_tokens: Context vectors per prompt.
+        num_tokens: Places per prompt: for context vectors, and for fixed words before them.
         placeholder_id: The start-of-text token.
         position: `"end"`: context, then class name. `"middle"`: half of the context, class name, the other half.
             `"front"`: class name, then context. The rest of the template follows.

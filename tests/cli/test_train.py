@@ -106,6 +106,17 @@ def test_kgcoop_writes_an_ordinary_coop_adapter(words, tmp_path, capsys) -> None
     assert json.loads((run / "training_summary.json").read_text())["objective"]["weight"] == 2
 
 
+def test_a_setting_of_another_kind_is_a_line_not_a_traceback(words, tmp_path, capsys) -> None:
+    """`attributes=color` is text where a list belongs; a TypeError would end the command with thirty lines of code."""
+    root, flags = words
+    for method, word in (("atprompt", "attributes=color"), ("coop", "num_text_tokens=two")):
+        assert (
+            main(["train", "--method", method, "--config", word, *flags, "--output_dir", str(tmp_path / "run")]) == 2
+        )
+        assert word.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
 def test_contexts_per_class_know_their_classes_only(words, tmp_path, capsys) -> None:
     """Official `CSC` from flags alone: other names are refused, in use and before a training that would test them."""
     root, flags = words

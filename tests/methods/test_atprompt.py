@@ -1,5 +1,8 @@
 """ATPrompt beside its parity: layouts, presets, and what is refused."""
 
+import json
+import pickle
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -111,8 +114,12 @@ def test_saved_and_loaded(config, tmp_path):
     own = {MaPLeConfig: {"depth": 2}, PromptSRCConfig: DEEP["promptsrc"][1]}.get(config, {})
     model = adapted(config(**words(**own)))
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(tiny_clip(), tmp_path)
-    assert again.active_peft_config.before == model.active_peft_config.before
+    for low_memory in (False, True):
+        again = PeftModel.from_pretrained(tiny_clip(), tmp_path, low_cpu_mem_usage=low_memory)
+        assert again.active_peft_config.before == model.active_peft_config.before
+        layers = [pickle.loads(pickle.dumps(towers_of(m).token_embedding)) for m in (again, model)]
+        vectors = [layer.with_words("default", layer.prompts["default"]) for layer in layers]
+        assert torch.equal(*vectors)
     entrance = [t for n, t in load_file(tmp_path / "adapter_model.safetensors").items() if "embeddings.token" in n]
     assert max(len(t) for t in entrance if t.ndim == 2) >= 5
     file = tmp_path / "adapter_config.json"
@@ -172,10 +179,23 @@ def test_words_that_the_base_model_cannot_have_are_refused():
         get_peft_model(tiny_clip(), CoOpConfig(attributes=["color"]))
 
 
-def test_prompts_that_get_too_long_are_refused():
-    model = get_peft_model(tiny_clip(), CoOpConfig(**words(num_attribute_tokens=[CONTEXT_LENGTH, 1])))
+def test_prompts_that_get_too_long_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="fit into .* tokens, the limit of the text tower, got"):
+        get_peft_model(tiny_clip(), CoOpConfig(**words(num_attribute_tokens=[CONTEXT_LENGTH, 1])))
+    most = CONTEXT_LENGTH - len(PHOTO) - len(WORD_A) - 1
+    model = get_peft_model(tiny_clip(), CoOpConfig(**words(num_attribute_tokens=[most, 1])))
     with pytest.raises(ClassNameError, match="the limit of the text tower"):
         encode_classes(model, class_prompts())
+
+
+def test_a_strangers_number_of_vectors_asks_for_no_memory(tmp_path):
+    """A list of a billion places would be made before the file is compared with the configuration."""
+    adapted().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    values = json.loads(file.read_text()) | {"num_attribute_tokens": [10**12, 1]}
+    file.write_text(json.dumps(values))
+    with pytest.raises(AdapterError, match="by the configuration, got"):
+        PeftModel.from_pretrained(tiny_clip(), tmp_path)
 
 
 def test_an_adapter_without_words_is_not_trained_as_one():

@@ -3,7 +3,8 @@
 Nothing here imports torch, PEFT or transformers: help and wrong flags answer at once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from peft_vlm.errors import DataError, check_choice, check_list, check_template
 
@@ -246,3 +247,36 @@ class EvaluationArguments:
             )
         if self.domain_column and (self.protocol != "domain-shift" or len(self.dataset) != 1):
             raise DataError("`domain_column` parts one dataset for the protocol 'domain-shift'. Leave it out.")
+
+
+@dataclass
+class TemplateSettings:
+    """Settings of a search for a template, as flags or a file say them; documented by the help of each field."""
+
+    model: str = field(metadata={"help": "CLIP or SigLIP: folder or Hub id."})
+    proposer: str = field(metadata={"help": "Causal language model that proposes templates: folder or Hub id."})
+    dataset: str = field(metadata={"help": "Labelled images: folder, CSV file or Hub id."})
+    output_dir: str = field(metadata={"help": "Folder for history.json."})
+    template: str = field(default="a photo of a {}.", metadata={"help": "Template to begin with, with one {}."})
+    about: str = field(default="", metadata={"help": "What the images show, for the language model."})
+    shots: int = field(default=1, metadata={"help": "Training images per class that score a template; 0: all."})
+    steps: int = field(default=100, metadata={"help": "Questions to the language model."})
+    proposals: int = field(default=8, metadata={"help": "New templates per question."})
+    seed: int = field(default=1, metadata={"help": "Seed of the shots and of the proposals."})
+    split: str = field(default="train", metadata={"help": "Part of the dataset that scores."})
+    test_split: str = field(default="test", metadata={"help": "Part that is classified at the end."})
+
+    def check(self) -> None:
+        """Refuse what no search can be made from.
+
+        Raises:
+            DataError: If a number is too small.
+        """
+        check_template(self.template)
+        for name, least in (("shots", 0), ("steps", 1), ("proposals", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise DataError(f"Expected `{name}` of {least} or more, got {getattr(self, name)!r}.")
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies a search."""
+        return {name: value for name, value in asdict(self).items() if name not in ("output_dir", "test_split")}

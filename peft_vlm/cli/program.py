@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft_vlm.cli import convert, evaluate, export, info, predict, publish, reproduce, train
+from peft_vlm.cli import convert, evaluate, export, info, optimize_template, predict, publish, reproduce, train
 from peft_vlm.cli.command import file_as_flags, part_flags
 from peft_vlm.errors import PeftVLMError, PeftVLMWarning
 from peft_vlm.files import installed_version
 from peft_vlm.serving.escape import one_line, printable
 
 #: In the order of the help text.
-COMMANDS = (train, evaluate, reproduce, predict, convert, publish, export, info)
+COMMANDS = (train, evaluate, reproduce, predict, convert, publish, export, optimize_template, info)
 
 
 DESCRIPTION = """\
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="peft-vlm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"peft-vlm {installed_version()}")
-    names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
+    names = [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
     commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(names))
     for command in COMMANDS:
         command.register(commands)

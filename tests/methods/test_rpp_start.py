@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from torch.testing import assert_close
 
-from peft_vlm import CoOpConfig, PromptSRCConfig
+from peft_vlm import CoOpConfig, MaPLeConfig, PromptSRCConfig
 from peft_vlm.adapters.config import read_config
 from peft_vlm.errors import AdapterError, PeftVLMWarning
 from peft_vlm.methods.rpp import start_shared_prompts
@@ -57,6 +57,26 @@ def test_promptsrc_starts_from_both_towers_and_says_what_is_not_exact(tmp_path: 
     entered = vision.pre_layrnorm(vision.embeddings(pixels()))[0, -2:]
     wanted = towers_of(source).vision_layers[0].container("shared")["default"]
     assert torch.nn.functional.cosine_similarity(entered, wanted, dim=-1).min() > 0.3
+
+
+def test_maple_starts_from_the_text_prompts_and_keeps_its_projections(tmp_path: Path):
+    """Its vision tokens have no place of their own; prompts that were put into a projection would be of no use."""
+    source = saved(tmp_path)
+    model = get_peft_model(tiny_clip(), MaPLeConfig(num_text_tokens=2, depth=2, context_init=None)).eval()
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad and "vision_model" in name}
+    with pytest.warns(PeftVLMWarning, match="vision tokens are projected from the text tokens"):
+        start_shared_prompts(model, tmp_path)
+    assert_close(encode_classes(model, class_prompts()), encode_classes(source, class_prompts()), rtol=0, atol=1e-5)
+    assert len(before) == 4
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
+
+
+def test_a_context_with_attribute_words_is_refused(tmp_path: Path):
+    """Three vectors before a word and one after it have the shape of four vectors in a row."""
+    saved(tmp_path, text_depth=1, vision_depth=0, num_text_tokens=4)
+    config = CoOpConfig(num_text_tokens=1, attribute_ids=[[5]], num_attribute_tokens=[3])
+    with pytest.raises(AdapterError, match="without attribute words"):
+        start_shared_prompts(get_peft_model(tiny_clip(), config), tmp_path)
 
 
 @pytest.mark.parametrize(

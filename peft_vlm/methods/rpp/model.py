@@ -104,7 +104,7 @@ Prompts = list[Tensor]
 
 @torch.no_grad()
 def start_shared_prompts(model: nn.Module, adapter: str | Path) -> None:
-    """Set a model's learned tokens (CoOp, PromptSRC, PromptKD) to the prompts of a shared RPP adapter.
+    """Set a model's learned tokens (CoOp, MaPLe, PromptSRC, PromptKD) to the prompts of a shared RPP adapter.
 
     With `slot_residual="replaced"` the text tower then gives the features that the RPP adapter gives, up to rounding.
     First vision tokens enter in front of CLIP's first norm here and behind it in RPP; they are set to what the norm
@@ -131,12 +131,17 @@ def start_shared_prompts(model: nn.Module, adapter: str | Path) -> None:
     inexact = [] if config.slot_residual == "replaced" else ["the residual rule 'stream' is not theirs"]
     target = model.active_peft_config if isinstance(model, PeftModel) else None
     position = target.text_position if isinstance(target, TextContextConfig) else "end"
+    if isinstance(target, TextContextConfig) and target.before:
+        raise AdapterError("Expected a model without attribute words, which RPP's prompts do not have, got some.")
     if config.depths["text"] and position != "end":
         inexact.append(f"the class name stands at the {position!r} of the context, and at the end of RPP's")
     for tower, depth in config.depths.items():
         layers = towers.layers_paths[tower]
         prompts = [state[f"base_model.model.{layers}.{number}.rpp_shared"] for number in range(depth)]
         targets = _learned_tokens(towers, tower)
+        if tower == "vision" and prompts and not targets and _entrance(towers, tower):
+            inexact.append("vision tokens are projected from the text tokens, and the RPP adapter's are left out")
+            continue
         _check_shapes(tower, prompts, targets)
         if not prompts:
             continue
@@ -155,11 +160,17 @@ def start_shared_prompts(model: nn.Module, adapter: str | Path) -> None:
 
 
 def _learned_tokens(towers: Towers, tower: str) -> Prompts:
-    """Active learned tokens of a tower, from its entrance upwards."""
-    entrance = towers.token_embedding if tower == "text" else towers.vision_embeddings
+    """Active learned tokens of a tower, from its entrance upwards; none where they are projected (MaPLe)."""
     layers = towers.text_layers if tower == "text" else towers.vision_layers
-    found = [module for module in (entrance, *layers) if isinstance(module, LearnedTokens)]
-    return [module.prompts[module.current_adapter] for module in found if module.current_adapter is not None]
+    found = [module for module in (_entrance(towers, tower), *layers) if isinstance(module, LearnedTokens)]
+    own = [module for module in found if module.adapter_layer_names[0].endswith("prompt")]
+    return [module.prompts[module.current_adapter] for module in own if module.current_adapter is not None]
+
+
+def _entrance(towers: Towers, tower: str) -> LearnedTokens | None:
+    """The embeddings of a tower, where they have learned tokens."""
+    entrance = towers.token_embedding if tower == "text" else towers.vision_embeddings
+    return entrance if isinstance(entrance, LearnedTokens) else None
 
 
 def _check_shapes(tower: str, prompts: Prompts, targets: Prompts) -> None:

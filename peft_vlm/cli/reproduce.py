@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments: Parsed words.
 
     Raises:
+        KeyboardInterrupt: If it was stopped.
         PeftVLMError: If runs failed, after the others are done.
     """
     settings = read_settings(arguments, ReproductionSettings)
@@ -98,7 +99,10 @@ def run(arguments: argparse.Namespace) -> None:
         say(plan_table(grid, plans) + "\n")
         steps = {plan.row: plan.steps for plan in plans}
         with locked_folder(folder, is_main=is_main, tell=from_main):
-            table, failed = reproduce(grid, place, make, steps=steps, say=say)
+            try:
+                table, failed = reproduce(grid, place, make, steps=steps, say=say)
+            except KeyboardInterrupt as stop:
+                raise KeyboardInterrupt("stopped; the same command continues with the runs that are missing") from stop
     if arguments.json and is_main:
         print_json({"table": str(folder / "table.json"), "failed": failed})
     say(f"\n{table}\nWritten to {folder}/: table.md, table.json, table.png, and a folder per run with its adapter.")

@@ -24,7 +24,7 @@ from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.data.splits import base_and_new_classes
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.distributed import is_main_process, part_of
-from peft_vlm.errors import AdapterError, DataError
+from peft_vlm.errors import AdapterError, DataError, PeftVLMError
 from peft_vlm.evaluation import protocols
 from peft_vlm.evaluation.classify import TextClassifier
 from peft_vlm.evaluation.mllm import evaluate_prompt
@@ -249,6 +249,7 @@ def reproduce(
 
     Raises:
         DataError: If the folder holds another table, or cells of other settings.
+        PeftVLMError: If the disk is full.
     """
     _check_folder(grid, place)
     found = {cell.name: finished_cell(place.output_dir / cell.name, _wanted(cell, place)) for cell in grid.cells}
@@ -267,7 +268,9 @@ def reproduce(
         try:
             result = _run(cell, grid, place, arguments, clock)
         except Exception as error:  # named here, in the table and at the end; the other cells go on
-            if _ends_all(error):
+            if _is_full(error):
+                raise PeftVLMError(f"{cell.name}: {error} Free some room; the same command continues.") from error
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the other processes may not have failed
                 raise
             failed[cell.name] = one_line(f"{type(error).__name__}: {error}")
             say(f"  failed: {failed[cell.name]}")
@@ -280,11 +283,10 @@ def reproduce(
     return table, failed
 
 
-def _ends_all(error: Exception) -> bool:
-    """Whether no further cell could run: a full disk, or several processes, which no longer do the same."""
+def _is_full(error: Exception) -> bool:
+    """Whether an error comes from a full disk, on which no further cell could run."""
     cause = error.__cause__ or error
-    is_full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-    return is_full or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _check_folder(grid: Grid, place: Place) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +18,10 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
 from peft_vlm.cli import main
 from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.evaluation.metrics import harmonic_mean
+from peft_vlm.experiments.cells import finished_cell
 from peft_vlm.experiments.comparison import Line
 from peft_vlm.experiments.recipes import AVERAGE, ELEVEN, Grid, grid_of, read_recipe, recipe_names
+from peft_vlm.files import locked_folder
 from peft_vlm.registry import METHODS
 from peft_vlm.settings import TABLES
 from tests.benchmark_trees import put_image, write_trees
@@ -165,11 +169,102 @@ def test_a_killed_grid_continues_and_its_table_equals_an_unbroken_one(tmp_path: 
     assert {row["verdict"] for row in table_of(whole)["rows"] if row["row"] == "icons"} == {"not run"}
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grid of one run that is done; tests change copies."""
+    folder = tmp_path_factory.mktemp("grid") / "done"
+    assert main(["reproduce", *SMALL, "--seeds", "1", "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def test_a_folder_keeps_its_table_and_its_settings(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cells of two recipes, or of two learning rates, would be averaged."""
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    other = ["--stand-in", "--datasets", "emoji", "--seeds", "1", "--use_cpu", "--output_dir", str(finished)]
+    assert main(["reproduce", "kgcoop", *other, "--max_steps", "2"]) == 2
+    assert "holds the table of 'coop', 'base_to_new', stand-in" in capsys.readouterr().err
+    assert main(["reproduce", "coop", "--protocol", "few_shot", *other, "--max_steps", "2"]) == 2
+    assert "Pass another `--output_dir`" in capsys.readouterr().err
+    assert main(["reproduce", "coop", "--protocol", "base_to_new", *other, "--max_steps", "3"]) == 2
+    assert "holds the run of other settings: changes {'max_steps': '2'} before" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"scores": {"base": "x"}, "settings": {}}', b"\xff"])
+def test_a_damaged_result_is_said_and_run_again(content: bytes, finished: Path, tmp_path: Path) -> None:
+    """Half a file would end the grid, or count as a run."""
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    whole = json.loads((folder / "emoji/seed1/cell.json").read_text())
+    (folder / "emoji/seed1/cell.json").write_bytes(content)
+    (folder / "table.json").write_bytes(content)
+    with pytest.warns(PeftVLMWarning, match=r"cell.json' is damaged: the cell is run again"):
+        found = finished_cell(folder / "emoji/seed1", whole["settings"])
+    assert found is None
+    if content == b"{":
+        with pytest.warns(PeftVLMWarning, match="is damaged"):
+            assert main(["reproduce", *SMALL, "--seeds", "1", "--output_dir", str(folder)]) == 0
+        assert json.loads((folder / "emoji/seed1/cell.json").read_text())["scores"] == whole["scores"]
+        assert table_of(folder) == table_of(finished)
+
+
+def test_a_second_process_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two processes would write one run."""
+    with locked_folder(finished, is_main=True, tell=lambda problem: problem):
+        assert main(["reproduce", *SMALL, "--seeds", "1", "--output_dir", str(finished)]) == 2
+    assert "for this run alone, got another run in it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_grid_and_what_was_done_stays(tmp_path: Path) -> None:
+    """Every further run would be trained, and fail at its last file."""
+    if os.geteuid() != 0 or os.system(f"mount -t tmpfs -o size=400k tmpfs {tmp_path} 2>/dev/null"):
+        pytest.skip("mounting a tmpfs needs root and a system that lets tests do it")
+    try:
+        done = subprocess.run(command_of(SMALL, tmp_path / "grid"), env=ENVIRON, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert "No space left on device" in done.stderr
+        assert "Free some room" in done.stderr
+        table = table_of(tmp_path / "grid")
+        assert table["failed"] == {}
+        assert [row["ours"]["values"].keys() for row in table["rows"] if row["ours"]][:1] == [{"1"}]
+    finally:
+        os.system(f"umount {tmp_path}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_a_grid_stopped_at_random_moments_ends_with_the_same_table(stop: signal.Signals, tmp_path: Path) -> None:
+    """Where a run stands when it is killed must not matter: reading, training, measuring, writing."""
+    words = [*SMALL, "--datasets", "emoji", "icons", "--seeds", "1", "2", "3"]
+    assert main(["reproduce", *words, "--output_dir", str(tmp_path / "whole")]) == 0
+    moments = random.Random(0)
+    for _ in range(5):
+        process = subprocess.Popen(
+            command_of(words, tmp_path / "broken"), env=ENVIRON, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        try:
+            _, printed = process.communicate(timeout=moments.uniform(8, 40))
+        except subprocess.TimeoutExpired:
+            process.send_signal(stop)
+            _, printed = process.communicate()
+            assert process.returncode in ((130, 0) if stop == signal.SIGINT else (-stop, 0)), printed.decode()
+    assert main(["reproduce", *words, "--output_dir", str(tmp_path / "broken")]) == 0
+    assert table_of(tmp_path / "broken") == table_of(tmp_path / "whole")
+    assert (tmp_path / "broken/table.md").read_text() == (tmp_path / "whole/table.md").read_text()
+
+
+ENVIRON = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def command_of(words: list[str], folder: Path) -> list[str]:
+    """A grid as a process of its own."""
+    return [sys.executable, "-m", "peft_vlm.cli", "reproduce", *words, "--output_dir", str(folder)]
+
+
 def kill_when(path: Path, words: list[str], folder: Path) -> None:
     """Start a grid, and kill it as soon as a file is there."""
-    command = [sys.executable, "-m", "peft_vlm.cli", "reproduce", *words, "--output_dir", str(folder)]
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command_of(words, folder), env=ENVIRON, **quiet) as process:
         deadline = time.monotonic() + 240
         while not path.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)

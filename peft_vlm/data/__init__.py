@@ -5,7 +5,6 @@ from peft_vlm.data.benchmarks import (
     SKIP_TUNING_TEMPLATES,
     Benchmark,
     load_benchmark,
-    load_selection_images,
 )
 from peft_vlm.data.class_names import read_class_list, read_class_names
 from peft_vlm.data.dataset import ImageClassificationDataset, LabelDataset, collate
@@ -49,7 +48,6 @@ __all__ = [
     "load_benchmark",
     "load_image_dataset",
     "load_image_stream",
-    "load_selection_images",
     "load_unlabelled_images",
     "model_inputs",
     "open_stream",

@@ -360,47 +360,10 @@ def load_benchmark(
     return dataset
 
 
-def load_selection_images(
-    name: str,
-    data_root: str | Path,
-    *,
-    shots: int | None = None,
-    seed: int = 1,
-    classes: str = "all",
-    on_test_as_official: bool = False,
-) -> ImageClassificationDataset | None:
-    """Images on which the checkpoint of a run may be chosen: the validation part, never test images.
-
-    Args:
-        name: One of `BENCHMARKS`.
-        data_root: The folder of all datasets.
-        shots: As in training; at most 4 validation images per class are drawn then.
-        seed: Seed of the draw.
-        classes: Classes of the training.
-        on_test_as_official: Take the test images, as the official code of PromptKD and of PromptSRC's few-shot runs
-            does. Scores on them are then higher than on new images, and must be reported as such.
-
-    Returns:
-        The images; None where the benchmark has no validation part, so that the last checkpoint is the result.
-
-    Raises:
-        ClassNameError: As `load_benchmark`.
-        DataError: As `load_benchmark`.
-        HubError: As `load_benchmark`.
-        ValueError: As `load_benchmark`.
-    """
-    check_choice("name", name, list(BENCHMARKS))
-    if on_test_as_official:
-        return load_benchmark(name, data_root, split="test", classes=classes)
-    if "val" not in BENCHMARKS[name].splits:
-        return None
-    return load_benchmark(name, data_root, split="val", shots=shots, seed=seed, classes=classes)
-
-
 def _drawn(benchmark: Benchmark, root: Path, split: str, shots: int | None, seed: int) -> ImageClassificationDataset:
     """One part, cut to the shots of a seed."""
     if split not in benchmark.splits:
-        advice = "" if benchmark.num_train is None else " CoOp's code validates on its test images."
+        advice = "" if benchmark.num_train is None else " No checkpoint can be chosen: keep the last one."
         raise DataError(f"It has the parts {list(benchmark.splits)!r}, got `split`={split!r}.{advice}")
     images = _read(benchmark, root, split)
     if shots is None or split == "test":

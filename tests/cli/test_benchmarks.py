@@ -8,7 +8,7 @@ import pytest
 from transformers import CLIPProcessor
 
 from peft_vlm.cli import main
-from peft_vlm.data import load_benchmark, load_selection_images
+from peft_vlm.data import load_benchmark
 from peft_vlm.data.splits import image_sample
 from tests.benchmark_trees import write_trees
 from tests.tiny import clip_processor, tiny_clip, tiny_tokenizer
@@ -55,8 +55,7 @@ def test_a_checkpoint_is_chosen_on_the_validation_shots_of_coops_code(root: Path
     choice += ["--eval_split", "val", "--load_best_model_at_end", "--protocol", "base_to_new", "--shots", "1"]
     assert train(root, tmp_path / "run", "--dataset", "dtd", "--seed", "1", *choice) == 0
     summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
-    chosen = load_selection_images("dtd", root / "DATA", shots=1, seed=1, classes="base")
-    assert chosen is not None
+    chosen = load_benchmark("dtd", root / "DATA", split="val", shots=1, seed=1, classes="base")
     assert len(chosen) == 2
     assert summary["selection"]["sample"] == image_sample(chosen)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["selected_on_test"] is False

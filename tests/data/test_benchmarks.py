@@ -15,7 +15,6 @@ from peft_vlm.data import (
     ImageClassificationDataset,
     load_benchmark,
     load_image_dataset,
-    load_selection_images,
 )
 from peft_vlm.data.benchmarks import template_for
 from peft_vlm.errors import DataError
@@ -210,20 +209,6 @@ def test_templates_are_those_of_coops_code() -> None:
     }
     assert template_for("dtd", "data") == "{} texture."
     assert template_for("dtd", None) == photo, "without `data_root` it is a folder of that name"
-
-
-def test_no_checkpoint_is_chosen_on_test_images_unless_asked_for(trees: Path) -> None:
-    """CoOp's code takes ImageNet's test images for validation, and official PromptKD the base test images of all."""
-    val = load_selection_images("dtd", trees, shots=1, seed=1, classes="base")
-    assert val is not None
-    assert files(val, trees / "dtd" / "images") == ["banded/banded_0008.jpg", "blotchy/blotchy_0002.jpg"]
-    assert load_selection_images("imagenet", trees) is None
-    assert load_selection_images("imagenet_a", trees) is None
-    for name in ("dtd", "imagenet"):
-        test = load_benchmark(name, trees, split="test", classes="base")
-        official = load_selection_images(name, trees, shots=1, classes="base", on_test_as_official=True)
-        assert official is not None
-        assert files(official, trees) == files(test, trees)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -436,7 +421,7 @@ def test_other_numbers_of_classes_than_the_papers_are_said(trees: Path, caplog: 
         ({"shots": 0}, "Expected `shots` of at least 1, or None"),
         ({"shots": -1}, "Expected `shots` of at least 1, or None"),
         ({"shots": True}, "Expected `shots` of at least 1, or None"),
-        ({"name": "imagenet", "split": "val"}, "It has the parts ['train', 'test'], got `split`='val'. CoOp's code"),
+        ({"name": "imagenet", "split": "val"}, "It has the parts ['train', 'test'], got `split`='val'. No checkpoint"),
         ({"name": "imagenet_r", "split": "train"}, "It has the parts ['test'], got `split`='train'."),
     ],
 )

@@ -13,14 +13,15 @@ from peft_vlm import ATPromptObjective, CoCoOpConfig, CoOpConfig, MaPLeConfig, P
 from peft_vlm.adapters.config import read_config
 from peft_vlm.adapters.learned_tokens import ATTRIBUTE_STD, INIT_STD
 from peft_vlm.conversion.formats import export
+from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import AdapterError, ClassNameError
-from peft_vlm.methods.atprompt import ATTRIBUTES, preset_for
+from peft_vlm.methods.atprompt import ATTRIBUTES, preset_for, search_attributes
 from peft_vlm.methods.maple import fold
 from peft_vlm.models.packed_texts import passes
 from peft_vlm.models.towers import image_features, towers_of
 from peft_vlm.text import encode_classes, reserve_slots, tokenize_classes
 from tests.cases import WORD_A, class_prompts, images, perturb, pixels, processor
-from tests.tiny import CONTEXT_LENGTH, tiny_clip, tiny_tokenizer
+from tests.tiny import CONTEXT_LENGTH, clip_processor, tiny_clip, tiny_tokenizer
 
 PHOTO = tiny_tokenizer()("photo", add_special_tokens=False)["input_ids"]
 DEEP = {
@@ -225,3 +226,21 @@ def test_presets_are_those_of_the_repository():
     assert preset_for(protocol="cross_dataset").training["num_train_epochs"] == 10
     with pytest.raises(ValueError, match="got 'mnist'"):
         preset_for("mnist")
+
+
+def test_a_search_weighs_all_combinations_and_is_the_same_again():
+    """A search that depended on the order of earlier calls would give other words to the next user."""
+    plain = images().with_transform(EvalTransform(clip_processor()))
+    train, validation = plain.select(range(0, len(plain), 2)), plain.select(range(1, len(plain), 2))
+    ids = [[PHOTO], [WORD_A], [PHOTO, WORD_A]]
+    found = [
+        search_attributes(
+            tiny_clip(), class_prompts(), ["photo", "a"], train, validation, epochs=3, batch_size=8, attribute_ids=ids
+        )
+        for _ in range(2)
+    ]
+    assert found[0] == found[1]
+    assert set(found[0]) == {("photo",), ("a",), ("photo", "a")}
+    assert sum(found[0].values()) == pytest.approx(1.0)
+    assert list(found[0].values()) == sorted(found[0].values(), reverse=True)
+    assert len(set(found[0].values())) == 3

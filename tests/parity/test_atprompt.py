@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch.testing import assert_close
 
 from peft_vlm import ATPromptObjective, CoCoOpConfig, CoCoOpObjective, CoOpConfig, MaPLeConfig
+from peft_vlm.methods.atprompt import AttributeSearch
 from peft_vlm.methods.maple import fold
 from peft_vlm.models.towers import image_features, towers_of
 from peft_vlm.text import encode_classes, reserve_slots, tokenize_for_model
@@ -191,3 +192,45 @@ def step_logits(model, objective, case, recorded) -> torch.Tensor:
     """Logits of the first recorded batch."""
     prepare(model, objective, case, recorded)
     return step(model, objective, recorded, 0).logits.detach()
+
+
+def test_the_attribute_search():
+    """Weights that were trained on the training batch, or with the contexts of before the step, end elsewhere."""
+    case, recorded, tokenizer = facts("AT6_attribute_search"), tensors("AT6_attribute_search"), recorded_tokenizer()
+    hyper, tolerance, words = case["optimiser"], case["tolerance"], case["combinations"]
+    clip = recorded_clip("weights_student")
+    prompts = tokenize_for_model(clip, tokenizer, case["classnames"], template="{}.")
+    ids = [[tokenizer(word, add_special_tokens=False)["input_ids"] for word in some] for some in words]
+    settings = {"learning_rate": hyper["lr"], "weight_decay": hyper["weight_decay"], "attribute_ids": ids}
+    search = AttributeSearch(clip, prompts, words, **settings)
+
+    def contexts(group: str) -> list[torch.Tensor]:
+        rows = recorded[f"{group}.attribute_ctx"].split([2 * len(some) for some in words])
+        return [torch.cat(pair) for pair in zip(rows, recorded[f"{group}.text_ctx"], strict=True)]
+
+    with torch.no_grad():
+        search.weights.copy_(recorded["in.attribute_weight"])
+        for context, values in zip(search.contexts, contexts("in"), strict=True):
+            context.copy_(values)
+        features = [image_features(clip, batch) for batch in recorded["in.images"]]
+        others = [image_features(clip, batch) for batch in recorded["in.val_images"]]
+    logits = search.logits(features[0])
+    assert_close(logits.detach(), recorded["expected.logits"], rtol=0, atol=tolerance["logits_atol"])
+    torch.nn.functional.cross_entropy(logits, recorded["in.labels"][0]).backward()
+    for context, expected in zip(search.contexts, contexts("expected.grad"), strict=True):
+        assert_close_to_max(context.grad, expected, tolerance["grads_rtol_of_max"])
+    for step, rate in enumerate(recorded["expected.step_lrs"].tolist()):
+        search.optimizer.param_groups[0]["lr"] = rate
+        losses = search.step(
+            (features[step], recorded["in.labels"][step]), (others[step], recorded["in.val_labels"][step])
+        )
+        wanted = [recorded[f"expected.{name}"][step].item() for name in ("step_losses", "step_val_losses")]
+        assert losses == pytest.approx(wanted, rel=1e-4)
+        if step == 0:  # on the validation batch, after the step of the contexts
+            expected = recorded["expected.grad.attribute_weight"]
+            assert_close_to_max(search.weights.grad, expected, tolerance["grads_rtol_of_max"])
+    finals = [(search.weights, recorded["expected.final.attribute_weight"], recorded["in.attribute_weight"])]
+    finals += zip(search.contexts, contexts("expected.final"), contexts("in"), strict=True)
+    for parameter, expected, start in finals:
+        allowed = tolerance["final_rtol_of_max_change"] * float((expected - start).abs().max())
+        assert_close(parameter.detach(), expected, rtol=0, atol=allowed + tolerance["final_atol"])

@@ -2,6 +2,7 @@
 
 from peft_vlm.methods.atprompt.objective import PAPER, ATPromptObjective
 from peft_vlm.methods.atprompt.presets import ATTRIBUTES, CONFIG, preset_for, recommended
+from peft_vlm.methods.atprompt.search import AttributeSearch, search_attributes
 from peft_vlm.registry import TrainingMethod, register_method
 
 register_method(
@@ -18,4 +19,4 @@ register_method(
     )
 )
 
-__all__ = ["ATTRIBUTES", "ATPromptObjective", "preset_for"]
+__all__ = ["ATTRIBUTES", "ATPromptObjective", "AttributeSearch", "preset_for", "search_attributes"]

@@ -15,7 +15,6 @@ seconds and memory).
 """
 
 import argparse
-import logging
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +27,7 @@ from peft_vlm.experiments.cells import finished_cell, run_cell
 from peft_vlm.experiments.report import COSTS, show_results
 from peft_vlm.files import write_json
 from peft_vlm.registry import METHODS
+from peft_vlm.serving.console import add_console_flags, start_console
 from peft_vlm.settings import RunSettings
 from peft_vlm.training.arguments import VLMTrainingArguments
 
@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, help="instead of the recommended number")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
+    add_console_flags(parser)
     args = parser.parse_args()
     if not len(args.tasks) == len(args.datasets) == len(args.templates):
         parser.error("expected one protocol and one template for each data set")
@@ -141,7 +142,7 @@ def costs_png(report: dict[str, Any], path: Path) -> None:
 def main() -> None:
     """Run the missing cells, and write table and plots."""
     args = parse_arguments()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    start_console(args)
     tasks = list(zip(args.tasks, args.datasets, args.templates, strict=True))
     total, done = len(tasks) * len(args.methods) * len(args.seeds), 0
     report: dict[str, Any] = {"seeds": args.seeds, "methods": {}, "tasks": {}}

@@ -11,7 +11,6 @@ reports.
 """
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import peft_vlm
 from peft_vlm.experiments.compare import Experiment, TrainerLearner, ZeroShot, load_task
 from peft_vlm.experiments.report import show_results
 from peft_vlm.methods.cocoop import preset_for
+from peft_vlm.serving.console import add_console_flags, start_console
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -51,13 +51,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/cocoop"))
+    add_console_flags(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Run the experiment and print where the results are."""
     args = parse_arguments()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    start_console(args)
     settings: dict[str, Any] = DEMO
     if args.preset != "demo":
         preset = preset_for(args.preset)

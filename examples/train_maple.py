@@ -11,7 +11,6 @@ reports.
 """
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from peft_vlm.experiments.compare import Experiment, TrainerLearner, ZeroShot, l
 from peft_vlm.experiments.report import show_results
 from peft_vlm.files import last_part
 from peft_vlm.methods.maple import fold, preset_for
+from peft_vlm.serving.console import add_console_flags, start_console
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -54,13 +54,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/maple"))
+    add_console_flags(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Run the experiment, print where the results are, and fold the last adapter."""
     args = parse_arguments()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    start_console(args)
     settings: dict[str, Any] = DEMO
     if args.preset != "demo":
         preset = preset_for(args.preset)

@@ -10,7 +10,6 @@ The student sees the whole training split without labels, new classes included (
 """
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from peft_vlm import PromptKDConfig, PromptKDObjective, PromptSRCConfig, PromptS
 from peft_vlm.experiments.compare import Experiment, Task, TrainerLearner, ZeroShot, load_task
 from peft_vlm.experiments.report import show_results
 from peft_vlm.methods import promptkd, promptsrc
+from peft_vlm.serving.console import add_console_flags, start_console
 
 ASSETS = Path(__file__).parent / "assets"
 # Ours, for the bundled 48 px CLIPs (6 and 9 vision layers); the official presets are for ViT-B/16 and ViT-L/14.
@@ -57,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--align_steps", type=int, help="of the projector alone, instead of the preset's number")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/promptkd"))
+    add_console_flags(parser)
     return parser.parse_args()
 
 
@@ -132,7 +133,7 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
 def main() -> None:
     """Run the experiment and print where the results are."""
     args = parse_arguments()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    start_console(args)
     settings, tasks = settings_of(args), tasks_of(args)
     options = {"text_model": args.teacher, "augmentation": settings["augmentation"]}
     experiment = Experiment.for_clip(args.model, output_dir=args.output_dir, use_cpu=args.use_cpu, **options)

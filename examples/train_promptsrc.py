@@ -11,7 +11,6 @@ reports.
 """
 
 import argparse
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import peft_vlm
 from peft_vlm.experiments.compare import Experiment, TrainerLearner, ZeroShot, chosen_learners, load_task
 from peft_vlm.experiments.report import show_results
 from peft_vlm.methods.promptsrc import OFFICIAL_TEMPLATES, preset_for
+from peft_vlm.serving.console import add_console_flags, start_console
 from peft_vlm.text import ClassPrompts
 
 ASSETS = Path(__file__).parent / "assets"
@@ -59,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/promptsrc"))
+    add_console_flags(parser)
     return parser.parse_args()
 
 
@@ -106,7 +107,7 @@ def learners_of(settings: dict[str, Any], experiment: Experiment) -> list[Any]:
 def main() -> None:
     """Run the experiment and print where the results are."""
     args = parse_arguments()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    start_console(args)
     settings = settings_of(args)
     experiment = Experiment.for_clip(
         args.model, augmentation=settings["augmentation"], output_dir=args.output_dir, use_cpu=args.use_cpu

@@ -11,7 +11,6 @@ metrics.json.
 """
 
 import argparse
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from peft_vlm.evaluation import evaluate_classifier
 from peft_vlm.experiments.compare import Experiment, Task, TrainerLearner, ZeroShot
 from peft_vlm.files import write_json
 from peft_vlm.methods.rpp import PRESETS
+from peft_vlm.serving.console import add_console_flags, start_console
 
 ASSETS = Path(__file__).parent / "assets"
 TEMPLATE = "a photo of a {}."
@@ -59,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/rpp"))
+    add_console_flags(parser)
     return parser.parse_args()
 
 
@@ -172,7 +173,7 @@ def pretrained_model(args: argparse.Namespace, settings: dict[str, Any], experim
 def main() -> None:
     """Pretrain, transfer, compare the starts of few-shot training, and write the report."""
     args = parse_arguments()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    start_console(args)
     settings = settings_of(args)
     experiment = Experiment.for_clip(
         args.model,

@@ -15,7 +15,6 @@ metrics.json, table.md, plots, and per run the adapter with its reports.
 """
 
 import argparse
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from peft_vlm.distributed import is_main_process
 from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.experiments.transfer import ImageTextModel, TransferExperiment, Variant, write_transfer_results
 from peft_vlm.methods.tvp import ClipGuide, Source
+from peft_vlm.serving.console import add_console_flags, start_console
 from peft_vlm.text.prompts import tokenize_for_model
 from tvp_domains import DOMAINS, load_domain
 
@@ -83,6 +83,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations; saves memory")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/tvp"))
+    add_console_flags(parser)
     return parser.parse_args(words)
 
 
@@ -147,7 +148,7 @@ def experiment_of(args: argparse.Namespace, preset: dict[str, Any], training: di
 def main() -> None:
     """Run the experiment and print where the results are."""
     args = parse_arguments()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    start_console(args)
     preset = PRESETS[args.preset]
     training = {**preset["training"], "use_cpu": args.use_cpu, "warmup_epochs": 0}
     training |= {"activation_checkpointing": True} if args.gradient_checkpointing else {}

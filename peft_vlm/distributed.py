@@ -3,6 +3,7 @@
 Every function that communicates must be called by all processes at the same place.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from tqdm.auto import tqdm
 
 _left_out = False
 _apart = False
@@ -40,6 +42,22 @@ def local_index() -> int:
 def is_main_process() -> bool:
     """Whether this process writes; before the processes are connected the launcher's word counts."""
     return process_index() == 0 if _started() else int(os.environ.get("RANK", 0)) == 0
+
+
+def shows_progress() -> bool:
+    """Whether this process says how far it is: the main one, unless the logger `peft_vlm` is set above WARNING."""
+    return is_main_process() and logging.getLogger("peft_vlm").isEnabledFor(logging.WARNING)
+
+
+def progress_bar(items: Any = None, *, disable: bool = False, **options: Any) -> Any:
+    """A `tqdm` bar where progress is shown.
+
+    Args:
+        items: What is gone through, if anything.
+        disable: Show no bar.
+        **options: For `tqdm`.
+    """
+    return tqdm(items, disable=disable or not shows_progress(), **options)
 
 
 def wait_for_everyone() -> None:

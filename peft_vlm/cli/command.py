@@ -5,8 +5,7 @@ Nothing here imports torch, PEFT or transformers: help and wrong flags answer at
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -15,6 +14,7 @@ import yaml
 
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.files import read_text
+from peft_vlm.serving.console import add_console_flags
 from peft_vlm.serving.escape import printable, printable_json
 from peft_vlm.settings import RETIRED_SETTINGS
 
@@ -65,6 +65,7 @@ def add_command(
         allow_abbrev=not takes_more,  # `--eval` would be read as `--evaluate` though `--eval_steps` was meant
     )
     command.add_argument("--json", action="store_true", help="print the result as JSON, for scripts")
+    add_console_flags(command)
     for setting in fields(settings) if settings else ():
         _add_flag(command, setting)
     command.set_defaults(run=run, takes_more=takes_more, settings=settings)
@@ -116,7 +117,7 @@ def part_flags(words: Sequence[str], settings: type) -> tuple[list[str], list[st
     parts: tuple[list[str], list[str]] = ([], [])
     current = parts[0]
     for word in words:
-        if word in ("-h", "--help", "--json"):
+        if word in ("-h", "--help", "--json", "--quiet", "--verbose"):
             parts[0].append(word)
             continue
         if word.startswith("--"):
@@ -180,27 +181,6 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
         raise PeftVLMError(f"Expected `name: value` lines in {str(path)!r}, got {type(values).__name__}.")
     return values
-
-
-@contextmanager
-def calm() -> Iterator[None]:
-    """Within this, the libraries below draw no bars for reading weights and tables; bars of downloads stay."""
-    import datasets
-    import huggingface_hub.utils
-    import transformers.utils.logging
-
-    bars = {"transformers": transformers.utils.logging.is_progress_bar_enabled()}
-    bars["datasets"] = datasets.are_progress_bars_disabled()
-    transformers.utils.logging.disable_progress_bar()  # switches the downloads' off as well
-    huggingface_hub.utils.enable_progress_bars()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if bars["transformers"]:
-            transformers.utils.logging.enable_progress_bar()
-        if not bars["datasets"]:
-            datasets.enable_progress_bars()
 
 
 def print_json(value: Any) -> None:

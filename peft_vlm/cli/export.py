@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.cli.command import add_command, calm, print_json, print_line
+from peft_vlm.cli.command import add_command, print_json, print_line
+from peft_vlm.serving.console import calm
 
 #: Of `peft_vlm.export.FORMATS`.
 FORMATS = ("onnx", "pt2", "safetensors")

@@ -9,8 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.cli.command import add_command, calm, print_json, print_line
+from peft_vlm.cli.command import add_command, print_json, print_line
 from peft_vlm.errors import DataError, PeftVLMError
+from peft_vlm.serving.console import calm
 from peft_vlm.serving.images import find_images, is_image_file, walk
 
 #: Files to their labels with probabilities, best first.

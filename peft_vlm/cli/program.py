@@ -20,6 +20,7 @@ from peft_vlm.cli import convert, evaluate, export, info, optimize_template, pre
 from peft_vlm.cli.command import file_as_flags, part_flags
 from peft_vlm.errors import PeftVLMError, PeftVLMWarning
 from peft_vlm.files import installed_version
+from peft_vlm.serving.console import console
 from peft_vlm.serving.escape import one_line, printable
 
 #: In the order of the help text.
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest:
             commands.choices[arguments.command].error(printable(f"unrecognized arguments: {' '.join(rest)}"))
         arguments.more = more
-        with _quiet(lambda text: _in_flags(text, commands.choices[arguments.command])):
+        quiet = _quiet(lambda text: _in_flags(text, commands.choices[arguments.command]), verbose=arguments.verbose)
+        with console(quiet=arguments.quiet, verbose=arguments.verbose), quiet:
             arguments.run(arguments)
     except (PeftVLMError, ValueError, OSError) as error:
         message = _in_flags(str(error), commands.choices.get(words[0]))
@@ -105,11 +107,12 @@ def _in_flags(text: str, command: argparse.ArgumentParser | None) -> str:
 
 
 @contextmanager
-def _quiet(as_said: Callable[[str], str]) -> Iterator[None]:
+def _quiet(as_said: Callable[[str], str], *, verbose: bool = False) -> Iterator[None]:
     """Silence messages of other libraries that a user of the command cannot act on; our warnings take a line each.
 
     Args:
         as_said: Makes the command's own words of a message.
+        verbose: Silence nothing.
     """
     format_before = warnings.formatwarning
 
@@ -117,6 +120,9 @@ def _quiet(as_said: Callable[[str], str]) -> Iterator[None]:
         is_ours = issubclass(category, PeftVLMWarning)
         return f"Warning: {as_said(str(message))}\n" if is_ours else format_before(message, category, *place, **line)
 
+    if verbose:
+        yield
+        return
     before = os.environ.get("TRANSFORMERS_VERBOSITY")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # for when it is imported within this
     logging = sys.modules.get("transformers.utils.logging")

@@ -10,8 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from peft_vlm.cli.command import add_command, as_flags, calm, print_json, print_line, read_settings
+from peft_vlm.cli.command import add_command, as_flags, print_json, print_line, read_settings
 from peft_vlm.errors import PeftVLMError
+from peft_vlm.serving.console import calm
 from peft_vlm.settings import RunSettings
 
 #: What other programs call a flag, beside spellings that are close to one.
@@ -94,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     # transformers would switch progress off, since the program keeps its remarks quiet; --json is for scripts
     training_arguments = arguments_maker(
         words,
-        {"disable_tqdm": arguments.json},
+        {"disable_tqdm": arguments.json or arguments.quiet},
         usage="peft-vlm train [FILE.yaml]",
         has_preset=settings.preset is not None,
     )

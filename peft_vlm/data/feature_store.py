@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 
 from peft_vlm.data.dataset import ImageClassificationDataset, collate
 from peft_vlm.distributed import (
@@ -24,6 +23,7 @@ from peft_vlm.distributed import (
     num_processes,
     part_of,
     process_index,
+    progress_bar,
     wait_for_everyone,
 )
 from peft_vlm.errors import AdapterError, DataError, check_choice
@@ -203,7 +203,9 @@ class ViewCache:
         loader = divided_pass(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
         title = f"Storing {self.store.name}" + (f", view {view + 1} of {total}" if total > 1 else "")
         seen_before = self.num_views is None and self._has_shown  # a bar per epoch would stand in that of the run
-        progress = tqdm(loader, desc=title, leave=False, disable=seen_before or (len(loader) < 2 and total == 1))
+        progress = progress_bar(
+            loader, desc=title, leave=False, disable=seen_before or (len(loader) < 2 and total == 1)
+        )
         self._has_shown = True
         for batch in progress:
             with torch.no_grad():
@@ -335,7 +337,7 @@ def all_image_features(
     loader = DataLoader(
         Subset(dataset, part or range(1)), batch_size=batch_size, collate_fn=collate, num_workers=num_workers
     )
-    progress = tqdm(loader, desc="Image features", leave=False, disable=len(loader) < 10)
+    progress = progress_bar(loader, desc="Image features", leave=False, disable=len(loader) < 10)
     chunks = [image_features(model, batch["pixel_values"].to(device)).float() for batch in progress]
     features = torch.cat(chunks)[: len(part)]
     return (gather_rows(features) if divide else features).cpu()

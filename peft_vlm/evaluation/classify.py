@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from peft_vlm.data.dataset import ImageClassificationDataset, collate
 from peft_vlm.data.transforms import TrainTransform
+from peft_vlm.distributed import progress_bar
 from peft_vlm.errors import ClassNameError, DataError, check_list
 from peft_vlm.evaluation.metrics import accuracy, confusion_matrix, expected_calibration_error, per_class_accuracy
 from peft_vlm.models.towers import device_of, image_features
@@ -197,7 +197,7 @@ def iterate_logits(
             "`dataset.with_transform(EvalTransform(image_processor))`."
         )
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate)
-    for batch in tqdm(loader, desc="classify", unit="batch", leave=False, disable=not progress):
+    for batch in progress_bar(loader, desc="classify", unit="batch", leave=False, disable=not progress):
         yield logits(batch["pixel_values"]).float().cpu(), batch["labels"]
 
 

@@ -18,12 +18,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of, without_prompt
 from peft_vlm.data.corruptions import CORRUPTIONS, LEVELS, Corruption
 from peft_vlm.data.question_collator import QuestionCollator, check_shrinking, question_inputs
 from peft_vlm.data.questions import Collator, ImageQuestionDataset, RandomCrop
+from peft_vlm.distributed import progress_bar
 from peft_vlm.errors import ClassNameError, DataError, check_list
 from peft_vlm.evaluation.classify import EvalResult
 from peft_vlm.models.towers import device_of, unwrap
@@ -249,7 +249,7 @@ def classify_answers(
     device = device_of(model)
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collator)
     labels, predicted, confidence = [], [], []
-    for batch in tqdm(loader, desc="score answers", unit="batch", leave=False, disable=not progress):
+    for batch in progress_bar(loader, desc="score answers", unit="batch", leave=False, disable=not progress):
         inputs = {name: column.to(device) for name, column in question_inputs(batch).items()}
         best = candidate_scores(model, inputs, candidates, chunk_size=chunk_size).softmax(dim=-1).max(dim=-1)
         labels.append(batch["labels"])
@@ -469,7 +469,7 @@ def generate_answers(
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_LeftPadded(collator))
     texts: list[str] = []
     with evaluation_mode(model):
-        for inputs in tqdm(loader, desc="answer", unit="batch", leave=False, disable=not progress):
+        for inputs in progress_bar(loader, desc="answer", unit="batch", leave=False, disable=not progress):
             inputs = {name: column.to(device) for name, column in inputs.items()}
             written = _new_tokens(model.generate(**inputs, **options), inputs["input_ids"])
             texts += tokenizer.batch_decode(written, skip_special_tokens=True)

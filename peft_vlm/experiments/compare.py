@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PrinterCallback, set_seed
 
 from peft_vlm.data.dataset import ImageClassificationDataset
@@ -18,7 +17,7 @@ from peft_vlm.data.feature_store import all_image_features
 from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.splits import base_and_new_classes, check_not_trained_on, few_shot, image_sample
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
-from peft_vlm.distributed import is_main_process, local_index
+from peft_vlm.distributed import is_main_process, local_index, progress_bar
 from peft_vlm.errors import PeftVLMError, check_list
 from peft_vlm.evaluation.classify import evaluate_classifier
 from peft_vlm.evaluation.metrics import harmonic_mean
@@ -425,7 +424,7 @@ class Experiment:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         report: dict[str, Any] = {"seeds": list(seeds), "methods": {}, "tasks": {}}
         total = len(tasks) * len(learners) * len(seeds)
-        progress = tqdm(total=total, unit="run", disable=not is_main_process())
+        progress = progress_bar(total=total, unit="run")
         for position, task in enumerate(tasks):
             methods: dict[str, Any] = {}
             known: dict[str, dict[str, Any]] = {}

@@ -35,6 +35,7 @@ from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
 from peft_vlm.data.splits import base_and_new_classes, check_not_trained_on, few_shot, image_sample, is_chosen_on
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform, mean_and_std_of
+from peft_vlm.distributed import shows_progress
 from peft_vlm.errors import HubError, PeftVLMError, PeftVLMWarning, check_choice, check_list
 from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.evaluation.plots import has_matplotlib
@@ -378,7 +379,7 @@ def _say_recommended(
         used.pop("num_train_epochs", None)
     shown = ", ".join(f"{name}={value}" for name, value in used.items() if value is not None)
     kind = "a small model" if size.is_small else "models as large as ViT-B/16"
-    if shown:
+    if shown and shows_progress():
         print(f"Recommended for {settings.method} on {kind}, where no flag says otherwise: {shown}", file=sys.stderr)
 
 

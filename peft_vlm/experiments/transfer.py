@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
 
 from peft_vlm.adapters.pixel_prompt import remove_prompts, show_prompted
 from peft_vlm.data.question_collator import QuestionCollator
 from peft_vlm.data.questions import ImageQuestionDataset
-from peft_vlm.distributed import is_main_process, wait_for_everyone
+from peft_vlm.distributed import is_main_process, progress_bar, wait_for_everyone
 from peft_vlm.errors import DataError
 from peft_vlm.evaluation.mllm import PromptEffect, Score, evaluate_prompt, likelihood_accuracy
 from peft_vlm.evaluation.transfer import (
@@ -142,7 +141,7 @@ class TransferExperiment:
         reports: dict[str, list[TransferReport]] = {variant.name: [] for variant in variants}
         main = is_main_process()
         jobs = [(variant, seed) for seed in seeds for variant in variants]
-        for variant, seed in tqdm(jobs, desc="prompts", unit="run", disable=not main):
+        for variant, seed in progress_bar(jobs, desc="prompts", unit="run"):
             folder = self.output_dir / variant.name / f"seed{seed}"
             settings = self.fit(variant, seed, folder)
             if main:

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_vlm.distributed import all_agree, from_all, is_main_process, num_processes, process_index
+from peft_vlm.distributed import all_agree, from_all, is_main_process, num_processes, process_index, shows_progress
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.serving.escape import one_line
 
@@ -396,7 +396,7 @@ class RunReport(TrainerCallback):
         )
 
     def _say(self, line: str) -> None:
-        if is_main_process():
+        if shows_progress():
             tqdm.write(line, file=sys.stderr)
 
     def _say_once(self, line: str) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -174,6 +175,13 @@ def test_a_run_shows_how_far_it_is(words, tmp_path, capsys) -> None:
     captured = capsys.readouterr()
     assert "Epoch" not in captured.err
     assert set(json.loads(captured.out)["scores"]) == {"accuracy", "zero_shot_accuracy"}
+    assert main([*command[:-1], str(tmp_path / "quiet"), "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "Written to" in captured.out
+    assert logging.getLogger("peft_vlm").isEnabledFor(logging.WARNING)  # as before the command
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--quiet", "--verbose"])
 
 
 def test_the_card_is_rendered_again_after_each_evaluation(words, tmp_path, capsys) -> None:

@@ -32,6 +32,20 @@ def run(script: str, *arguments: str) -> Finished:
     return run_script(f"examples/{script}", "--use_cpu", *arguments)
 
 
+def test_the_terminal_shows_one_bar_and_the_results(data, tmp_path):
+    """Bars of libraries for every table and every model once filled the screen; `--quiet` leaves the results."""
+    own = ["--dataset", str(data), "--shots", "1", "--seeds", "1", "--epochs", "2", "--protocol", "few_shot"]
+    shown = run("train_coop.py", *own, "--output_dir", str(tmp_path / "shown"))
+    assert shown.code == 0, shown.printed
+    assert "3/3" in shown.printed
+    for noise in ("Generating", "Loading weights", "Map:"):
+        assert noise not in shown.printed
+    quiet = run("train_coop.py", *own, "--quiet", "--output_dir", str(tmp_path / "quiet"))
+    assert quiet.code == 0, quiet.printed
+    assert quiet.printed.lstrip().startswith("### few icons, 1 seed")
+    assert len(quiet.printed.splitlines()) < 20
+
+
 def check(output: Path, methods: list[str], scores: set[str]) -> dict:
     """The report has the promised form; its files are there."""
     report = json.loads((output / "metrics.json").read_text())

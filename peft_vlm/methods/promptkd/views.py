@@ -6,10 +6,9 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from peft_vlm.data.feature_store import ViewCache
-from peft_vlm.distributed import apart
+from peft_vlm.distributed import apart, progress_bar
 from peft_vlm.methods.promptkd.model import Projector
 from peft_vlm.models.towers import towers_of
 from peft_vlm.text.class_features import evaluation_mode
@@ -80,7 +79,7 @@ def align_projector(
     training, device, losses = projector.training, parameters[0].device, [0.0]
     projector.train()
     with torch.enable_grad(), apart():
-        for number in tqdm(range(passes), desc="Aligning the projector", leave=False):
+        for number in progress_bar(range(passes), desc="Aligning the projector", leave=False):
             losses = []
             order = torch.randperm(images, generator=generator) + number % views * images
             for index in order.split(batch_size):

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from peft_vlm.data.feature_store import RowStore, check_room, divided_pass
 from peft_vlm.data.question_collator import (
@@ -20,7 +19,7 @@ from peft_vlm.data.question_collator import (
     question_inputs,
 )
 from peft_vlm.data.questions import ImageQuestionDataset
-from peft_vlm.distributed import from_all, local_place, part_of
+from peft_vlm.distributed import from_all, local_place, part_of, progress_bar
 from peft_vlm.errors import AdapterError, UnsupportedModelError, check_choice
 from peft_vlm.methods.skip_tuning.objective import PAPER
 from peft_vlm.models.language_layers import LanguageLayers, language_layers_of
@@ -76,7 +75,9 @@ class AnswerStates:
         self.rows.clear()
         device = next(model.parameters()).device
         loader = divided_pass(dataset, batch_size=batch_size, num_workers=num_workers)
-        for batch in tqdm(loader, desc=f"Caching layers below {self.start}", leave=False, disable=len(loader) < 2):
+        for batch in progress_bar(
+            loader, desc=f"Caching layers below {self.start}", leave=False, disable=len(loader) < 2
+        ):
             hidden = self.enter(model, {name: column.to(device) for name, column in batch.items()}).cpu()
             if not self.rows:
                 size = hidden.element_size() * hidden[0].numel() * len(dataset)

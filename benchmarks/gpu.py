@@ -37,7 +37,7 @@ from measuring import random_clip, random_prompts
 
 METHODS = (
     "full",
-    *("coop", "kgcoop", "pre", "cocoop", "bayesian", "promptsrc", "maple"),
+    *("coop", "atprompt", "kgcoop", "pre", "cocoop", "bayesian", "promptsrc", "maple"),
     *("promptkd", "skip_tuning", "rpp", "tvp", "clip_lora"),
 )
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -126,6 +126,7 @@ def build(method: str, clip: Any, teacher: Any, prompts: Any) -> tuple[nn.Module
     lora = {"r": 2, "lora_alpha": 1, "use_rslora": True, "target_modules": ["q_proj", "k_proj", "v_proj"]}
     configs = {
         "coop": {"num_text_tokens": 4},
+        "atprompt": {"num_text_tokens": 2, "attribute_ids": [[320], [321]]},
         "pre": {"num_text_tokens": 4, "network": "lstm"},
         "kgcoop": {"num_text_tokens": 4},
         "cocoop": {"num_text_tokens": 4, "context_init": None},
@@ -140,6 +141,7 @@ def build(method: str, clip: Any, teacher: Any, prompts: Any) -> tuple[nn.Module
     }
     own = {
         "coop": {"image_cache": "none"},
+        "atprompt": {"image_cache": "none"},
         "pre": {"image_cache": "none"},
         "kgcoop": {"image_cache": "none"},
         "cocoop": {"image_cache": "none"},

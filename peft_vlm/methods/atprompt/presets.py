@@ -67,4 +67,4 @@ def recommended(run: RunSize) -> Preset:
     Args:
         run: Size of the run.
     """
-    return run.recommend(preset_for("caltech101"), rate=0.05, config={"context_init": "a photo of a"})
+    return run.recommend(preset_for("caltech101"), rate=0.002, config={"context_init": "a photo of a"})

@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath, PureWindowsPath
@@ -206,9 +206,9 @@ def is_of(value: Any, kind: Any) -> bool:
     """
     if isinstance(kind, UnionType):
         return any(is_of(value, part) for part in get_args(kind))
-    if get_origin(kind) in (list, tuple):
+    if get_origin(kind) in (list, tuple, Sequence):
         return isinstance(value, list | tuple) and all(is_of(entry, get_args(kind)[0]) for entry in value)
-    if get_origin(kind) is dict:
+    if get_origin(kind) in (dict, Mapping):
         return isinstance(value, dict) and all(is_of(entry, get_args(kind)[1]) for entry in value.values())
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import json
+import re
 import sys
 import warnings
 from collections import Counter
@@ -36,13 +37,13 @@ from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
 from peft_vlm.data.splits import base_and_new_classes, check_not_trained_on, few_shot, image_sample, is_chosen_on
 from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform, mean_and_std_of
 from peft_vlm.distributed import shows_progress
-from peft_vlm.errors import HubError, PeftVLMError, PeftVLMWarning, check_choice, check_list
+from peft_vlm.errors import HubError, PeftVLMError, PeftVLMWarning, check_choice, check_list, shown
 from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.evaluation.plots import has_matplotlib
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.evaluation.run import check_path, load_model, run_evaluation
 from peft_vlm.experiments.transfer import ImageTextModel
-from peft_vlm.files import BASELINE_NAME
+from peft_vlm.files import BASELINE_NAME, is_of
 from peft_vlm.hub.card import write_card
 from peft_vlm.models.repository import hub_options, is_local, why_cache_only
 from peft_vlm.models.towers import FAMILIES
@@ -352,15 +353,21 @@ def _check_names(settings: RunSettings) -> None:
 def _check_known(
     name: str, words: Sequence[str], targets: Sequence[Callable[..., Any]], *, hidden: type | None
 ) -> None:
-    """Refuse names that none of some functions takes."""
-    known = [known for target in targets for known in inspect.signature(target).parameters]
-    unknown = sorted(set(named_values(words, name)) - set(known))
+    """Refuse names that none of some functions takes, and values of other types; configurations check theirs."""
+    values, parameters = named_values(words, name), [inspect.signature(target).parameters for target in targets]
+    known = [known for some in parameters for known in some]
+    unknown = sorted(set(values) - set(known))
     if unknown:
         shared = inspect.signature(hidden).parameters if hidden else {}
         own = [one for one in dict.fromkeys(known) if one not in {*shared, "prompts", "candidates", "image_processor"}]
         close = difflib.get_close_matches(unknown[0], own, n=1)
         advice = f" Did you mean {close[0]}?" if close else ""
         raise PeftVLMError(f"`{name}` has no setting {', '.join(unknown)}.{advice} It has: {', '.join(own)}.")
+    for setting, value in values.items() if name != "config" else ():
+        kinds = [some[setting].annotation for some in parameters if setting in some]
+        if not any(is_of(value, kind) for kind in kinds):
+            kind = re.sub(r"\b\w+\.", "", inspect.formatannotation(kinds[0]))
+            raise PeftVLMError(f"Expected `{setting}` of `--{name}` to be of type {kind}, got {shown(value)}.")
 
 
 def _shared(config: type) -> type:

@@ -242,8 +242,11 @@ class CPLObjective(ClassificationObjective):
         Args:
             named_parameters: Those of the model.
         """
-        own = [] if self.mask is None else [self.mask]
-        return {"all": [*(parameter for _, parameter in named_parameters), *own]}
+        parameters = [parameter for _, parameter in named_parameters]
+        if self.mask is None:
+            return {"all": parameters}
+        self.mask.data = self.mask.data.to(parameters[0].device)  # before the optimizer has a state of it
+        return {"all": [*parameters, self.mask]}
 
     def callbacks(self, model: nn.Module) -> "list[TrainerCallback]":
         """What keeps the mask the same in all processes.

@@ -326,7 +326,7 @@ def _run(cell: Cell, grid: Grid, place: Place, arguments: MakeArguments, clock: 
     saving = _BEST_EPOCH if _selects(cell, place) else {"save_strategy": "no"}
 
     def training(recommended: dict[str, Any]) -> VLMTrainingArguments:
-        return arguments({**saving, "report_to": "none", **recommended, **cell.training}, last)
+        return arguments({**saving, "report_to": "none", **_divided({**recommended, **cell.training}, place)}, last)
 
     def measure() -> dict[str, float]:
         function = _measure_models if grid.protocol == "mllm_transfer" else _measure_targets
@@ -334,6 +334,20 @@ def _run(cell: Cell, grid: Grid, place: Place, arguments: MakeArguments, clock: 
 
     several = measure if cell.targets else None
     return run_cell(settings, training, folder, wanted=_wanted(cell, place), measure=several, callbacks=[clock])
+
+
+def _divided(training: dict[str, Any], place: Place) -> dict[str, Any]:
+    """Training arguments of one of several processes, whose batches together are the recipe's."""
+    name = "per_device_train_batch_size"
+    batch, processes = training.get(name), int(os.environ.get("WORLD_SIZE", 1))
+    if batch is None or processes == 1 or name in place.changes:
+        return training
+    if batch % processes:
+        raise DataError(
+            f"Expected a number of processes that divides the recipe's batch of {batch}, got {processes}. Start "
+            f"fewer, or pass `{name}`, which the table will record."
+        )
+    return {**training, name: batch // processes}
 
 
 def _measure_targets(

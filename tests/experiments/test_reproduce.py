@@ -151,10 +151,9 @@ def test_verdicts_follow_the_spread_of_our_seeds(values: list[float], paper: flo
     assert line.verdict == verdict
 
 
-def test_a_killed_grid_continues_and_its_table_equals_an_unbroken_one(tmp_path: Path) -> None:
+def test_a_killed_grid_continues_and_its_table_equals_an_unbroken_one(finished: Path, tmp_path: Path) -> None:
     """Days of training would begin anew, or a half-written run would count."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main(["reproduce", *SMALL, "--output_dir", str(whole)]) == 0
+    whole, broken = finished, tmp_path / "broken"
     kill_when(broken / "emoji/seed1/cell.json", SMALL, broken)
     first = (broken / "emoji/seed1/cell.json").stat().st_mtime_ns
     assert main(["reproduce", *SMALL, "--output_dir", str(broken)]) == 0
@@ -171,9 +170,9 @@ def test_a_killed_grid_continues_and_its_table_equals_an_unbroken_one(tmp_path: 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A grid of one run that is done; tests change copies."""
+    """A grid that nothing interrupted; tests change copies."""
     folder = tmp_path_factory.mktemp("grid") / "done"
-    assert main(["reproduce", *SMALL, "--seeds", "1", "--output_dir", str(folder)]) == 0
+    assert main(["reproduce", *SMALL, "--output_dir", str(folder)]) == 0
     return folder
 
 
@@ -202,7 +201,7 @@ def test_a_damaged_result_is_said_and_run_again(content: bytes, finished: Path, 
     assert found is None
     if content == b"{":
         with pytest.warns(PeftVLMWarning, match="is damaged"):
-            assert main(["reproduce", *SMALL, "--seeds", "1", "--output_dir", str(folder)]) == 0
+            assert main(["reproduce", *SMALL, "--output_dir", str(folder)]) == 0
         assert json.loads((folder / "emoji/seed1/cell.json").read_text())["scores"] == whole["scores"]
         assert table_of(folder) == table_of(finished)
 
@@ -210,7 +209,7 @@ def test_a_damaged_result_is_said_and_run_again(content: bytes, finished: Path, 
 def test_a_second_process_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two processes would write one run."""
     with locked_folder(finished, is_main=True, tell=lambda problem: problem):
-        assert main(["reproduce", *SMALL, "--seeds", "1", "--output_dir", str(finished)]) == 2
+        assert main(["reproduce", *SMALL, "--output_dir", str(finished)]) == 2
     assert "for this run alone, got another run in it" in capsys.readouterr().err
 
 

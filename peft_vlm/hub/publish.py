@@ -236,9 +236,7 @@ def _collection_card(
     facts |= {name: value for name, value in (("license", license), ("base_model", base_model)) if value}
     first = next(iter(folders))
     text = [f"---\n{ModelCardData(**facts)}\n---\n", f"# {markdown(repo_id.rpartition('/')[2])}\n"]
-    text += [
-        f"{len(folders)} adapters of [peft_vlm](https://pypi.org/project/peft-vlm/), each in a folder with its card:\n"
-    ]
+    text += [f"{len(folders)} adapters of peft_vlm, each in a folder with its card:\n"]
     load = f"model = PeftModel.from_pretrained(base, {python_string(repo_id)}, subfolder={python_string(first)})"
     text += [f"```python\nimport peft_vlm\nfrom peft import PeftModel\n\n{load}\n```\n"]
     text += [f"- [{markdown(name)}]({quote(name)}/README.md)" for name in folders]

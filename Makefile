@@ -16,13 +16,14 @@ PYTEST = $(BIN)/python -m pytest
 # Each process takes a run of neighbouring tests, which share their fixtures, and then work from the slower one.
 PARALLEL = -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo smoke test test-newest test-oldest test-slow test-distributed test-faults test-hostile test-first-hour check format size wheel ci clean
+.PHONY: help demo smoke test test-newest test-oldest test-slow test-distributed test-faults test-hostile test-first-hour check docs format size wheel ci clean
 
 help:
 	@echo "make demo              train Skip Tuning on the bundled models and data; results in outputs/demo"
 	@echo "make smoke             a first look at every method (under a minute)"
 	@echo "make test              fast tests (under 8 minutes on 2 cores)"
 	@echo "make test-newest       fast tests with the newest versions that pyproject.toml allows; test-oldest: the oldest"
+	@echo "make docs              the documentation site in build/site; warnings and dead links are errors"
 	@echo "make check             lint, format, types, docstrings, spelling"
 	@echo "make ci                check, wheel, then all tests that are not slow and need no GPU"
 	@echo "make wheel             build the wheel and try it outside the repository"
@@ -77,6 +78,10 @@ check: $(STAMP)
 	@$(BIN)/flake8 peft_vlm
 	@$(BIN)/typos
 
+docs: $(STAMP)
+	@echo "Building the documentation site: half a minute"
+	@$(BIN)/python docs/site/build.py
+
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -89,7 +94,7 @@ wheel: $(STAMP)
 	@$(BIN)/python -m tests.wheel_check
 
 # One pytest run for the fast, distributed and fault tests, and last, so that its summary closes the output.
-ci: check wheel
+ci: check docs wheel
 	@$(PYTEST) $(PARALLEL) $(ARGS)
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import peft_vlm  # noqa: F401 - registers the methods
+from peft_vlm.cli.console import add_console_flags, calm, start_console
 from peft_vlm.evaluation.plots import new_figure, save_figure
 from peft_vlm.experiments.cells import finished_cell, run_cell
 from peft_vlm.experiments.report import COSTS, show_results
 from peft_vlm.files import write_json
 from peft_vlm.registry import METHODS
-from peft_vlm.serving.console import add_console_flags, calm, start_console
 from peft_vlm.settings import RunSettings
 from peft_vlm.training.arguments import VLMTrainingArguments
 

@@ -18,10 +18,10 @@ from typing import Any
 from peft import get_peft_model
 
 import peft_vlm
+from peft_vlm.cli.console import add_console_flags, start_console
 from peft_vlm.experiments.compare import Experiment, TrainerLearner, ZeroShot, load_task
 from peft_vlm.experiments.report import show_results
 from peft_vlm.methods.coop import preset_for
-from peft_vlm.serving.console import add_console_flags, start_console
 
 ASSETS = Path(__file__).parent / "assets"
 

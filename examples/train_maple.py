@@ -18,11 +18,11 @@ from peft import PeftModel, get_peft_model
 from transformers import CLIPModel
 
 import peft_vlm
+from peft_vlm.cli.console import add_console_flags, start_console
 from peft_vlm.experiments.compare import Experiment, TrainerLearner, ZeroShot, load_task
 from peft_vlm.experiments.report import show_results
 from peft_vlm.files import last_part
 from peft_vlm.methods.maple import fold, preset_for
-from peft_vlm.serving.console import add_console_flags, start_console
 
 ASSETS = Path(__file__).parent / "assets"
 

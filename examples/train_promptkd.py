@@ -17,10 +17,10 @@ from peft import get_peft_model
 from transformers import CLIPModel
 
 from peft_vlm import PromptKDConfig, PromptKDObjective, PromptSRCConfig, PromptSRCObjective
+from peft_vlm.cli.console import add_console_flags, start_console
 from peft_vlm.experiments.compare import Experiment, Task, TrainerLearner, ZeroShot, load_task
 from peft_vlm.experiments.report import show_results
 from peft_vlm.methods import promptkd, promptsrc
-from peft_vlm.serving.console import add_console_flags, start_console
 
 ASSETS = Path(__file__).parent / "assets"
 # Ours, for the bundled 48 px CLIPs (6 and 9 vision layers); the official presets are for ViT-B/16 and ViT-L/14.

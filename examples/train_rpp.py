@@ -20,6 +20,7 @@ from torch import nn
 from transformers import CLIPModel, PrinterCallback, set_seed
 
 from peft_vlm import RPPConfig, RPPObjective, VLMTrainer, VLMTrainingArguments
+from peft_vlm.cli.console import add_console_flags, start_console
 from peft_vlm.data import ImageClassificationDataset, load_image_dataset, load_image_stream, read_class_list
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.data.transforms import ImageTransform
@@ -28,7 +29,6 @@ from peft_vlm.evaluation import evaluate_classifier
 from peft_vlm.experiments.compare import Experiment, Task, TrainerLearner, ZeroShot
 from peft_vlm.files import write_json
 from peft_vlm.methods.rpp import PRESETS
-from peft_vlm.serving.console import add_console_flags, start_console
 
 ASSETS = Path(__file__).parent / "assets"
 TEMPLATE = "a photo of a {}."

@@ -18,6 +18,7 @@ from typing import Any
 from peft import get_peft_model
 
 import peft_vlm
+from peft_vlm.cli.console import add_console_flags, start_console
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.experiments.compare import (
     Experiment,
@@ -31,7 +32,6 @@ from peft_vlm.experiments.compare import (
 )
 from peft_vlm.experiments.report import show_results
 from peft_vlm.methods.skip_tuning.presets import preset_for
-from peft_vlm.serving.console import add_console_flags, start_console
 
 ASSETS = Path(__file__).parent / "assets"
 

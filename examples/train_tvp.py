@@ -24,13 +24,13 @@ from peft import get_peft_model
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig
 
 from peft_vlm import TVPConfig, TVPObjective
+from peft_vlm.cli.console import add_console_flags, start_console
 from peft_vlm.data import ImageQuestionDataset, RandomCrop, few_shot, load_image_dataset
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.distributed import is_main_process
 from peft_vlm.evaluation.mllm import likelihood_accuracy
 from peft_vlm.experiments.transfer import ImageTextModel, TransferExperiment, Variant, write_transfer_results
 from peft_vlm.methods.tvp import ClipGuide, Source
-from peft_vlm.serving.console import add_console_flags, start_console
 from peft_vlm.text.prompts import tokenize_for_model
 from tvp_domains import DOMAINS, load_domain
 

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
+from peft_vlm.cli.console import add_console_flags
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.files import read_text
-from peft_vlm.serving.console import add_console_flags
 from peft_vlm.serving.escape import printable, printable_json
 from peft_vlm.settings import RETIRED_SETTINGS
 

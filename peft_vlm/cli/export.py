@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vlm.cli.command import add_command, print_json, print_line
-from peft_vlm.serving.console import calm
+from peft_vlm.cli.console import calm
 
 #: Of `peft_vlm.export.FORMATS`.
 FORMATS = ("onnx", "pt2", "safetensors")

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from peft_vlm.cli.command import add_command, print_json, print_line, read_settings
-from peft_vlm.serving.console import calm
+from peft_vlm.cli.console import calm
 from peft_vlm.settings import TemplateSettings
 
 EXAMPLES = """

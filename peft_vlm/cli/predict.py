@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_vlm.cli.command import add_command, print_json, print_line
+from peft_vlm.cli.console import calm
 from peft_vlm.errors import DataError, PeftVLMError
-from peft_vlm.serving.console import calm
 from peft_vlm.serving.images import find_images, is_image_file, walk
 
 #: Files to their labels with probabilities, best first.

@@ -18,9 +18,9 @@ from typing import Any
 
 from peft_vlm.cli import convert, evaluate, export, info, optimize_template, predict, publish, reproduce, train
 from peft_vlm.cli.command import file_as_flags, part_flags
+from peft_vlm.cli.console import console
 from peft_vlm.errors import PeftVLMError, PeftVLMWarning
 from peft_vlm.files import installed_version
-from peft_vlm.serving.console import console
 from peft_vlm.serving.escape import one_line, printable
 
 #: In the order of the help text.

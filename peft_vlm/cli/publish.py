@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_vlm.cli.command import add_command, print_json, print_line
+from peft_vlm.cli.console import calm
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.files import CONFIG_NAME
-from peft_vlm.serving.console import calm
 from peft_vlm.settings import PROTOCOLS, EvaluationArguments
 
 EXAMPLES = """

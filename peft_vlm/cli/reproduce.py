@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from peft_vlm.cli.command import add_command, print_json, print_line, read_settings
+from peft_vlm.cli.console import calm
 from peft_vlm.cli.train import arguments_maker, check_training_flags
 from peft_vlm.errors import DataError, PeftVLMError
-from peft_vlm.serving.console import calm
 from peft_vlm.settings import ReproductionSettings
 
 EXAMPLES = """

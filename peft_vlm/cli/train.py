@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_vlm.cli.command import add_command, as_flags, print_json, print_line, read_settings
+from peft_vlm.cli.console import calm
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.serving.console import calm
 from peft_vlm.settings import RunSettings
 
 #: What other programs call a flag, beside spellings that are close to one.

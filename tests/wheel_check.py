@@ -103,9 +103,9 @@ def main() -> None:
         assert result.returncode == 0, f"the README's example failed:\n{result.stdout}\n{result.stderr}"
         location = result.stdout.strip().splitlines()[-1]
         assert location.startswith(str((folder / "venv").resolve())), f"the example imported {location}"
-        subprocess.run(
-            [python.parent / "peft-vlm", "--help"], check=True, cwd=folder / "run", stdout=subprocess.DEVNULL
-        )
+        for words in (["--help"], ["reproduce", "coop", "--plan"]):  # recipes are files of the package
+            command = [python.parent / "peft-vlm", *words]
+            subprocess.run(command, check=True, cwd=folder / "run", stdout=subprocess.DEVNULL)
         print(f"{wheel.name}: contents, dependencies, README example and command line work outside the repository")
 
 

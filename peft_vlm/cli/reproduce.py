@@ -62,6 +62,9 @@ def run(arguments: argparse.Namespace) -> None:
     settings = read_settings(arguments, ReproductionSettings)
     settings.check()
     check_training_flags(arguments.more)
+    changes = _changes(arguments.more)
+    if "seed" in changes:
+        raise DataError("Expected `seeds`, the seeds of the runs, got `seed`. Pass them there.")
     from peft_vlm.distributed import from_main
     from peft_vlm.experiments.recipes import grid_of
     from peft_vlm.experiments.reproduce import Place, plan_of, plan_table, reproduce
@@ -76,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
             "`select_on_test_as_official`."
         )
     folder = Path(settings.output_dir or "outputs")
-    changes = {name: chosen[name] for name in ("model", "teacher") if chosen[name]} | _changes(arguments.more)
+    changes = {name: chosen[name] for name in ("model", "teacher") if chosen[name]} | changes
     place = Place(folder, settings.data_root, settings.stand_in, changes, settings.select_on_test_as_official)
     make = arguments_maker(
         arguments.more,

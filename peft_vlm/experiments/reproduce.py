@@ -103,6 +103,11 @@ class Place:
         return name if is_local(name) else str(self._copy(name) or name)
 
     def _root(self) -> str | None:
+        if self.data_root is None and self.stand_in and not ASSETS.is_dir():
+            raise DataError(
+                f"Expected the bundled models and data in {str(ASSETS)!r}, which an installed package does not bring. "
+                "Clone the repository, and pass its examples/assets as `data_root`."
+            )
         return self.data_root or (str(ASSETS) if self.stand_in else None)
 
     def _copy(self, name: str) -> Path | None:

@@ -16,12 +16,16 @@ import pytest
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
 
 from peft_vlm.cli import main
+from peft_vlm.data import BENCHMARKS, SKIP_TUNING_TEMPLATES
 from peft_vlm.errors import PeftVLMWarning
 from peft_vlm.evaluation.metrics import harmonic_mean
 from peft_vlm.experiments.cells import finished_cell
 from peft_vlm.experiments.comparison import Line
 from peft_vlm.experiments.recipes import AVERAGE, ELEVEN, Grid, grid_of, read_recipe, recipe_names
 from peft_vlm.files import locked_folder
+from peft_vlm.methods.promptkd.presets import LOW_WEIGHT_DATASETS
+from peft_vlm.methods.promptsrc.presets import LATE_MEAN
+from peft_vlm.methods.skip_tuning.presets import QUARTER_EPOCHS
 from peft_vlm.registry import METHODS
 from peft_vlm.settings import TABLES
 from tests.benchmark_trees import put_image, write_trees
@@ -94,6 +98,8 @@ def test_what_the_paper_does_not_report_is_refused_by_name(capsys: pytest.Captur
     assert "has no teacher" in capsys.readouterr().err
     assert main(["reproduce", "coop", "--select-on-test-as-official", "--plan"]) == 2
     assert "does not select on test images" in capsys.readouterr().err
+    assert main(["reproduce", "coop", "--seed", "1", "--plan"]) == 2
+    assert "Expected `--seeds`" in capsys.readouterr().err
     assert main(["reproduce", "coop"]) == 2
     assert "output_dir" in capsys.readouterr().err
 
@@ -130,6 +136,29 @@ def test_recipes_name_what_is_there() -> None:
         for standard in ("base_to_new", "few_shot"):
             if grid.protocol == standard and not grid.averages.get(AVERAGE):
                 assert len(grid.rows) % len(ELEVEN) == 0, method.name
+
+
+def test_recipes_agree_with_the_official_lists() -> None:
+    """Epochs, weights, templates stand in the methods' code as well; a table trained with others is another."""
+
+    def settings(method: str, protocol: str, name: str, part: str) -> dict[str, Any]:
+        """What a recipe adds to the preset of a data set."""
+        return {cell.row: getattr(cell, part) for cell in grid_of(method, protocol).cells}[name]
+
+    for name in ELEVEN:
+        quarter = {"num_train_epochs": 5} if name in QUARTER_EPOCHS else {}
+        assert settings("skip_tuning", "base_to_new", name, "training") == quarter, name
+        skip = SKIP_TUNING_TEMPLATES.get(name, BENCHMARKS[name].template)
+        assert settings("skip_tuning", "base_to_new", name, "settings")["template"] == skip
+        weight = ["weight=200"] if name in LOW_WEIGHT_DATASETS else None
+        assert settings("promptkd", "base_to_new", name, "settings").get("objective") == weight
+        late = "few_shot_late" if name in LATE_MEAN else "few_shot"
+        assert settings("promptsrc", "few_shot", f"{name}, 16 shots", "settings")["preset"] == late
+        anchors = settings("kgcoop", "base_to_new", name, "settings").get("anchors", ["a photo of a {}."])
+        assert anchors == [BENCHMARKS[name].template]
+        assert settings("atprompt", "base_to_new", name, "settings")["preset"] == name
+    for name, target in grid_of("skip_tuning", "domain_shift").cells[0].targets.items():
+        assert target.get("template", "a photo of a {}.") == SKIP_TUNING_TEMPLATES.get(name, BENCHMARKS[name].template)
 
 
 @pytest.mark.parametrize(

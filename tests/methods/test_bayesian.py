@@ -172,8 +172,17 @@ def test_class_features_of_all_samples_are_computed_once():
 
 def test_class_features_of_a_conditional_adapter_are_refused():
     model = adapted(conditional=True)
-    with pytest.raises(AdapterError, match="may also depend on the image"):
+    with pytest.raises(AdapterError, match=r"may also depend on the image.*an export is not possible\."):
         encode_classes(model, class_prompts())
+
+
+def test_weights_of_the_other_kind_are_refused_by_the_header(tmp_path):
+    """A configuration and weights that do not belong together are found before a model is built."""
+    adapted(conditional=True).save_pretrained(tmp_path / "image")
+    adapted().save_pretrained(tmp_path / "vectors")
+    (tmp_path / "image" / "adapter_model.safetensors").replace(tmp_path / "vectors" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="by the configuration, got 'no tensor'"):
+        PeftModel.from_pretrained(tiny_clip(), tmp_path / "vectors")
 
 
 @both

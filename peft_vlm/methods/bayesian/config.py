@@ -58,5 +58,6 @@ class BayesianConfig(TextContextConfig):
         layer = r".*\btext_model\..*bayesian_"
         shapes: dict[str, Shape] = {f"{layer}prompt": (self.num_text_tokens, None)}
         if self.conditional:
-            return shapes | {rf"{layer}\w+_network\.weight[123]": (None, None)}
+            network = rf"{layer}\w+_network\."
+            return shapes | {f"{network}weight[123]": (None, None), f"{network}bias[123]": (None,)}
         return shapes | {f"{layer}(mean|log_variance)": (None,)}

@@ -72,7 +72,7 @@ class SampledContext(ShiftedContext):
     without_shift = (
         "Class prompts of a Bayesian adapter are several sets, whose drawn contexts may also depend on the image, so "
         "there is no one text feature per prompt. Classify with `PromptedClassifier`, or `conditioned_logits(model, "
-        "prompts, image_features)` of `peft_vlm.text`."
+        "prompts, image_features)` of `peft_vlm.text`; an export is not possible."
     )
 
     def __init__(self, base_layer: nn.Module, *, prefix: str, dim: int) -> None:

@@ -225,8 +225,8 @@ def test_pefts_own_call_refuses_it_as_well(by_peft, name):
     assert not by_peft[name]
 
 
-#: Integer settings that no attack can make large: identifiers, which the base model replaces or bounds.
-IDENTIFIERS = {"placeholder_id", "format_version", "num_class_names"}
+#: Integer settings that no attack can make large: identifiers, which the base model replaces or bounds, and a seed.
+IDENTIFIERS = {"placeholder_id", "format_version", "num_class_names", "noise_seed"}
 
 
 def sizes_of(adapter: str) -> list[str]:

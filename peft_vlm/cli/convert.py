@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 #: Kinds of official checkpoints, as `peft_vlm.conversion.formats` has them.
 KINDS = (
+    "ATPrompt",
     "Bayesian prompts",
     "CLIP-LoRA",
     "CoCoOp",

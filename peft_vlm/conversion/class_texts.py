@@ -54,7 +54,7 @@ def training_class_names(
             why = "no tokenizer beside the base model" if suffix in file.tensors else f"no {suffix!r} in the file"
             file.note(f"No class names: {why}. Name them when predicting, or convert again with class names.")
         return None if class_names is None else list(class_names)
-    rows = _texts(_token_ids(file, suffix, base), towers_of(base).end_token_id, words_before, file)
+    rows = _texts(token_ids(file, suffix, base), towers_of(base).end_token_id, words_before, file)
     if class_names is None:
         return _decoded(rows, tokenizer, file)
     given = [_tokens(name, tokenizer) for name in class_names]
@@ -114,8 +114,8 @@ def official_template(words: str | None) -> str:
     return f"{words} {{}}." if words else "{}."
 
 
-def _token_ids(file: OfficialFile, name: str, base: CLIPModel) -> Int[Tensor, "classes tokens"]:
-    """Token ids of stored embeddings.
+def token_ids(file: OfficialFile, name: str, base: CLIPModel) -> Int[Tensor, "classes tokens"]:
+    """Token ids whose embeddings a file stores.
 
     Args:
         file: File with them.

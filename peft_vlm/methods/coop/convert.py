@@ -4,18 +4,26 @@ KgCoOp pulls the class features towards those of a fixed template, POMP samples 
 encodes the context by a network, which the conversion collapses.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from peft_vlm.adapters.learned_tokens import NETWORKS
 from peft_vlm.conversion.base_model import load_base, official_pixels, write_adapter
-from peft_vlm.conversion.class_texts import check_context_words, official_template, training_class_names
+from peft_vlm.conversion.class_texts import (
+    check_context_words,
+    official_template,
+    token_ids,
+    training_class_names,
+    word_ids,
+)
 from peft_vlm.conversion.export import adapter_tensors, base_tensors, prompt_buffers, save_official
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
@@ -119,6 +127,65 @@ def _convert_pre(
     return convert_checkpoint(source, folder, class_position=class_position, **settings)
 
 
+def _convert_atprompt(
+    source: str | Path | OfficialFile,
+    folder: str | Path,
+    *,
+    base_model: str | Path,
+    class_names: Sequence[str] | None = None,
+) -> ConversionReport:
+    """Write a CoOp adapter with attribute words from a file of ATPrompt's CoOp; the words are read off it.
+
+    Args:
+        source: The official file.
+        folder: New folder.
+        base_model: Folder or id of the CLIP of the training.
+        class_names: As for CoOp.
+
+    Raises:
+        AdapterError: If the file does not hold the words.
+    """
+    file = OfficialFile.open(source)
+    prefix = "prompt_learner." if "prompt_learner.ctx" in file.tensors else ""
+    base = load_base(base_model)
+    tokenizer = tokenizer_of(base)
+    middles = sorted(file.names(rf"{re.escape(prefix)}token_middle\d"))
+    if not middles:
+        raise AdapterError(
+            f"Expected the attribute words as 'token_middle1', ... in {str(file.path)!r}, got none. Get the file as "
+            "ATPrompt has saved it."
+        )
+    words = [token_ids(file, name, base)[0].tolist() for name in middles]
+    vectors = [file.take(f"{prefix}ctx_att{number}") for number in range(1, 1 + len(middles))]
+    file.set_aside(rf"{re.escape(prefix)}token_middle\d", "embeddings of the attribute words, from the base model")
+    context = _context(file, f"{prefix}ctx")
+    file.set_aside(rf"{re.escape(prefix)}ctx_att[{1 + len(middles)}-9]", f"the prompts have {len(middles)} attributes")
+    fillers = _fillers(file, f"{prefix}token_suffix", base, tokenizer)
+    if fillers:
+        file.note(f"An attribute has several tokens: {len(fillers)} fillers stand before class names, as in training.")
+    settings = {"base": base, "tokenizer": tokenizer, "class_names": class_names, "words_before": fillers}
+    config = CoOpConfig(
+        num_text_tokens=len(context),
+        attributes=None if tokenizer is None else [tokenizer.decode(word).strip() for word in words],
+        attribute_ids=words,
+        num_attribute_tokens=[len(rows) for rows in vectors],
+        class_names=training_class_names(file, f"{prefix}token", **settings),
+        template=f"{'X ' * len(fillers)}{{}}.",
+        **official_pixels(base),
+    )
+    tensors = {CONTEXT: torch.cat([*vectors, context])}
+    return write_adapter(get_peft_model(base, config), tensors, folder, file=file, kind="ATPrompt")
+
+
+def _fillers(file: OfficialFile, suffix: str, base: CLIPModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Fillers ("X") before all class names, one for each token of a word that ATPrompt's code has lost."""
+    if tokenizer is None or suffix not in file.tensors:
+        return []
+    filler, ids = word_ids("X", tokenizer) or [], token_ids(file, suffix, base)
+    columns = takewhile(lambda column: bool((ids[:, column] == filler[0]).all()), range(ids.shape[1]))
+    return filler * len(list(columns))
+
+
 @torch.no_grad()
 def _encoded(file: OfficialFile, context: Tensor, prefix: str) -> Tensor:
     """The context E(v) + v of PRE."""
@@ -213,7 +280,15 @@ def _is_pre(tensors: Mapping[str, Tensor]) -> bool:
     return "ctx" in names and any(name.startswith("encoder_network.") for name in names)
 
 
+def _is_atprompt(tensors: Mapping[str, Tensor]) -> bool:
+    """Recognise a file of ATPrompt's CoOp: a context, vectors of attributes, and no network or projections."""
+    names = {name.removeprefix("prompt_learner.") for name in tensors}
+    known = ("ctx", "token_")
+    return {"ctx", "ctx_att1"} <= names and all(name.startswith(known) for name in names)
+
+
 OFFICIAL_FORMATS = (
+    OfficialFormat("ATPrompt", _is_atprompt, _convert_atprompt),
     OfficialFormat("CoOp", _is_coop, convert_checkpoint),
     OfficialFormat("KgCoOp", _is_kgcoop, _convert_kgcoop),
     OfficialFormat("POMP", _is_pomp, convert_checkpoint),

@@ -265,6 +265,7 @@ class TemplateSettings:
     seed: int = field(default=1, metadata={"help": "Seed of the shots and of the proposals."})
     split: str = field(default="train", metadata={"help": "Part of the dataset that scores."})
     test_split: str = field(default="test", metadata={"help": "Part that is classified at the end."})
+    device: str | None = field(default=None, metadata={"help": "Device; none: a GPU if there is one."})
 
     def check(self) -> None:
         """Refuse what no search can be made from.
@@ -279,4 +280,6 @@ class TemplateSettings:
 
     def facts(self) -> dict[str, Any]:
         """What identifies a search."""
-        return {name: value for name, value in asdict(self).items() if name not in ("output_dir", "test_split")}
+        return {
+            name: value for name, value in asdict(self).items() if name not in ("output_dir", "test_split", "device")
+        }

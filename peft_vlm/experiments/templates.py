@@ -23,7 +23,7 @@ from peft_vlm.errors import ClassNameError, PeftVLMError, shown
 from peft_vlm.evaluation.run import check_path, load_model
 from peft_vlm.files import read_json, write_json
 from peft_vlm.models.repository import hub_options
-from peft_vlm.models.towers import towers_of
+from peft_vlm.models.towers import device_of, towers_of
 from peft_vlm.settings import TemplateSettings
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import fill, tokenize_for_model
@@ -58,11 +58,12 @@ def question(tried: Sequence[dict[str, Any]], about: str) -> str:
     return "\n".join(lines)
 
 
-def proposer(name: str) -> Propose:
+def proposer(name: str, device: torch.device | str = "cpu") -> Propose:
     """A function that asks a causal language model: `(question, number, seed)` gives as many answers.
 
     Args:
         name: Folder or id of the model; its chat template is used where it has one.
+        device: Where it runs.
 
     Raises:
         PeftVLMError: If there is no such model.
@@ -70,7 +71,7 @@ def proposer(name: str) -> Propose:
     check_path(name, what="language model", advice="Pass the folder of a causal language model as `proposer`.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub_options(name))
-        model = AutoModelForCausalLM.from_pretrained(name, **hub_options(name)).eval()
+        model = AutoModelForCausalLM.from_pretrained(name, **hub_options(name)).eval().to(device)
     except (OSError, ValueError) as error:
         raise PeftVLMError(f"The language model {name!r} could not be loaded: {error}") from error
 
@@ -82,6 +83,7 @@ def proposer(name: str) -> Propose:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)["input_ids"]
         longest = getattr(model.config, "max_position_embeddings", None)
         ids = ids if longest is None else ids[:, -(longest - NUM_TOKENS) :]  # the end holds the best, and the task
+        ids = ids.to(device)
         torch.manual_seed(seed)
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "max_new_tokens": NUM_TOKENS}
         padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -196,7 +198,7 @@ def optimize_template(settings: TemplateSettings) -> dict[str, Any]:
         `template`, `accuracy` on the shots, `test_accuracy` and `test_accuracy_before`.
     """
     settings.check()
-    loaded = load_model(base_model=settings.model, device="cpu")
+    loaded = load_model(base_model=settings.model, device=settings.device)
     transform, tools = EvalTransform(loaded.image_processor), (loaded.model, loaded.tokenizer)
     pool = load_image_dataset(settings.dataset, split=settings.split, transform=transform)
     test = load_image_dataset(settings.dataset, split=settings.test_split, transform=transform)
@@ -204,7 +206,8 @@ def optimize_template(settings: TemplateSettings) -> dict[str, Any]:
     check_not_trained_on(test, image_sample(shots), num_train=len(shots))
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    history = search(_Scorer(*tools, shots), proposer(settings.proposer), settings.facts(), folder / HISTORY_NAME)
+    ask = proposer(settings.proposer, device_of(loaded.model))
+    history = search(_Scorer(*tools, shots), ask, settings.facts(), folder / HISTORY_NAME)
     best, on_test = history["best"], _Scorer(*tools, test)
     scores = [on_test(template)["accuracy"] for template in (best["template"], settings.template)]
     result = {"template": best["template"], "accuracy": best["accuracy"]}

@@ -1,6 +1,7 @@
 """Templates that a language model proposes: the same for the same seed, continued where stopped, never lost."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import CLIPProcessor, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from peft_vlm.cli import main
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.experiments.templates import as_template, question, search
+from peft_vlm.experiments.templates import as_template, proposer, question, search
 from tests.tiny import clip_processor, colour_names, colour_rows, tiny_clip, tiny_tokenizer
 
 WORDS = ["a", "photo", "of", "the", "drawing", "colour", "<CLASS>", "in", "small", "?", "bright", "[UNK]", "[PAD]"]
@@ -63,6 +64,19 @@ def test_a_search_is_the_same_again_and_continues_where_it_stopped(folders, tmp_
     assert main(command(folders, tmp_path / "whole", seed=2)) == 2
     assert "no search of other settings" in capsys.readouterr().err
     assert json.loads((tmp_path / "whole" / "history.json").read_text()) == whole
+
+
+def test_a_model_with_a_chat_template_is_asked_by_it(folders, tmp_path):
+    """A chat model that gets a bare text continues it instead of answering."""
+    shutil.copytree(folders / "lm", tmp_path / "chat")
+    plain = proposer(str(folders / "lm"))("the small photo", 2, 1)
+    file = tmp_path / "chat" / "chat_template.jinja"
+    file.write_text("{% for message in messages %}{{ message.content }} bright{% endfor %}")
+    assert proposer(str(tmp_path / "chat"))("the small photo", 2, 1) == proposer(str(folders / "lm"))(
+        "the small photo bright", 2, 1
+    )
+    assert proposer(str(folders / "lm"))("the small photo", 2, 1) == plain
+    assert len(plain) == 2
 
 
 @pytest.mark.parametrize(

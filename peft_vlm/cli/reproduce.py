@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"\n{table}\nWritten to {folder}/: table.md, table.json, table.png, and a folder per run with its adapter.")
     if failed:
         raise PeftVLMError(
-            f"{len(failed)} of {len(grid.cells)} runs failed: {', '.join(failed)}. Their errors stand in "
+            f"{len(failed)} failed, all others are done: {', '.join(failed)}. Their errors stand in "
             f"{str(folder / 'table.md')!r}. The same command runs them again."
         )
 

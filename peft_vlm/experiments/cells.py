@@ -37,7 +37,7 @@ def finished_cell(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | N
         cell = read_json(path)
     except AdapterError:
         cell = None
-    if not is_of(cell, dict[str, Any]) or not is_of(cell.get("scores"), dict[str, float]) or "settings" not in cell:
+    if not isinstance(cell, dict) or not is_of(cell.get("scores"), dict[str, float]) or "settings" not in cell:
         warnings.warn(f"{str(path)!r} is damaged: the cell is run again.", PeftVLMWarning, stacklevel=2)
         return None
     before = cell["settings"] if isinstance(cell["settings"], dict) else {}

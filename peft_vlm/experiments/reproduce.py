@@ -9,7 +9,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ from peft_vlm.evaluation.mllm import evaluate_prompt
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.evaluation.run import load_model
 from peft_vlm.evaluation.transfer import TransferReport
-from peft_vlm.experiments.cells import finished_cell, run_cell
+from peft_vlm.experiments.cells import CELL_NAME, finished_cell, run_cell
 from peft_vlm.experiments.comparison import STAND_IN_NOTE, TABLE_NAME, lines_of, write_table
 from peft_vlm.experiments.recipes import ASSETS, TEACHER, Cell, Grid
 from peft_vlm.experiments.run import images_of, preset_of
 from peft_vlm.experiments.transfer import ImageTextModel
-from peft_vlm.files import REPORT_NAME, TRANSFER_NAME, last_part, read_json
+from peft_vlm.files import REPORT_NAME, TRANSFER_NAME, last_part, read_json, write_json
 from peft_vlm.hub.card import write_card
 from peft_vlm.models.repository import is_local
 from peft_vlm.registry import RunSize
@@ -170,8 +171,7 @@ def plan_table(grid: Grid, plans: Sequence[Plan]) -> str:
     lines = [f"{grid.method}, {grid.protocol}: {len(grid.cells)} runs", ""]
     lines += [f"{'trained on':32}{'runs':>6}{'images each':>13}{'steps each':>12}{'test images':>13}"]
     lines += [f"{p.row:32}{p.runs:6}{p.images:13,}{p.steps:12,}{p.tests:13,}" for p in plans]
-    images, steps = (sum(p.runs * count for p, count in zip(plans, counts, strict=True)) for counts in (
-        [p.images for p in plans], [p.steps for p in plans]))  # fmt: skip
+    images, steps = sum(p.runs * p.images for p in plans), sum(p.runs * p.steps for p in plans)
     return "\n".join([*lines, f"{'in all':32}{len(grid.cells):6}{images:13,}{steps:12,}"])
 
 
@@ -259,11 +259,12 @@ def reproduce(
     _check_folder(grid, place)
     found = {cell.name: finished_cell(place.output_dir / cell.name, _wanted(cell, place)) for cell in grid.cells}
     done = {name: result for name, result in found.items() if result is not None}
+    complete = {cell.name for cell in grid.cells if cell.name in done and _is_complete(cell, done[cell.name])}
     clock = _Clock({cell.name: steps[cell.row] for cell in grid.cells if cell.name not in done}, say=say)
     failed: dict[str, str] = {}
     table = _write(grid, place, done, failed)
     for number, cell in enumerate(grid.cells, start=1):
-        if cell.name in done:
+        if cell.name in complete:
             continue
         say(f"{number}/{len(grid.cells)} {cell.name}")
         if cell.teacher in failed:
@@ -271,7 +272,7 @@ def reproduce(
             continue
         clock.start(cell.name)
         try:
-            result = _run(cell, grid, place, arguments, clock)
+            result = _run(cell, grid, place, arguments, clock, failed=failed, trained=done.get(cell.name))
         except Exception as error:  # named here, in the table and at the end; the other cells go on
             if _is_full(error):
                 raise PeftVLMError(f"{cell.name}: {error} Free some room; the same command continues.") from error
@@ -286,6 +287,12 @@ def reproduce(
                 say(f"  {scores}{clock.left()}")
         table = _write(grid, place, done, failed)
     return table, failed
+
+
+def _is_complete(cell: Cell, result: Mapping[str, Any]) -> bool:
+    """Whether all targets of a trained cell are measured."""
+    measured = {name.rpartition("/")[0] or name for name in result["scores"]}
+    return set(cell.targets) <= measured
 
 
 def _is_full(error: Exception) -> bool:
@@ -315,14 +322,22 @@ def _wanted(cell: Cell, place: Place) -> dict[str, Any]:
     return settings | {
         "seed": cell.seed,
         "training": cell.training,
-        "targets": cell.targets,
         "changes": dict(place.changes),
         "select_on_test": place.select_on_test,
     }
 
 
-def _run(cell: Cell, grid: Grid, place: Place, arguments: MakeArguments, clock: "_Clock") -> dict[str, Any] | None:
-    """Train and measure one cell."""
+def _run(
+    cell: Cell,
+    grid: Grid,
+    place: Place,
+    arguments: MakeArguments,
+    clock: "_Clock",
+    *,
+    failed: dict[str, str],
+    trained: dict[str, Any] | None,
+) -> dict[str, Any] | None:
+    """Train and measure one cell; measure only where it is trained. Targets that fail are named in `failed`."""
     folder, settings = place.output_dir / cell.name, settings_of(cell, place)
     last = [f"--seed={cell.seed}", f"--output_dir={folder}"]
     if any(folder.glob("checkpoint-*")):  # of a run that was stopped
@@ -335,8 +350,14 @@ def _run(cell: Cell, grid: Grid, place: Place, arguments: MakeArguments, clock: 
 
     def measure() -> dict[str, float]:
         function = _measure_models if grid.protocol == "mllm_transfer" else _measure_targets
-        return function(cell, settings, grid, place, training({}))
+        return function(cell, settings, grid, place, training({}), failed)
 
+    if trained is not None:
+        if not is_main_process():
+            return None
+        result = trained | {"scores": measure()}
+        write_json(folder / CELL_NAME, result)
+        return result
     several = measure if cell.targets else None
     return run_cell(settings, training, folder, wanted=_wanted(cell, place), measure=several, callbacks=[clock])
 
@@ -356,26 +377,31 @@ def _divided(training: dict[str, Any], place: Place) -> dict[str, Any]:
 
 
 def _measure_targets(
-    cell: Cell, settings: RunSettings, grid: Grid, place: Place, args: VLMTrainingArguments
+    cell: Cell,
+    settings: RunSettings,
+    grid: Grid,
+    place: Place,
+    args: VLMTrainingArguments,
+    failed: dict[str, str],
 ) -> dict[str, float]:
     """Accuracy on the source and on every target, each with its own class names and template."""
     folder = place.output_dir / cell.name
     loaded = load_model(folder, base_model=settings.model, device=str(args.device))
-    rows = {cell.settings["dataset"]: cell.settings, **cell.targets}
+    rows = {cell.row: cell.settings, **cell.targets}
     transform, datasets = EvalTransform(loaded.image_processor), {}
     for name, row in rows.items():
         one = replace(settings, **place.data(row["dataset"]))
-        datasets[name] = images_of(one, row.get("test_split", "test"), transform)
-    templates = {name: row["template"] for name, row in rows.items() if "template" in row}
+        with _named(f"{cell.name} on {name}", failed):
+            datasets[name] = images_of(one, row.get("test_split", "test"), transform)
+    templates = {name: rows[name]["template"] for name in datasets if "template" in rows[name]}
     classifier = TextClassifier(loaded.model, loaded.tokenizer, template=loaded.template or settings.template)
-    source = cell.settings["dataset"]
     measured = protocols.domain_shift if grid.protocol == "domain_shift" else protocols.cross_dataset
-    result = measured(classifier, datasets, source=source, templates=templates, progress=not args.disable_tqdm)
+    result = measured(classifier, datasets, source=cell.row, templates=templates, progress=not args.disable_tqdm)
     report = EvalReport.from_result(
         result,
         model=settings.model,
         adapter=str(folder),
-        dataset=", ".join(rows),
+        dataset=", ".join(datasets),
         template=tuple(dict.fromkeys(templates.values())) or (settings.template,),
         shots=settings.shots or None,
         seed=cell.seed,
@@ -385,8 +411,22 @@ def _measure_targets(
     return result.scores
 
 
+@contextmanager
+def _named(what: str, failed: dict[str, str]) -> Iterator[None]:
+    """Within this, what cannot be read is named, and the rest is measured; the next start tries it again."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failed[what] = one_line(f"{type(error).__name__}: {error}")
+
+
 def _measure_models(
-    cell: Cell, settings: RunSettings, grid: Grid, place: Place, args: VLMTrainingArguments
+    cell: Cell,
+    settings: RunSettings,
+    grid: Grid,
+    place: Place,
+    args: VLMTrainingArguments,
+    failed: dict[str, str],
 ) -> dict[str, float]:
     """The prompt on the model it was trained on and on all others."""
     folder, effects = place.output_dir / cell.name, {}
@@ -396,10 +436,11 @@ def _measure_models(
         images = images.select(sorted(order[:STAND_IN_IMAGES].tolist()))
     models = {cell.row: cell.settings["model"], **{name: one["model"] for name, one in cell.targets.items()}}
     for name, model_name in models.items():
-        member = ImageTextModel.load(place.model(model_name))
-        questions = ImageQuestionDataset.from_images(images, question=settings.question)
-        model = PeftModel.from_pretrained(member.model.to(args.device), folder).eval()
-        effects[name] = evaluate_prompt(model, questions.with_collator(member.collator))
+        with _named(f"{cell.name} on {name}", failed):
+            member = ImageTextModel.load(place.model(model_name))
+            questions = ImageQuestionDataset.from_images(images, question=settings.question)
+            model = PeftModel.from_pretrained(member.model.to(args.device), folder).eval()
+            effects[name] = evaluate_prompt(model, questions.with_collator(member.collator))
     report = TransferReport(f"{settings.dataset}, {len(images)} test images", (cell.row,), effects, seed=cell.seed)
     report.save(folder / TRANSFER_NAME)
     write_card(folder, license=args.hub_license)
@@ -415,7 +456,7 @@ def _scores(cell: Cell, grid: Grid, scores: Mapping[str, float]) -> dict[str, di
             rows.setdefault(row, {})[column] = score
         return rows
     if cell.targets:
-        return {row: {"accuracy": scores[row]} for row in (cell.settings["dataset"], *cell.targets)}
+        return {row: {"accuracy": scores[row]} for row in (cell.row, *cell.targets) if row in scores}
     return {cell.row: {column: scores[column] for column in grid.columns if column in scores}}
 
 

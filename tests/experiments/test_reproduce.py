@@ -354,7 +354,7 @@ def test_a_benchmark_that_is_missing_is_named_and_the_others_run(
     finally:
         (root / "elsewhere").rename(root / "DATA/dtd")
     error = capsys.readouterr().err
-    assert "1 of 2 runs failed: dtd/seed1" in error
+    assert "1 failed, all others are done: dtd/seed1" in error
     table = table_of(tmp_path)
     assert "The benchmark 'dtd' lacks" in table["failed"]["dtd/seed1"]
     rows = {(row["row"], row["column"]): row for row in table["rows"]}
@@ -398,9 +398,19 @@ def test_only_the_official_switch_selects_on_test_images(root: Path, tmp_path: P
     assert run_small(root, tmp_path, "promptkd", "base_to_new", *words) == 2, "the cells are not those of this table"
 
 
-def test_one_source_is_tested_on_all_targets(root: Path, tmp_path: Path) -> None:
-    """Ten trainings instead of one, or targets in the source's classes, would be another protocol."""
+def test_one_source_is_tested_on_all_targets(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten trainings instead of one, or a training lost for a target that was not unpacked, cost days."""
+    (root / "DATA/dtd").rename(root / "elsewhere")
+    try:
+        assert run_small(root, tmp_path, "coop", "cross_dataset", "--seeds", "1") == 2
+    finally:
+        (root / "elsewhere").rename(root / "DATA/dtd")
+    assert "imagenet/seed1 on dtd" in capsys.readouterr().err
+    verdicts = {row["row"]: row["verdict"] for row in table_of(tmp_path)["rows"]}
+    assert (verdicts["dtd"], verdicts[AVERAGE], verdicts["eurosat"]) == ("not run", "not run", "-")
+    trained = (tmp_path / "imagenet/seed1/adapter_model.safetensors").stat().st_mtime_ns
     assert run_small(root, tmp_path, "coop", "cross_dataset", "--seeds", "1") == 0
+    assert (tmp_path / "imagenet/seed1/adapter_model.safetensors").stat().st_mtime_ns == trained
     rows = {row["row"]: row["ours"] for row in table_of(tmp_path)["rows"]}
     assert list(rows) == [*ELEVEN, AVERAGE]
     targets = [rows[name]["mean"] for name in ELEVEN[1:]]

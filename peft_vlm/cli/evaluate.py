@@ -27,7 +27,7 @@ def register(commands: Any) -> None:
         "evaluate",
         run,
         summary="zero-shot, few-shot, base-to-new, cross-dataset or domain-shift accuracy of a model or adapter",
-        description="Writes report.json, scores.png and a confusion matrix per part.",
+        description="Writes report.json, scores.png, and of each part a confusion matrix and a reliability diagram.",
         examples=EXAMPLES,
         settings=EvaluationArguments,
     )

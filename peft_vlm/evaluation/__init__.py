@@ -36,7 +36,7 @@ from peft_vlm.evaluation.mllm import (
     parse_yes_no,
     yes_no_scores,
 )
-from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png, lines_png
+from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png, lines_png, reliability_png
 from peft_vlm.evaluation.protocols import (
     ProtocolResult,
     base_to_new,
@@ -101,6 +101,7 @@ __all__ = [
     "per_class_accuracy",
     "predict_logits",
     "prompt_png",
+    "reliability_png",
     "summarize",
     "transfer_png",
     "transfer_table",

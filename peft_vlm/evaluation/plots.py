@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from peft_vlm.evaluation.metrics import expected_calibration_error
 from peft_vlm.files import write_bytes
+
+#: Told apart by colour-blind readers and, by their lightness, in print (Okabe and Ito, 2008; black last).
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 
 def has_matplotlib() -> bool:
@@ -41,9 +45,34 @@ def new_figure(width: float | int, height: float | int) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    class Styled(Figure):
+        """One look for all plots of the package, whatever the user's own settings of matplotlib are."""
+
+        def add_subplot(self, *args: Any, **kwargs: Any) -> Any:
+            axes = super().add_subplot(*args, **kwargs)
+            axes.set_prop_cycle(color=COLOURS)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25, linewidth=0.6)
+            axes.set_axisbelow(True)
+            return axes
+
+    figure = Styled(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def set_log_scale(axis: Any) -> None:
+    """Make an axis logarithmic, with plain numbers at 1, 2 and 5 times the powers of ten.
+
+    Args:
+        axis: `axes.xaxis` or `axes.yaxis`.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    (axis.axes.set_yscale if axis.axis_name == "y" else axis.axes.set_xscale)("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:,g}")
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
@@ -102,9 +131,11 @@ def _letters(font: str) -> set[int]:
     return set(FT2Font(font).get_charmap())
 
 
-#: Beyond this many classes neither names nor counts can be read, and only the matrix is drawn.
-MAX_NAMED_CLASSES = 120
+#: Up to this many classes the cells have counts; up to `MAX_NAMED_CLASSES` rows and columns have names. Beyond, the
+#: most frequent confusions stand beside the matrix, since nobody reads a hundred names at its edge.
 MAX_COUNTED_CLASSES = 12
+MAX_NAMED_CLASSES = 40
+TOP_CONFUSIONS = 20
 #: Letters of a class name that are drawn: the figure is as wide as the longest.
 MAX_NAME = 80
 
@@ -117,7 +148,7 @@ def _set_title(axes: Any, title: str) -> None:
 def confusion_matrix_png(
     confusion: Int[Tensor, "classes classes"], class_names: Sequence[str], path: str | Path, *, title: str = ""
 ) -> None:
-    """Draw a confusion matrix, each row as shares of its true class.
+    """Draw a confusion matrix, rows as shares of the true class; of many classes also the most frequent confusions.
 
     Args:
         confusion: Images per true class (row) and predicted class (column).
@@ -125,29 +156,96 @@ def confusion_matrix_png(
         path: PNG file to write.
         title: Text above.
     """
-    counts = confusion.numpy()
-    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    number = len(class_names)
-    is_named = number <= MAX_NAMED_CLASSES
-    cells = max(3.0, (0.4 if number <= MAX_COUNTED_CLASSES else 0.17) * number) if is_named else 8.0
+    counts, number = confusion.numpy(), len(class_names)
     class_names = [name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..." for name in class_names]
-    names = 0.085 * max(len(name) for name in class_names) if is_named else 0.3
-    figure = new_figure(cells + names + 1.6, cells + names + 0.8)
-    from matplotlib.colors import PowerNorm
-
-    axes = figure.add_subplot()
-    # Under a square root a rare confusion is still visible beside the diagonal.
-    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
-    figure.colorbar(image, label="share of the true class (%)", shrink=0.8, ticks=[0, 5, 20, 40, 60, 80, 100])
+    is_named = number <= MAX_NAMED_CLASSES
+    cells = max(3.0, (0.4 if number <= MAX_COUNTED_CLASSES else 0.17) * number) if is_named else 7.0
+    longest = max(len(name) for name in class_names)
+    names = 0.085 * longest if is_named else 0.3
+    figure = new_figure(cells + names + 1.6 + (0 if is_named else 4 + 0.14 * longest), cells + names + 0.8)
     if is_named:
+        axes = figure.add_subplot()
+        _draw_matrix(axes, counts)
         axes.set_xticks(range(number), class_names, rotation=90, fontsize=8, parse_math=False)
         axes.set_yticks(range(number), class_names, fontsize=8, parse_math=False)
-    if number <= MAX_COUNTED_CLASSES:
+    else:
+        axes, beside = figure.subplots(1, 2, width_ratios=[cells, 4])
+        _draw_matrix(axes, counts)
+        _draw_top_confusions(beside, counts, class_names)
+    _set_title(axes, title)
+    save_figure(figure, path)
+
+
+def _draw_matrix(axes: Any, counts: Int[np.ndarray, "classes classes"]) -> None:
+    """Shares as shades; counts where there is room for them."""
+    from matplotlib.colors import PowerNorm
+
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # Under a square root a rare confusion is still visible beside the diagonal.
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    axes.figure.colorbar(
+        image, ax=axes, label="share of the true class (%)", shrink=0.8, ticks=[0, 5, 20, 40, 60, 80, 100]
+    )
+    if len(counts) <= MAX_COUNTED_CLASSES:
         for row, column in np.argwhere(counts > 0):
             colour = "white" if shares[row, column] > 35 else "black"
             axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=8, color=colour)
+    axes.grid(visible=False)
     axes.set(xlabel="predicted class", ylabel="true class")
-    _set_title(axes, title)
+
+
+def _draw_top_confusions(axes: Any, counts: Int[np.ndarray, "classes classes"], class_names: Sequence[str]) -> None:
+    """The most frequent wrong answers, with their numbers of images."""
+    wrong = counts - np.diag(np.diag(counts))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:TOP_CONFUSIONS]
+    pairs = [
+        (row, column) for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[row, column]
+    ]
+    labels = [f"{class_names[row]} as {class_names[column]}" for row, column in pairs]
+    bars = axes.barh(range(len(pairs)), [wrong[pair] for pair in pairs], color=COLOURS[5])
+    axes.bar_label(bars, padding=2, fontsize=8)
+    axes.set_yticks(range(len(pairs)), labels, fontsize=8, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlabel("images")
+    axes.set_title(f"most frequent of {int(wrong.sum())} confusions", fontsize=10)
+
+
+def reliability_png(
+    confidence: Float[Tensor, " images"],
+    correct: Bool[Tensor, " images"],
+    path: str | Path,
+    *,
+    title: str = "",
+    num_bins: int = 15,
+) -> None:
+    """Draw how often predictions of a confidence are right: on the diagonal where the confidence can be trusted.
+
+    Args:
+        confidence: Probability of the predicted class, in [0, 1].
+        correct: True where the predicted class is right.
+        path: PNG file to write.
+        title: Text above.
+        num_bins: Bins of equal width, as of `expected_calibration_error`.
+
+    References:
+        On Calibration of Modern Neural Networks, 2017, arXiv 1706.04599, Fig. 1.
+    """
+    edges = np.linspace(0, 1, num_bins + 1)
+    values, right = confidence.double().cpu().numpy(), correct.cpu().numpy()
+    places = np.searchsorted(edges[1:-1], values, side="left")
+    counts = np.bincount(places, minlength=num_bins)
+    shares = 100 * np.bincount(places, weights=right, minlength=num_bins) / np.maximum(counts, 1)
+    figure = new_figure(5.0, 5.5)
+    above, below = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
+    centres, width = 100 * (edges[:-1] + edges[1:]) / 2, 100 / num_bins
+    above.bar(centres[counts > 0], shares[counts > 0], 0.92 * width, color=COLOURS[0], label="accuracy in the bin")
+    above.plot([0, 100], [0, 100], color=COLOURS[-1], linestyle="--", linewidth=1, label="confidence = accuracy")
+    below.bar(centres, counts, 0.92 * width, color=COLOURS[1])
+    error = 100 * expected_calibration_error(confidence, correct, num_bins=num_bins)
+    above.legend(loc="upper left", frameon=False, fontsize=8, title=f"calibration error {error:.1f} points")
+    above.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
+    below.set(xlabel="confidence (%)", ylabel="images")
+    _set_title(above, title)
     save_figure(figure, path)
 
 
@@ -187,7 +285,7 @@ def bars_png(
     axes.set_xticks(range(len(groups)), groups, parse_math=False)
     axes.set_ylabel(label)
     _set_title(axes, title)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(visible=False, axis="x")
     axes.margins(y=0.12)
     if len(values) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
@@ -198,16 +296,18 @@ def lines_png(
     curves: Mapping[str, Mapping[float, float]],
     path: str | Path,
     *,
+    spread: Mapping[str, Mapping[float, float]] | None = None,
     x_label: str,
     label: str = "accuracy (%)",
     title: str = "",
     logarithmic: bool = False,
 ) -> None:
-    """Draw curves with a mark at every value.
+    """Draw curves with a mark at every value, and bands around them.
 
     Args:
         curves: `{name: {x: y}}`, for example conditions and their accuracy per corruption level.
         path: PNG file to write.
+        spread: Half-heights of the bands in the same layout, for example deviations over seeds; None draws none.
         x_label: Name of the horizontal axis.
         label: Name and unit of the values.
         title: Text above.
@@ -216,7 +316,13 @@ def lines_png(
     figure = new_figure(6.0, 4.0)
     axes = figure.add_subplot()
     for name, values in curves.items():
-        axes.plot(list(values), list(values.values()), marker="o", label=name)
+        (line,) = axes.plot(list(values), list(values.values()), marker="o", label=name)
+        half = np.array([(spread or {}).get(name, {}).get(x, 0.0) for x in values])
+        if half.any():
+            middle = np.array(list(values.values()))
+            axes.fill_between(
+                list(values), middle - half, middle + half, color=line.get_color(), alpha=0.2, linewidth=0
+            )
     ticks = sorted({x for values in curves.values() for x in values})
     if logarithmic:
         axes.set_xscale("log")
@@ -224,7 +330,6 @@ def lines_png(
     axes.minorticks_off()
     axes.set(xlabel=x_label, ylabel=label)
     _set_title(axes, title)
-    axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     save_figure(figure, path)

@@ -44,7 +44,7 @@ from peft_vlm.errors import (
 )
 from peft_vlm.evaluation import protocols
 from peft_vlm.evaluation.classify import EvalResult, TextClassifier
-from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png, require_matplotlib
+from peft_vlm.evaluation.plots import bars_png, confusion_matrix_png, reliability_png, require_matplotlib
 from peft_vlm.evaluation.protocols import ProtocolResult
 from peft_vlm.evaluation.report import EvalReport
 from peft_vlm.files import (
@@ -251,8 +251,9 @@ SEVERAL: dict[str, Callable[..., ProtocolResult]] = {
 
 
 def run_evaluation(arguments: EvaluationArguments) -> EvalReport:
-    """Evaluate and write `report.json`, `scores.png`, one `confusion_<part>.png` per part, `predictions.csv`, and with
-    `baseline` also `zero_shot.json`. The command renders the adapter's card again (`peft_vlm.hub.write_card`).
+    """Evaluate and write `report.json`, `scores.png`, `confusion_<part>.png` and `reliability_<part>.png`, the table
+    `predictions.csv`, and with `baseline` also `zero_shot.json`. The command renders the adapter's card again
+    (`peft_vlm.hub.write_card`).
 
     Args:
         arguments: Settings.
@@ -405,10 +406,10 @@ def _write(report: EvalReport, result: ProtocolResult, arguments: EvaluationArgu
     datasets = ", ".join(last_part(source) for source in arguments.dataset)
     bars_png({name: report.scores}, folder / "scores.png", title=f"{name}: {report.protocol}, {datasets}")
     for part, evaluated in result.parts.items():
-        path = folder / f"confusion_{file_name(part)}.png"
-        confusion_matrix_png(
-            evaluated.confusion, evaluated.class_names, path, title=f"{name}: {report.protocol}, {part}"
-        )
+        title, end = f"{name}: {report.protocol}, {part}", f"{file_name(part)}.png"
+        confusion_matrix_png(evaluated.confusion, evaluated.class_names, folder / f"confusion_{end}", title=title)
+        correct = evaluated.predicted == evaluated.labels
+        reliability_png(evaluated.confidence, correct, folder / f"reliability_{end}", title=title)
 
 
 def _write_predictions(parts: dict[str, EvalResult], path: Path) -> None:

@@ -19,7 +19,7 @@ from peft_vlm.data.dataset import ImageClassificationDataset, RunImages
 from peft_vlm.data.splits import image_sample
 from peft_vlm.distributed import all_agree
 from peft_vlm.errors import CheckpointError
-from peft_vlm.evaluation.plots import has_matplotlib, new_figure, save_figure
+from peft_vlm.evaluation.plots import has_matplotlib, new_figure, save_figure, set_log_scale
 from peft_vlm.files import (
     CARD_NAME,
     CURVE_NAME,
@@ -38,28 +38,33 @@ from peft_vlm.training.checkpoints import MANIFEST_NAME, numbered_checkpoints
 
 
 def training_curve_png(history: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot loss and, where logged, accuracy on training batches and validation images over the epochs.
+    """Plot loss, its terms where there are several, and, where logged, accuracy over the epochs.
 
     Args:
         history: `trainer.state.log_history`.
         path: PNG file to write.
     """
-    figure = new_figure(9, 3.5)
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for axes, series in (
-        (loss_axes, (("loss", "training"), ("eval_loss", "validation"))),
-        (accuracy_axes, (("accuracy", "training batches"), ("eval_accuracy", "validation"))),
-    ):
-        for key, label in series:
+    terms = list(dict.fromkeys(key for entry in history for key in entry if key.startswith("loss_")))
+    panels = {
+        "loss": {"loss": "training", "eval_loss": "validation"},
+        "terms of the loss, unweighted": {key: key.removeprefix("loss_").replace("_", " ") for key in terms},
+        "accuracy (%)": {"accuracy": "training batches", "eval_accuracy": "validation"},
+    }
+    if len(terms) < 2:
+        del panels["terms of the loss, unweighted"]
+    figure = new_figure(4.5 * len(panels), 3.5)
+    for axes, (label, series) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        values = []
+        for key, name in series.items():
             points = [(entry["epoch"], entry[key]) for entry in history if key in entry and "epoch" in entry]
+            values += [value for _, value in points]
             if points:
-                axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    loss_axes.set_ylabel("loss")
-    accuracy_axes.set_ylabel("accuracy (%)")
+                axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 40 else None)
+        if label.startswith("terms") and values and min(values) > 0 and max(values) > 20 * min(values):
+            set_log_scale(axes.yaxis)  # terms of other sizes would lie on the axis
+        axes.set(xlabel="epoch", ylabel=label)
+        if values:
+            axes.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
 
 

@@ -1,15 +1,18 @@
 """Plots: PNG files of a sensible size for few and many classes, names shown as they are."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import fontManager
+from matplotlib.text import Text
 from PIL import Image
 
-from peft_vlm.evaluation import bars_png, confusion_matrix_png, plots
+from peft_vlm.evaluation import bars_png, confusion_matrix_png, lines_png, plots, reliability_png
 
 
 @pytest.mark.parametrize("number", [2, 12, 120, 300])
@@ -22,6 +25,44 @@ def test_confusion_matrices_of_any_size_can_be_drawn(number: int, tmp_path: Path
         assert 300 < image.width < 3000
         assert 300 < image.height < 3000
         assert len(image.convert("RGB").getcolors(1 << 24)) > 10, "nothing was drawn"
+
+
+def test_many_classes_show_their_most_frequent_confusions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A hundred names at the edge of a matrix are no text; the pairs that matter must be."""
+    texts: list[str] = []
+
+    def keep(figure: Any, path: Path) -> None:
+        texts.extend(text.get_text() for text in figure.findobj(Text))
+
+    monkeypatch.setattr(plots, "save_figure", keep)
+    confusion = torch.diag(torch.full((100,), 5))
+    confusion[3, 7], confusion[8, 2] = 9, 1
+    confusion_matrix_png(confusion, [f"class {i}" for i in range(100)], tmp_path / "x.png")
+    assert {text for text in texts if " as " in text} == {"class 3 as class 7", "class 8 as class 2"}
+    assert "most frequent of 10 confusions" in texts
+    assert {"9", "1"} <= set(texts)
+
+
+def test_reliability_is_the_share_of_right_answers_per_bin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By hand: of two bins the upper one holds three predictions, two of them right."""
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    confidence = torch.tensor([0.9, 0.8, 0.7, 0.2])
+    reliability_png(confidence, torch.tensor([True, True, False, False]), tmp_path / "x.png", num_bins=2)
+    above, below = figures[0].axes
+    assert [bar.get_height() for bar in above.patches] == pytest.approx([0.0, 200 / 3])
+    assert [bar.get_height() for bar in below.patches] == [1, 3]
+    assert above.get_legend().get_title().get_text() == "calibration error 15.0 points"
+
+
+def test_curves_have_bands_where_there_is_a_spread(tmp_path: Path) -> None:
+    """Half of the seeds' spread drawn as none would look exact."""
+    curves = {"a": {1.0: 30.0, 2.0: 40.0}, "b": {1.0: 20.0}}
+    lines_png(curves, tmp_path / "plain.png", x_label="shots")
+    lines_png(curves, tmp_path / "bands.png", x_label="shots", spread={"a": {1.0: 5.0, 2.0: 5.0}})
+    plain, bands = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in ("plain", "bands"))
+    changed = (plain != bands).any(axis=-1).mean()
+    assert changed > 0.01
 
 
 def test_bars_take_gaps_and_spreads(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def test_base_to_new_writes_report_plots_and_predictions(dataset: Path, model: P
     assert (report.shots, report.seed, report.note, report.adapter) == (16, 2, "test", None)
     assert report.dataset == f"{dataset} (test)"
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == ["confusion_base.png", "confusion_new.png", "predictions.csv", "report.json", "scores.png"]
+    plots = [f"{kind}_{part}.png" for kind in ("confusion", "reliability") for part in ("base", "new")]
+    assert written == sorted([*plots, "predictions.csv", "report.json", "scores.png"])
     with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 16

@@ -16,18 +16,18 @@ PYTEST = $(BIN)/python -m pytest
 # Each process takes a run of neighbouring tests, which share their fixtures, and then work from the slower one.
 PARALLEL = -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo smoke test test-newest test-oldest test-slow test-distributed test-faults test-hostile test-first-hour check docs format size wheel ci clean
+.PHONY: help demo smoke test test-newest test-oldest test-slow test-distributed test-faults test-hostile test-first-hour test-start-up check docs format size wheel ci clean
 
 help:
 	@echo "make demo              train Skip Tuning on the bundled models and data; results in outputs/demo"
 	@echo "make smoke             a first look at every method (under a minute)"
-	@echo "make test              fast tests (under 8 minutes on 2 cores)"
+	@echo "make test              fast tests (about 6 minutes on 2 cores)"
 	@echo "make test-newest       fast tests with the newest versions that pyproject.toml allows; test-oldest: the oldest"
 	@echo "make docs              the documentation site in build/site; warnings and dead links are errors"
 	@echo "make check             lint, format, types, docstrings, spelling"
 	@echo "make ci                check, wheel, then all tests that are not slow and need no GPU"
 	@echo "make wheel             build the wheel and try it outside the repository"
-	@echo "make test-slow         the slow tests; test-distributed, test-faults, test-hostile, test-first-hour: parts"
+	@echo "make test-slow         the slow tests; test-distributed, test-faults, -hostile, -first-hour, -start-up: parts"
 	@echo "make format            apply the formatter and the safe lint fixes"
 	@echo "make size              files, code lines and public names of the package; never fails"
 	@echo "make clean             remove .venv*, caches and build results (outputs/ is kept)"
@@ -39,8 +39,9 @@ demo: $(STAMP)
 smoke: $(STAMP)
 	@$(PYTEST) -m smoke $(ARGS)
 
+# What starts many processes, each of which imports torch and transformers, is left to its own targets and to `make ci`.
 test: $(STAMP)
-	@$(PYTEST) $(PARALLEL) --ignore=tests/distributed --ignore=tests/faults $(ARGS)
+	@$(PYTEST) $(PARALLEL) $(addprefix --ignore=tests/,distributed faults test_start_up.py hub/test_first_hour.py) $(ARGS)
 
 # Both ends of the ranges in pyproject.toml, each in an environment of its own. The newest torch brings several GB of CUDA
 # packages, so torch stays as constraints.txt has it: `make test-newest TORCH=2.14.1` takes another one.
@@ -67,6 +68,9 @@ test-faults: $(STAMP)
 test-hostile: $(STAMP)
 	@echo "All attacks and all mutations of files: about 7 minutes"
 	@$(PYTEST) -m "not gpu" tests/hostile --timeout=1800 $(ARGS)
+
+test-start-up: $(STAMP)
+	@$(PYTEST) tests/test_start_up.py $(ARGS)
 
 test-first-hour: $(STAMP)
 	@$(PYTEST) -m "not gpu" tests/hub/test_first_hour.py $(ARGS)

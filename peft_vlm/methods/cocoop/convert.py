@@ -33,7 +33,7 @@ def convert_checkpoint(
     context_init: str | None = None,
     class_names: Sequence[str] | None = None,
 ) -> ConversionReport:
-    """Write an adapter folder from `prompt_learner/model.pth.tar-*` of CoCoOp.
+    """Write an adapter folder from `prompt_learner/model.pth.tar-*` of CoCoOp or CPL.
 
     Args:
         source: The official file.
@@ -52,6 +52,7 @@ def convert_checkpoint(
     tensors = {own: file.take(official) for own, official in NAMES.items()}
     count = len(tensors[f"{_LAYER}prompt"])
     check_context_words(context_init, tokenizer, count=count, file=file)
+    file.set_aside("u", "the mask of a training by CPL, which nothing reads afterwards")
     names = training_class_names(file, "token", base=base, tokenizer=tokenizer, class_names=class_names)
     config = CoCoOpConfig(
         num_text_tokens=count,

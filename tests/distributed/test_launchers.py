@@ -1,5 +1,6 @@
 """The commands of docs/scaling.md start as many processes as they say."""
 
+import json
 import os
 import subprocess
 import sys
@@ -58,6 +59,27 @@ def test_the_command_says_once_what_it_has_written(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-1].startswith("Written to")
     assert result.stdout.count("zero_shot_accuracy") == 1
     assert (tmp_path / "run" / "zero_shot.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_papers_grid_divides_the_steps_of_each_run(tmp_path: Path) -> None:
+    """Two processes with the recipe's batch each would train another table, or each its own."""
+    words = ["reproduce", "coop", "--stand-in", "--protocol", "base_to_new", "--datasets", "emoji", "--seeds", "1"]
+    words += ["--max_steps", "2", "--use_cpu", "--output_dir"]
+    launchers = {"one": ["peft_vlm.cli"], "two": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+    launchers["two"] += ["-m", "peft_vlm.cli"]
+    tables = {}
+    for name, launcher in launchers.items():
+        command = [sys.executable, "-m", *launcher, *words, str(tmp_path / name)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("Written to") == 1
+        tables[name] = json.loads((tmp_path / name / "table.json").read_text())
+        assert "Training in" not in result.stderr or "32 images per step" in result.stderr
+    one, two = ([row["ours"]["mean"] for row in table["rows"] if row["ours"]] for table in tables.values())
+    assert len(one) == 3
+    assert two == pytest.approx(one, abs=1.0), "an image or two may fall on the other side by rounding"
 
 
 def arguments_without_a_device(folder: str) -> None:

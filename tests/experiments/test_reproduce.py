@@ -121,9 +121,10 @@ def test_published_numbers_recompute_to_the_printed_averages(protocol: str) -> N
             for column in set(grid.columns) - {"h"}:
                 known = [grid.published.get(row, {}).get(column) for row in (average, *rows)]
                 if None not in known:
-                    assert fmean(known[1:]) == pytest.approx(known[0], abs=0.011), f"{grid.method}: {average}"
+                    rounding = 0.051 if all(round(number, 1) == number for number in known) else 0.011
+                    assert fmean(known[1:]) == pytest.approx(known[0], abs=rounding), f"{grid.method}: {average}"
                     checked += 1
-    assert checked >= {"base_to_new": 90, "cross_dataset": 6, "domain_shift": 7}.get(protocol, 0)
+    assert checked >= {"base_to_new": 90, "few_shot": 3, "cross_dataset": 6, "domain_shift": 7}.get(protocol, 0)
 
 
 def test_recipes_name_what_is_there() -> None:

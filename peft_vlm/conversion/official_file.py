@@ -82,12 +82,15 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata if isinstance(metadata, dict) else {}
 
 
-def _flat(nested: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> dict[str, Any]:
-    """A mapping of mappings as one, with dotted names."""
+def _flat(nested: Mapping[Any, Any], prefix: str = "", seen: set[int] | None = None) -> dict[str, Any]:
+    """A mapping of mappings as one, with dotted names; one that holds itself, or comes again, counts once."""
     found: dict[str, Any] = {}
+    seen = seen if seen is not None else set()
+    if id(nested) in seen or prefix.count(".") > MAX_DEPTH:
+        return {}
+    seen.add(id(nested))
     for key, value in nested.items():
-        is_inner = isinstance(value, dict) and depth < MAX_DEPTH
-        found |= _flat(value, f"{prefix}{key}.", depth + 1) if is_inner else {f"{prefix}{key}": value}
+        found |= _flat(value, f"{prefix}{key}.", seen) if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 

@@ -57,3 +57,12 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path):
     torch.save(torch.ones(2), tmp_path / "bare.pth")
     with pytest.raises(AdapterError, match="mapping of names to tensors.*'Tensor'"):
         read_checkpoint(tmp_path / "bare.pth")
+
+
+def test_mappings_that_hold_themselves_are_read_once(tmp_path):
+    """Two entries that are the whole again would double at every level."""
+    weights = {"layer_0": {"q_proj": {"w_lora_A": torch.arange(3.0)}}}
+    weights["again"] = weights["more"] = weights
+    torch.save({"weights": weights}, tmp_path / "loop.pt")
+    found = read_checkpoint(tmp_path / "loop.pt")
+    assert list(found) == ["layer_0.q_proj.w_lora_A"]

@@ -86,6 +86,7 @@ def test_one_tower_alone(position, student_folder, tmp_path):
     [
         ({"r": 4}, "of rank 4 and width 64, got shape"),
         ({"alpha": None}, "numbers `r` and `alpha` in the metadata"),
+        ({"alpha": float("nan")}, "numbers `r` and `alpha` in the metadata"),
         ({"encoder": "text"}, "Expected 8 adapted layers.*'text' and 'all'"),
         ({"encoder": "audio"}, "Expected 8 adapted layers.*'audio'"),
         ({"position": "up", "layers": range(2)}, "Expected 4 adapted layers.*'up', which are 8"),
@@ -98,10 +99,21 @@ def test_what_does_not_fit_is_refused(settings, message, student_folder, tmp_pat
     assert not (tmp_path / "a").exists()
 
 
-def test_a_matrix_without_its_other_half_is_refused(student_folder, tmp_path):
-    """PEFT would leave B at zero, as if nothing had been trained there."""
+def test_a_strangers_number_of_a_layer_asks_for_no_memory(student_folder, tmp_path):
+    """A table of ten billion places would be made before anything is compared."""
     content = torch.load(official_file(tmp_path / "lora.pt"), weights_only=True)
-    del content["weights"]["layer_0"]["q_proj"]["w_lora_B"]
+    content["weights"]["layer_9999999999"] = content["weights"].pop("layer_7")
+    torch.save(content, tmp_path / "far.pt")
+    with pytest.raises(AdapterError, match="Expected names such as 'layer_0.q_proj.w_lora_A', got 'layer_9999999999"):
+        convert(tmp_path / "far.pt", tmp_path / "a", base_model=student_folder)
+
+
+@pytest.mark.parametrize("lost", ["w_lora_B", "q_proj", "layer_3"])
+def test_a_file_that_is_not_whole_is_refused(lost, student_folder, tmp_path):
+    """PEFT would leave B at zero, or a layer as it was, as if nothing had been trained there."""
+    content = torch.load(official_file(tmp_path / "lora.pt"), weights_only=True)
+    weights = content["weights"]
+    del {"layer_3": weights, "q_proj": weights["layer_0"], "w_lora_B": weights["layer_0"]["q_proj"]}[lost][lost]
     torch.save(content, tmp_path / "half.pt")
-    with pytest.raises(AdapterError, match="pairs of matrices"):
+    with pytest.raises(AdapterError, match="in each of 8 layers .* The file is not whole"):
         convert(tmp_path / "half.pt", tmp_path / "a", base_model=student_folder)

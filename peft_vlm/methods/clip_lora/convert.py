@@ -1,5 +1,6 @@
 """Official CLIP-LoRA files to adapters of PEFT's LoRA."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from peft_vlm.methods.clip_lora.presets import CONFIG
 from peft_vlm.registry import OfficialFormat
 
 KIND = "CLIP-LoRA"
-_NAME = re.compile(r"layer_(\d+)\.(q_proj|k_proj|v_proj|proj)\.w_lora_([AB])")
+_NAME = re.compile(r"layer_(\d{1,4})\.(q_proj|k_proj|v_proj|proj)\.w_lora_([AB])")
 #: Layers by the official `position`, the same in both towers; "all" is what the file has.
 _POSITIONS: dict[str, tuple[int, ...]] = {
     **{"top": (11,), "top1": (11,), "top2": (10, 11), "top3": (9, 10, 11)},
@@ -48,7 +49,7 @@ def convert_checkpoint(
     file = OfficialFile.open(source)
     base = load_base(base_model)
     rank, alpha = (file.metadata.get(name) for name in ("r", "alpha"))
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise AdapterError(
             f"Expected numbers `r` and `alpha` in the metadata of {str(file.path)!r}, got {shown(rank)} and "
             f"{shown(alpha)}. Get the file as CLIP-LoRA has saved it."
@@ -68,15 +69,18 @@ def convert_checkpoint(
             )
         tensors[f"{tower.layers}.{number}.self_attn.{part}.lora_{matrix}.weight"] = tensor
     modules = sorted({name.rpartition(".lora_")[0] for name in tensors})
-    if len(tensors) != 2 * len(modules):
-        raise AdapterError(
-            f"Expected pairs of matrices A and B in {str(file.path)!r}, got {sorted(tensors)[:4]!r} ..."
-        )
     parts = sorted({name.rpartition(".")[2] for name in modules})
+    if len(tensors) != 2 * len(places) * len(parts):
+        raise AdapterError(
+            f"Expected matrices A and B of {parts!r} in each of {len(places)} layers of {str(file.path)!r}, got "
+            f"{len(tensors)} matrices. The file is not whole: get it again."
+        )
     whole = sorted(name for name, _ in base.named_modules() if name.rpartition(".")[2] in parts)
     settings = {"r": rank, "lora_alpha": alpha, "target_modules": parts if whole == modules else modules}
     config = LoraConfig(**(CONFIG | settings))
     model = get_peft_model(base, config)
+    if class_names is None:
+        file.note("No class names: the file has none. Name them when predicting, or convert again with class names.")
     file.note(f"The dropout of a further training is not in the file: {CONFIG['lora_dropout']}, the official default.")
     facts = VLMConfig(
         peft_type=config.peft_type,

@@ -121,7 +121,7 @@ class ReproductionSettings:
     """Which table of a paper is run, and where, as flags say it; documented by the help of each field."""
 
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of all runs and the table; a run in it goes on with what is missing."}
+        default=None, metadata={"help": "Folder of all runs and the table; it continues with what is missing."}
     )
     protocol: str | None = field(
         default=None,

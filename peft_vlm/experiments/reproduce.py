@@ -273,7 +273,7 @@ def reproduce(
         clock.start(cell.name)
         try:
             result = _run(cell, grid, place, arguments, clock, failed=failed, trained=done.get(cell.name))
-        except Exception as error:  # named here, in the table and at the end; the other cells go on
+        except Exception as error:  # named here, in the table and at the end; the others continue
             if _is_full(error):
                 raise PeftVLMError(f"{cell.name}: {error} Free some room; the same command continues.") from error
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # the other processes may not have failed
@@ -339,9 +339,7 @@ def _run(
 ) -> dict[str, Any] | None:
     """Train and measure one cell; measure only where it is trained. Targets that fail are named in `failed`."""
     folder, settings = place.output_dir / cell.name, settings_of(cell, place)
-    last = [f"--seed={cell.seed}", f"--output_dir={folder}"]
-    if any(folder.glob("checkpoint-*")):  # of a run that was stopped
-        last.append("--resume_from_checkpoint=True")
+    last = [f"--seed={cell.seed}", f"--output_dir={folder}", "--resume_from_checkpoint=auto"]
 
     saving = _BEST_EPOCH if _selects(cell, place) else {"save_strategy": "no"}
 

@@ -236,6 +236,21 @@ def test_a_damaged_result_is_said_and_run_again(content: bytes, finished: Path, 
         assert table_of(folder) == table_of(finished)
 
 
+def test_a_run_that_was_stopped_continues_from_its_checkpoint(tmp_path: Path) -> None:
+    """A run of a day would begin at its first step."""
+    words = [*SMALL, "--seeds", "1", "--save_strategy", "steps", "--save_steps", "1", "--output_dir", str(tmp_path)]
+    assert main(["reproduce", *words]) == 0
+    run, whole = tmp_path / "emoji/seed1", table_of(tmp_path)
+    weights = (run / "adapter_model.safetensors").read_bytes()
+    for path in [path for path in run.iterdir() if path.name != "checkpoint-1"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    first_step = (run / "checkpoint-1/adapter_model.safetensors").stat().st_mtime_ns
+    assert main(["reproduce", *words]) == 0
+    assert (run / "checkpoint-1/adapter_model.safetensors").stat().st_mtime_ns == first_step
+    assert (run / "adapter_model.safetensors").read_bytes() == weights
+    assert table_of(tmp_path) == whole
+
+
 def test_a_second_process_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two processes would write one run."""
     with locked_folder(finished, is_main=True, tell=lambda problem: problem):

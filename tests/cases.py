@@ -199,6 +199,7 @@ CASES = [
             ({"num_text_tokens": 1.5}, "integer or None, got 1.5"),
             ({"class_position": "behind"}, "('end', 'middle', 'front'), got 'behind'"),
             ({"class_specific": True}, "nothing to say about new classes"),
+            ({"context_init_ids": []}, "Expected words in `context_init`"),
             ({"context_init_ids": None, "context_init": "a photo"}, "has no tokenizer to read them"),
             ({"target_modules": "q_proj"}, "chooses its modules"),
             ({"task_type": "FEATURE_EXTRACTION"}, "`task_type`=None"),

@@ -249,9 +249,17 @@ def complete_whole_context(config: TextContextConfig, model: Any) -> None:
     Args:
         config: Configuration of a new or loaded adapter.
         model: The base model.
+
+    Raises:
+        ValueError: If the words are no token.
     """
     read_context_words(config, model)
     if config.context_init_ids is not None:
+        if not config.context_init_ids:
+            raise ValueError(
+                f"Expected words in `context_init`, got {shown(config.context_init)}, of which the tokenizer makes no "
+                "token. Pass words, or `context_init=None` for a random start."
+            )
         config.num_text_tokens = len(config.context_init_ids)
     complete_context(config, model)
 

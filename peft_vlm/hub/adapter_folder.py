@@ -28,6 +28,10 @@ from peft_vlm.registry import AdapterType, adapter_type_of
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
+#: Plots that an evaluation writes for each of its parts.
+PLOT = re.compile(r"(confusion|reliability)_[A-Za-z0-9][\w.-]{0,80}\.png", re.ASCII)
+MAX_PLOTS = 8
+
 
 @dataclass(frozen=True)
 class AdapterFolder:
@@ -54,6 +58,13 @@ class AdapterFolder:
     summary: dict[str, Any] | None
     evaluation: Evaluation | None
     evaluated_others: bool = False
+
+    @property
+    def plots(self) -> list[str]:
+        """Names of the plots of the evaluation, at most eight; none where it is of other weights."""
+        if self.evaluation is None or self.evaluated_others:
+            return []
+        return sorted(path.name for path in self.path.iterdir() if PLOT.fullmatch(path.name))[:MAX_PLOTS]
 
     @classmethod
     def read(cls, folder: str | Path) -> "AdapterFolder":

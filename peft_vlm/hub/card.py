@@ -135,6 +135,7 @@ def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
         "score_table": score_table(evaluation.scores) if evaluation else "",
         "evaluation_facts": evaluation.facts if evaluation else (),
         "evaluated_others": folder.evaluated_others,
+        "plots": {name: name.removesuffix(".png").replace("_", " ") for name in folder.plots},
         "curve": CURVE_NAME if (folder.path / CURVE_NAME).is_file() else "",
         "prompt_image": PROMPT_IMAGE_NAME if folder.prompt_image else "",
         "classes": _classes(folder.config),

@@ -104,7 +104,7 @@ def write_folder(
         note: Further paragraph of the card.
     """
     reports = [name for name in REPORTS if not folder.evaluated_others or name not in EVALUATIONS]
-    for name in (WEIGHTS_NAME, *reports):
+    for name in (WEIGHTS_NAME, *reports, *folder.plots):
         source = file_inside(folder.path, name)  # never what a link of a stranger's leads to
         if source is not None and source.resolve() != (target / name).resolve():
             shutil.copyfile(source, target / name)

@@ -194,6 +194,9 @@ def test_the_card_is_rendered_again_after_each_evaluation(words, tmp_path, capsy
     assert f"| accuracy | {scores['accuracy']:.2f} |" in card
     assert "zero-shot % | gain |" in card
     assert "training_curve.png" in card
+    shown = sorted(path.name for path in run.glob("*_*.png") if path.name.startswith(("confusion", "reliability")))
+    assert len(shown) == 2
+    assert all(f"]({name})" in card for name in shown)
     assert "num_train_epochs" not in card
     assert "1 steps in" in card
     assert str(tmp_path) not in card

@@ -146,7 +146,7 @@ def test_sound_reports_are_read(copy_of):
     assert EvalReport.load(folder / REPORT_NAME).scores == {"accuracy": 50.0}
 
 
-@pytest.mark.parametrize("name", [*SOUND, METRICS_NAME, CURVE_NAME, FACTS_NAME, "class_names.txt"])
+@pytest.mark.parametrize("name", [*SOUND, METRICS_NAME, CURVE_NAME, FACTS_NAME, "class_names.txt", "confusion_a.png"])
 def test_nothing_outside_the_folder_is_published(copy_of, tmp_path, name):
     """A link called `training_curve.png` would have put a private key on the Hub."""
     folder, secret = copy_of("coop"), tmp_path / "secret"

@@ -27,7 +27,7 @@ LAYERS = {
     "classification": 2,
     **dict.fromkeys(("methods", "training", "evaluation", "hub"), 3),
     **dict.fromkeys(("experiments", "classifier", "export"), 4),
-    **dict.fromkeys(("cli", ""), 5),
+    **dict.fromkeys(("app", "cli", ""), 5),
 }
 #: Imports inside one layer that the design allows; L4 and L5 are open, the cycle test parts them.
 SAME_LAYER = {
@@ -47,7 +47,7 @@ MAX_FUNCTION_LINES = 60
 
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "misc", "common", "tools"}
 #: Imported only where an extra or the user's own install brings them.
-OPTIONAL_DISTRIBUTIONS = {"matplotlib", "onnxruntime"}
+OPTIONAL_DISTRIBUTIONS = {"gradio", "matplotlib", "onnxruntime"}
 
 
 def part_of(name: str) -> str:

@@ -17,7 +17,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from peft_vlm.data.images import as_value_range, read_image
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.errors import ClassNameError
-from peft_vlm.evaluation.classify import cosine_logits, image_wise_logits
+from peft_vlm.evaluation.classify import LogitsFn, cosine_logits, image_wise_logits
 from peft_vlm.evaluation.run import load_model
 from peft_vlm.text.class_features import TextTensors, depends_on_image, encode_classes
 from peft_vlm.text.prompts import check_class_names, tokenize_for_model
@@ -25,7 +25,10 @@ from peft_vlm.text.prompts import check_class_names, tokenize_for_model
 #: One image: a path, file content, a PIL image, or a uint8 array (rows, cols, channels).
 ImageInput = str | Path | bytes | Image.Image | np.ndarray
 
-#: Class lists whose features are stored at once; each takes classes x dim x 4 bytes.
+#: Text around a class name where nothing names another.
+TEMPLATE = "a photo of a {}."
+
+#: Class lists, each in its template, whose features are stored at once; each takes classes x dim x 4 bytes.
 MAX_CLASS_LISTS = 16
 
 #: Threads that decode images while the model runs; Pillow and numpy release the interpreter for most of that.
@@ -78,13 +81,13 @@ class PromptedClassifier:
         image_processor: BaseImageProcessor,
         *,
         class_names: Sequence[str] | None = None,
-        template: str | Sequence[str] = "a photo of a {}.",
+        template: str | Sequence[str] = TEMPLATE,
         value_range: Sequence[int | float] | None = None,
     ) -> None:
         self.class_names = None if class_names is None else check_class_names(class_names)
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self._transform = EvalTransform(image_processor)
-        self._features: tuple[TextTensors, dict[tuple[str, ...], Tensor]] | None = None
+        self.transform = EvalTransform(image_processor)
+        self._features: tuple[TextTensors, dict[tuple[tuple[str, ...], str | tuple[str, ...]], Tensor]] | None = None
         self.value_range = as_value_range(value_range)
 
     @classmethod
@@ -123,7 +126,7 @@ class PromptedClassifier:
             loaded.tokenizer,
             loaded.image_processor,
             class_names=loaded.class_names if class_names is None else class_names,
-            template=template or loaded.template or "a photo of a {}.",
+            template=template or loaded.template or TEMPLATE,
             value_range=loaded.value_range if value_range is None else value_range,
         )
 
@@ -131,18 +134,35 @@ class PromptedClassifier:
         """Forget the class features; the next call of `predict` computes them from the weights as they are then."""
         self._features = None
 
-    def _class_features(self, class_names: tuple[str, ...]) -> Float[Tensor, "*samples classes dim"]:
+    def logits_for(self, class_names: Sequence[str], *, template: str | Sequence[str] | None = None) -> LogitsFn:
+        """A function from prepared pixels to logits, by the model as it is now; it is an `ImageClassifier`.
+
+        Args:
+            class_names: Label order.
+            template: Used instead of the classifier's own.
+        """
+        names, chosen = check_class_names(class_names), self.template if template is None else template
+        if depends_on_image(self.model):
+            prompts = tokenize_for_model(self.model, self.tokenizer, names, template=chosen)
+            return image_wise_logits(self.model, prompts)
+        return cosine_logits(
+            self.model, self._class_features(names, chosen if isinstance(chosen, str) else tuple(chosen))
+        )
+
+    def _class_features(
+        self, class_names: tuple[str, ...], template: str | tuple[str, ...]
+    ) -> Float[Tensor, "*samples classes dim"]:
         """Features of a class list by the model as it is, out of the last few lists where that is possible."""
         state, stored = TextTensors(self.model), self._features  # one read: another thread may replace it
         if stored is None or not stored[0].is_same(state):
             stored = self._features = (state, {})
-        features = stored[1].get(class_names)
+        features = stored[1].get((class_names, template))
         if features is None:
-            prompts = tokenize_for_model(self.model, self.tokenizer, class_names, template=self.template)
+            prompts = tokenize_for_model(self.model, self.tokenizer, class_names, template=template)
             features = encode_classes(self.model, prompts)
             if len(stored[1]) >= MAX_CLASS_LISTS:
                 stored[1].clear()
-            stored[1][class_names] = features
+            stored[1][class_names, template] = features
         return features
 
     @overload
@@ -151,6 +171,7 @@ class PromptedClassifier:
         images: ImageInput,
         *,
         class_names: Sequence[str] | None = None,
+        template: str | Sequence[str] | None = None,
         top_k: int = 5,
         batch_size: int = 32,
     ) -> list[Prediction]: ...
@@ -161,6 +182,7 @@ class PromptedClassifier:
         images: Sequence[ImageInput],
         *,
         class_names: Sequence[str] | None = None,
+        template: str | Sequence[str] | None = None,
         top_k: int = 5,
         batch_size: int = 32,
     ) -> list[list[Prediction]]: ...
@@ -170,6 +192,7 @@ class PromptedClassifier:
         images: ImageInput | Sequence[ImageInput],
         *,
         class_names: Sequence[str] | None = None,
+        template: str | Sequence[str] | None = None,
         top_k: int = 5,
         batch_size: int = 32,
     ) -> list[Prediction] | list[list[Prediction]]:
@@ -179,6 +202,7 @@ class PromptedClassifier:
             images: One image or a list; see `read_image` for what counts as one.
             class_names: Choose among these instead of the classifier's own; the text side makes new classes possible
                 without training.
+            template: Text around a class name instead of the classifier's own, or several.
             top_k: Maximum number of labels per image; fewer when there are fewer classes.
             batch_size: Images per forward pass.
 
@@ -196,11 +220,7 @@ class PromptedClassifier:
         if names is None:
             raise ClassNameError("The adapter records no class names. Pass `class_names=` to `predict`.")
         inputs = [images] if isinstance(images, ImageInput) else list(images)
-        if depends_on_image(self.model):
-            prompts = tokenize_for_model(self.model, self.tokenizer, names, template=self.template)
-            logits = image_wise_logits(self.model, prompts)
-        else:
-            logits = cosine_logits(self.model, self._class_features(names))
+        logits = self.logits_for(names, template=template)
         results: list[list[Prediction]] = []
         for pixels in self._pixel_batches(inputs, batch_size):
             probabilities = logits(pixels).softmax(dim=-1)
@@ -256,7 +276,7 @@ class PromptedClassifier:
 
         def pixels_at(position: int) -> Tensor:
             image = read_image(inputs[position], where=f"image {position}", value_range=self.value_range)
-            return self._transform(image)
+            return self.transform(image)
 
         if len(inputs) == 1:
             yield pixels_at(0)[None]

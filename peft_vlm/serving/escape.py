@@ -2,9 +2,10 @@
 
 Class names, file names, templates and whatever stands in a configuration or a report may come from anybody. Stored
 they stay as they are; here they become harmless for a terminal, a message, JSON on a terminal, a Markdown card, Python
-code in it, and a table that a spreadsheet opens.
+code in it, a page of HTML, and a table that a spreadsheet opens.
 """
 
+import html as html_library
 import re
 import unicodedata
 
@@ -56,6 +57,17 @@ def markdown(text: object, limit: int = 1000) -> str:
     line = one_line(_cut(str(text), limit))
     escaped = _MARKS.sub(lambda match: "".join(f"\\{mark}" for mark in match[0]), line).replace("|", "&#124;")
     return _BEGINNING.sub(lambda match: f"{match[0][:-1]}\\{match[0][-1]}", escaped)
+
+
+def html(text: object, limit: int = 200) -> str:
+    """A text inside an element of HTML or a quoted attribute of one.
+
+    Args:
+        text: Anything.
+        limit: Most characters; longer ones are cut.
+    """
+    escaped = html_library.escape(printable(_cut(str(text), limit)))
+    return escaped.translate({ord(mark): f"&#{ord(mark)};" for mark in "${}`"})  # marks of templates in a page
 
 
 def code_span(text: object, limit: int = 200) -> str:

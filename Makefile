@@ -16,10 +16,11 @@ PYTEST = $(BIN)/python -m pytest
 # Each process takes a run of neighbouring tests, which share their fixtures, and then work from the slower one.
 PARALLEL = -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo smoke test test-newest test-oldest test-slow test-distributed test-faults test-hostile test-first-hour test-start-up check docs format size wheel ci clean
+.PHONY: help demo app smoke test test-newest test-oldest test-slow test-distributed test-faults test-hostile test-first-hour test-start-up check docs format size wheel ci clean
 
 help:
 	@echo "make demo              train Skip Tuning on the bundled models and data; results in outputs/demo"
+	@echo "make app               the bundled adapters in the browser: your images, classes and templates"
 	@echo "make smoke             a first look at every method (under a minute)"
 	@echo "make test              fast tests (about 6 minutes on 2 cores)"
 	@echo "make test-newest       fast tests with the newest versions that pyproject.toml allows; test-oldest: the oldest"
@@ -35,6 +36,11 @@ help:
 demo: $(STAMP)
 	@echo "Training and comparing on 2 cores takes about 7 minutes; results go to outputs/demo"
 	@$(BIN)/python examples/train_skip_tuning.py --preset demo $(ARGS)
+
+app: $(STAMP)
+	@$(BIN)/peft-vlm app model_cards/skip-tuning-emoji model_cards/* --test examples/assets/emoji \
+		--models examples/assets/mllm_idefics3 examples/assets/mllm_paligemma --question "what colour is it?" \
+		--examples docs/images/lamplight/*.png $(ARGS)
 
 smoke: $(STAMP)
 	@$(PYTEST) -m smoke $(ARGS)

@@ -23,7 +23,7 @@ from tests.tiny import colour_names, colour_rows
 
 #: What takes seconds to import.
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "evaluate", "pandas", "matplotlib"}
-COMMANDS = ("train", "evaluate", "reproduce", "predict", "convert", "publish", "export", "info")
+COMMANDS = ("train", "evaluate", "reproduce", "predict", "app", "convert", "publish", "export", "info")
 
 
 def loaded(code: str, *words: str, **environ: str) -> list[str]:

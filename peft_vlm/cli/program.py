@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft_vlm.cli import convert, evaluate, export, info, optimize_template, predict, publish, reproduce, train
+from peft_vlm.cli import app, convert, evaluate, export, info, optimize_template, predict, publish, reproduce, train
 from peft_vlm.cli.command import file_as_flags, part_flags
 from peft_vlm.cli.console import console
 from peft_vlm.errors import PeftVLMError, PeftVLMWarning
@@ -24,7 +24,7 @@ from peft_vlm.files import installed_version
 from peft_vlm.serving.escape import one_line, printable
 
 #: In the order of the help text.
-COMMANDS = (train, evaluate, reproduce, predict, convert, publish, export, optimize_template, info)
+COMMANDS = (train, evaluate, reproduce, predict, app, convert, publish, export, optimize_template, info)
 
 
 DESCRIPTION = """\

@@ -96,6 +96,11 @@ class RunSettings:
         default=None, metadata={"help": "Black and white of images with more than 8 bits, such as 0 4095."}
     )
 
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Train nothing: print memory by layer from the model's config.json, without its weights."},
+    )
+
     def check(self) -> None:
         """Refuse what no run can be made from.
 

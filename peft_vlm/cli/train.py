@@ -82,6 +82,8 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         PeftVLMError: If no folder is given.
     """
+    if arguments.dry_run:
+        arguments.more = [*arguments.more, "--output_dir", "nothing is written"]
     if not _is_given(arguments.more, "output_dir"):
         raise PeftVLMError("Expected `output_dir`, the folder of the adapter, got none.")
     settings = read_settings(arguments, RunSettings)
@@ -100,6 +102,17 @@ def run(arguments: argparse.Namespace) -> None:
         has_preset=settings.preset is not None,
     )
     args = training_arguments({})  # wrong values are found before anything is loaded
+    if settings.dry_run:
+        from peft_vlm.experiments.dry_run import dry_run
+
+        with calm():
+            counted = dry_run(settings, training_arguments)
+        if arguments.json:
+            print_json(counted.to_dict())
+            return
+        for line in str(counted).splitlines():
+            print_line(line)
+        return
     if settings.seeds:
         _train_with_seeds(settings, args.output_dir, training_arguments, as_json=arguments.json)
         return

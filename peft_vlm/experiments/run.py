@@ -14,16 +14,12 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     PretrainedConfig,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 
@@ -54,6 +50,7 @@ from peft_vlm.text.answers import tokenize_candidates
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import check_same_vocabulary, tokenize_for_model
 from peft_vlm.training.arguments import VLMTrainingArguments
+from peft_vlm.training.callbacks import OneBar
 from peft_vlm.training.trainer import VLMTrainer
 
 
@@ -177,6 +174,60 @@ def size_of(settings: RunSettings, images: ImageClassificationDataset, model_con
     )
 
 
+@dataclass(frozen=True)
+class RunPlan:
+    """Settings of a run with everything that the data, the size of the model and the method fill in.
+
+    Args:
+        settings: Settings, with a template.
+        model_config: Configuration of the base model.
+        pool: The part of the dataset to train on, all classes.
+        size: What recommended settings depend on.
+        preset: Official or recommended settings.
+        args: Training arguments.
+        config: Settings of the adapter.
+        objective: Settings of the objective.
+    """
+
+    settings: RunSettings
+    model_config: PretrainedConfig
+    pool: ImageClassificationDataset
+    size: RunSize
+    preset: Preset
+    args: VLMTrainingArguments
+    config: dict[str, Any]
+    objective: dict[str, Any]
+
+    @property
+    def is_clip_like(self) -> bool:
+        """Whether the base model has two towers, and writes no text."""
+        return isinstance(self.model_config, tuple(family.config_class for family in FAMILIES))
+
+
+def plan_of(settings: RunSettings, arguments: Callable[[dict[str, Any]], VLMTrainingArguments]) -> RunPlan:
+    """Check the names of a run and fill in what is not said; no weights are read.
+
+    Args:
+        settings: See `run_training`.
+        arguments: See `run_training`.
+    """
+    settings.check()
+    _check_names(settings)
+    if settings.template is None:
+        settings = replace(settings, template=template_for(settings.dataset, settings.data_root))
+    model_config = _base_config(settings.model)
+    pool = images_of(settings, settings.split)
+    size = size_of(settings, pool, model_config.to_dict())
+    preset = preset_of(settings, size)
+    args = arguments(preset.training)
+    given = named_values(settings.config, "config")
+    config = {**METHODS[settings.method].defaults, **preset.config, **given}
+    if config.get("class_specific"):
+        config |= _for_fixed_classes(settings, given)
+    options = preset.objective | named_values(settings.objective, "objective")
+    return RunPlan(settings, model_config, pool, size, preset, args, config, options)
+
+
 def run_training(
     settings: RunSettings,
     arguments: Callable[[dict[str, Any]], VLMTrainingArguments],
@@ -198,28 +249,14 @@ def run_training(
     Raises:
         PeftVLMError: If settings contradict each other or name what the method does not have.
     """
-    settings.check()
-    _check_names(settings)
-    if settings.template is None:
-        settings = replace(settings, template=template_for(settings.dataset, settings.data_root))
-    assert settings.template is not None
-    model_config = _base_config(settings.model)
-    is_clip_like = isinstance(model_config, tuple(family.config_class for family in FAMILIES))
+    plan = plan_of(settings, arguments)
+    settings, args, pool, config, options = plan.settings, plan.args, plan.pool, plan.config, plan.objective
     # A missing split is better found before the training.
     test = images_of(settings, settings.test_split) if settings.evaluate else None
-    pool = images_of(settings, settings.split)
-    size = size_of(settings, pool, model_config.to_dict())
-    preset = preset_of(settings, size)
-    args = arguments(preset.training)
-    given = named_values(settings.config, "config")
-    config = {**METHODS[settings.method].defaults, **preset.config, **given}
-    if config.get("class_specific"):
-        config |= _for_fixed_classes(settings, given)
-    options = preset.objective | named_values(settings.objective, "objective")
     if settings.preset is None and args.process_index == 0:
-        _say_recommended(settings, size, preset, args, config | options)
+        _say_recommended(settings, plan.size, plan.preset, args, config | options)
     set_seed(args.seed)  # a new adapter may start from random values
-    parts = (_classifier if is_clip_like else _answerer)(settings, args, pool, config, options)
+    parts = (_classifier if plan.is_clip_like else _answerer)(settings, args, pool, config, options)
     if test is not None:
         same = settings.transductive and settings.split == settings.test_split  # without labels, and reported
         check_not_trained_on(test, image_sample(parts.train), num_train=len(parts.train), refuse=not same)
@@ -230,10 +267,10 @@ def run_training(
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)
-    bar: _OneBar | None = None
+    bar: OneBar | None = None
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(bar := _OneBar())
+        trainer.add_callback(bar := OneBar())
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     finally:
@@ -275,54 +312,6 @@ def _warn_of_selection(
             PeftVLMWarning,
             stacklevel=3,
         )
-
-
-class _OneBar(ProgressCallback):
-    """One bar with the time left and the loss, and a line per validation, in place of a dictionary per step."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Show the loss at the end of the bar.
-
-        Args:
-            args: Settings of the run.
-            state: State of the trainer.
-            control: Not used.
-            logs: What is logged.
-            **kwargs: Not used.
-        """
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}")
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Print the scores of a validation; remove its bar.
-
-        Args:
-            args: Settings of the run.
-            state: State of the trainer.
-            control: Not used.
-            metrics: What was measured.
-            **kwargs: Not used.
-        """
-        super().on_evaluate(args, state, control, **kwargs)
-        scores = {key.removeprefix("eval_"): value for key, value in (metrics or {}).items()}
-        parts = [f"accuracy {scores['accuracy']:.2f} %"] if "accuracy" in scores else []
-        parts += [f"loss {scores['loss']:.4g}"] if "loss" in scores else []
-        if state.is_world_process_zero and parts:
-            tqdm.write(f"  validation: {', '.join(parts)}", file=sys.stderr)
 
 
 def _base_config(model: str) -> PretrainedConfig:
@@ -417,7 +406,7 @@ def _classifier(
         one = tokenize_for_model(teacher.model, teacher.tokenizer, ["a"], template=settings.template)
         offered |= {"teacher": teacher.model, "class_dim": encode_classes(teacher.model, one).shape[-1]}
     objective = _objective(METHODS[settings.method].objective, settings, prompts, offered, options)
-    model = _adapted(loaded.model, settings.method, loaded.image_processor, config, offered)
+    model = new_adapter(loaded.model, settings.method, loaded.image_processor, config, offered)
     validation = None
     if settings.eval_split is not None:
         images = _validation(settings, settings.eval_split, args.seed)
@@ -478,7 +467,7 @@ def _answerer(
         end_token=member.collator.end_token,
     )
     objective = _objective(METHODS[settings.method].answer_objective, settings, candidates, offered, options)
-    model = _adapted(member.model, settings.method, member.collator.processor.image_processor, config, {})
+    model = new_adapter(member.model, settings.method, member.collator.processor.image_processor, config, {})
 
     def evaluate() -> dict[str, float]:
         test = questions(images_of(settings, settings.test_split))
@@ -528,11 +517,19 @@ def _shots(pool: ImageClassificationDataset, settings: RunSettings, seed: int) -
     return chosen.restrict(_labelled(pool, settings)) if settings.protocol == "base_to_new" else chosen
 
 
-def _adapted(
+def new_adapter(
     base: nn.Module, method: str, image_processor: Any, config: dict[str, Any], offered: dict[str, Any]
 ) -> PeftModel:
-    """The model with a new adapter."""
-    mean, std = mean_and_std_of(image_processor)
+    """The model with a new adapter.
+
+    Args:
+        base: Base model.
+        method: Name of the method.
+        image_processor: Of the base model; None where no image is read.
+        config: Settings of the adapter.
+        offered: Facts of the run, for configurations that have a field for them.
+    """
+    mean, std = ((0.0,) * 3, (1.0,) * 3) if image_processor is None else mean_and_std_of(image_processor)
     target = METHODS[method].adapter_type.config
     known = _accepted(target, {"image_mean": list(mean), "image_std": list(std), **offered})
     return get_peft_model(base, build(target, known | config, name="config", hidden=_shared(target)))

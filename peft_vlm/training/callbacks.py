@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_vlm.distributed import all_agree, from_all, is_main_process, num_processes, process_index, shows_progress
 from peft_vlm.errors import PeftVLMError
@@ -429,3 +429,51 @@ def _peak(device: torch.device) -> str:
         return ""
     unit = 1 if sys.platform == "darwin" else 1024
     return f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GB"
+
+
+class OneBar(ProgressCallback):
+    """One bar with the time left and the loss, and a line per validation, in place of a dictionary per step."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss at the end of the bar.
+
+        Args:
+            args: Settings of the run.
+            state: State of the trainer.
+            control: Not used.
+            logs: What is logged.
+            **kwargs: Not used.
+        """
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}")
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print the scores of a validation; remove its bar.
+
+        Args:
+            args: Settings of the run.
+            state: State of the trainer.
+            control: Not used.
+            metrics: What was measured.
+            **kwargs: Not used.
+        """
+        super().on_evaluate(args, state, control, **kwargs)
+        scores = {key.removeprefix("eval_"): value for key, value in (metrics or {}).items()}
+        parts = [f"accuracy {scores['accuracy']:.2f} %"] if "accuracy" in scores else []
+        parts += [f"loss {scores['loss']:.4g}"] if "loss" in scores else []
+        if state.is_world_process_zero and parts:
+            tqdm.write(f"  validation: {', '.join(parts)}", file=sys.stderr)

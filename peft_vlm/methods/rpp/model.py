@@ -42,6 +42,8 @@ def _start_from_words(model: nn.Module, adapter_name: str, config: TextContextCo
         return
     layers = [layer for layer in towers_of(model).text_layers if isinstance(layer, ProjectionPrompts)]
     states = word_states(model, slots.initial_ids, depth=len(layers))
+    if any(state.is_meta for state in states):
+        return  # a model without weights, in a dry run
     for layer, state in zip(layers, states, strict=True):
         for part in (*PROJECTIONS, "shared"):
             prompts = layer.container(part)

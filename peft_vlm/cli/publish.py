@@ -18,6 +18,8 @@ EXAMPLES = """
   peft-vlm publish outputs/readme user/my-adapter --license mit --protocol few-shot --dataset my_images/ --shots 16
       evaluates adapter and base model first, into the folder
   peft-vlm publish outputs/readme user/my-adapter --license mit --private --base_model openai/clip-vit-base-patch16
+  peft-vlm publish outputs/readme user/my-adapter --license mit --space user/my-app
+      and a Space that runs `peft-vlm app` on it
   peft-vlm publish outputs/promptsrc/* --collection user/promptsrc --license mit
       all prompts of a table that `peft-vlm reproduce` made, with the table as card
 """
@@ -46,6 +48,10 @@ def register(commands: Any) -> None:
     command.add_argument("--revision", help="branch; made if it does not exist")
     command.add_argument("--private", action="store_true", default=None, help="make a private repository")
     command.add_argument("--incomplete", action="store_true", help="publish what others cannot use, without warnings")
+    command.add_argument("--space", metavar="OWNER/NAME", help="also a Space that shows the adapter in the app")
+    command.add_argument(
+        "--space_package", default="peft-vlm[app,plots]", help="what the Space installs, as in requirements.txt"
+    )
     evaluation = command.add_argument_group("evaluation before publishing")
     evaluation.add_argument("--dataset", nargs="+", help="folder, CSV file or Hub id of the test images")
     evaluation.add_argument("--protocol", choices=PROTOCOLS, default="few-shot")
@@ -71,7 +77,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
     from peft_vlm.evaluation.run import run_evaluation
     from peft_vlm.hub.publish import publish
+    from peft_vlm.hub.space import check_repo_id, publish_space
 
+    if arguments.space:
+        check_repo_id(arguments.space, what="space")
+        if arguments.subfolder or arguments.revision:
+            raise PeftVLMError("Expected `space` for an adapter at the head of its repository, got a place inside it.")
     folder = arguments.folder
     if arguments.dataset:
         evaluation = EvaluationArguments(
@@ -87,7 +98,12 @@ def run(arguments: argparse.Namespace) -> None:
         with calm():
             run_evaluation(evaluation)
     names = ("license", "base_model", "title", "note", "subfolder", "revision", "private", "incomplete")
-    _print(publish(folder, arguments.repo_id, **{name: getattr(arguments, name) for name in names}), arguments)
+    published = publish(folder, arguments.repo_id, **{name: getattr(arguments, name) for name in names})
+    space = None
+    if arguments.space:
+        options = {"license": arguments.license, "private": arguments.private, "package": arguments.space_package}
+        space = publish_space(arguments.space, [published.repo_id], title=arguments.title, **options)
+    _print(published, arguments, space=space)
 
 
 def _words(arguments: argparse.Namespace) -> list[str]:
@@ -95,17 +111,20 @@ def _words(arguments: argparse.Namespace) -> list[str]:
     return [arguments.folder, *filter(None, [arguments.repo_id]), *arguments.folders]
 
 
-def _print(published: Any, arguments: argparse.Namespace) -> None:
-    """The address."""
+def _print(published: Any, arguments: argparse.Namespace, *, space: Any = None) -> None:
+    """The address, and that of the Space."""
     if arguments.json:
-        print_json(asdict(published))
+        print_json(asdict(published) | ({} if space is None else {"space": asdict(space)}))
         return
-    print_line(published.url if published.changed else f"{published.url} has the same files already: no new commit.")
+    for one in filter(None, (published, space)):
+        print_line(one.url if one.changed else f"{one.url} has the same files already: no new commit.")
 
 
 def _publish_collection(arguments: argparse.Namespace) -> None:
     """All adapters in and below some folders, with the table beside them."""
-    unused = [name for name in ("dataset", "title", "note", "subfolder", "revision") if getattr(arguments, name)]
+    unused = [
+        name for name in ("dataset", "title", "note", "subfolder", "revision", "space") if getattr(arguments, name)
+    ]
     if unused:
         raise PeftVLMError(f"Expected `{unused[0]}` for one adapter only, got it with `collection`. Leave it out.")
     from peft_vlm.hub.publish import publish_collection

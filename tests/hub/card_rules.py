@@ -7,14 +7,16 @@ import yaml
 
 LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0", "other"}
 PIPELINES = {"zero-shot-image-classification", "image-classification", "image-text-to-text"}
+SDKS = {"gradio", "docker", "static"}
 MODEL_ID = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 
 
-def card_problems(content: str) -> list[str]:
+def card_problems(content: str, *, kind: str = "model") -> list[str]:
     """Everything the Hub would refuse in a README.md.
 
     Args:
         content: Text of the file.
+        kind: What it is the card of; a Space runs by what stands there.
     """
     match = re.match(r"^---\n(.*?)\n---\n", content, re.DOTALL)
     try:
@@ -34,6 +36,12 @@ def card_problems(content: str) -> list[str]:
     for base in [bases] if isinstance(bases, str) else bases:
         if not MODEL_ID.match(base):
             problems.append(f'"base_model" with value "{base}" is not valid. Use a model id.')
+    if kind == "space":
+        problems += [f'"{name}" is required' for name in ("title", "sdk", "app_file") if not data.get(name)]
+        problems += [f'"sdk" must be one of {sorted(SDKS)}'] if data.get("sdk") not in SDKS else []
+        problems += [
+            f'"models" with value "{m}" is not valid' for m in data.get("models", []) if not MODEL_ID.match(m)
+        ]
     tags = data.get("tags", [])
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         problems.append('"tags" must be a list of texts')

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
-from tests.hub.card_rules import card_problems
+from tests.hub.card_rules import SDKS, card_problems
 from tests.hub.storage import LFS_SUFFIXES, Commit, File, Repository
 
 NAME = r"(?P<name>[\w.-]+/[\w.-]+)"
-KIND = r"/api/(?P<kind>models|datasets)"
+KIND = r"/api/(?P<kind>models|datasets|spaces)"
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def create(hub: Any, request: Request) -> Answer:
     key, url = (data.get("type", "model"), f"{owner}/{data['name']}"), f"{request.endpoint}/{owner}/{data['name']}"
     if key in hub.repositories:
         return as_json({"error": "You already created this model repo", "url": url}, 409)
+    if key[0] == "space" and data.get("sdk") not in SDKS:
+        return refusal(400, f'"sdk" must be one of {sorted(SDKS)}')
     private = data.get("visibility") == "private" or bool(data.get("private"))
     hub.repositories[key] = Repository(key[1], private=private)
     return as_json({"url": url})
@@ -87,7 +89,7 @@ def create(hub: Any, request: Request) -> Answer:
 
 def validate(hub: Any, request: Request) -> Answer:
     """POST /api/validate-yaml."""
-    problems = card_problems(request.data["content"])
+    problems = card_problems(request.data["content"], kind=request.data["repoType"])
     return as_json({"errors": [{"message": text} for text in problems], "warnings": []}, 400 if problems else 200)
 
 
@@ -203,11 +205,11 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", rf"{KIND}/{NAME}/preupload/(?P<rev>[^/]+)", preupload),
     ("POST", rf"{KIND}/{NAME}/commit/(?P<rev>[^/]+)", commit),
     ("POST", rf"{KIND}/{NAME}/branch/(?P<rev>[^/]+)", branch),
-    ("POST", rf"/(?P<kind>datasets/)?{NAME}\.git/info/lfs/objects/batch", lfs_batch),
+    ("POST", rf"/(?P<kind>datasets/|spaces/)?{NAME}\.git/info/lfs/objects/batch", lfs_batch),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", lfs_put),
     ("GET", rf"{KIND}/{NAME}(/revision/(?P<read>[^/]+))?", info),
     ("GET", rf"{KIND}/{NAME}/tree/(?P<read>[^/]+)(/(?P<folder>.+))?", tree),
-    ("GET|HEAD", rf"/(?P<kind>datasets/)?{NAME}/resolve/(?P<read>[^/]+)/(?P<path>.+)", resolve),
+    ("GET|HEAD", rf"/(?P<kind>datasets/|spaces/)?{NAME}/resolve/(?P<read>[^/]+)/(?P<path>.+)", resolve),
 ]
 
 
@@ -227,7 +229,8 @@ def answer(hub: Any, request: Request) -> Answer:
         if "name" not in parts:
             return function(hub, request, **parts)
         kind, name = parts.pop("kind"), parts.pop("name")
-        repo = hub.repositories.get(("dataset" if (kind or "").startswith("dataset") else "model", name))
+        stored = {"d": "dataset", "s": "space"}.get((kind or "m")[0], "model")
+        repo = hub.repositories.get((stored, name))
         return _for_repository(hub, request, function, repo, parts)
     return refusal(404, f"The loopback Hub does not know {request.method} {path}")
 

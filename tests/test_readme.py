@@ -108,3 +108,12 @@ def test_the_results_of_the_readme_are_those_of_its_pages() -> None:
     for entry in results:
         assert f"{entry['gain']:+.1f} +- {entry['std']:.1f} |" in readme, entry
         assert entry["quote"] in (ROOT / "docs" / entry["page"]).read_text(encoding="utf-8"), entry
+
+
+def test_the_changelog_has_whole_entries_each_once() -> None:
+    """Two lists that were merged left half an entry, one twice, and a bullet that was none."""
+    lines = (ROOT / "CHANGELOG.md").read_text().partition("\n## Unreleased\n")[2].partition("\n## ")[0].splitlines()
+    entries = [line for line in lines if line.startswith("- ")]
+    assert len(set(entries)) == len(entries)
+    odd = [line for line in lines if line and not line.startswith(("### ", "- ", "  ", "|"))]
+    assert not odd

@@ -153,8 +153,10 @@ def plan_of(grid: Grid, place: Place, arguments: MakeArguments) -> list[Plan]:
         size = _size(cell, place)
         training = {**preset_of(_run_settings(cell), size).training, **cell.training}
         args = arguments(training, [f"--output_dir={place.output_dir}"])
-        batches = math.ceil(size.num_images / args.per_device_train_batch_size / args.gradient_accumulation_steps)
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * batches)
+        whole = math.floor if args.dataloader_drop_last else math.ceil
+        batches = whole(size.num_images / args.per_device_train_batch_size)
+        updates = math.ceil(batches / args.gradient_accumulation_steps)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
         targets = [target for target in cell.targets.values() if "dataset" in target]
         tests = sum(_counts(one, place, "test")[1].total() for one in (cell.settings, *targets))
         plans.append(Plan(row, 1 + len(others), size.num_images, steps, tests))

@@ -84,6 +84,9 @@ def test_a_plan_counts_images_and_steps_of_the_paper(capsys: pytest.CaptureFixtu
     imagenet, dtd = json.loads(capsys.readouterr().out)["rows"]
     assert (dtd["images"], dtd["steps"], dtd["tests"]) == (16 * 24, 16 * 24 // 4 * 20, 1_692)
     assert (imagenet["images"], imagenet["steps"]) == (16 * 500, 16 * 500 // 4 * 5), "a quarter of the epochs"
+    assert main(["reproduce", "promptkd", *words[:4], "--datasets", "stanford_cars"]) == 0
+    cars = json.loads(capsys.readouterr().out)["rows"][-1]
+    assert cars["steps"] == 6_509 // 8 * 20, "its preset drops a batch that is not full"
 
 
 def test_what_the_paper_does_not_report_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:

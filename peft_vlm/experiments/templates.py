@@ -102,7 +102,7 @@ def as_template(answer: str) -> str:
         answer: What a language model wrote.
     """
     lines = [line.strip() for line in answer.splitlines() if line.strip()]
-    text = re.sub(r"^(?:text:|[-*\d.)]+)\s*", "", lines[0] if lines else "").strip("\"'` ")
+    text = re.sub(r"^(?:text:|[-*]|\d+[.)](?!\d))\s*", "", lines[0] if lines else "").strip("\"'` ")
     text = "".join(character for character in text if character.isprintable() and character not in "{}")
     before, found, after = text.partition("<CLASS>")
     return f"{before}{{}}{after.replace('<CLASS>', '')}" if found else f"{text} {{}}.".strip()

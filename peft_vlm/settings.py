@@ -21,6 +21,23 @@ OFFICIAL = "official"
 TABLES = ("base_to_new", "few_shot", "cross_dataset", "domain_shift", "mllm_transfer")
 
 
+def _check_least(settings: Any, **least: int) -> None:
+    """Refuse numbers below the smallest that has a meaning.
+
+    Args:
+        settings: Settings with whole numbers, or lists of them.
+        **least: The smallest value by name.
+
+    Raises:
+        DataError: If one is smaller.
+    """
+    for name, number in least.items():
+        value = getattr(settings, name)
+        for one in value if isinstance(value, list) else [value]:
+            if one < number:
+                raise DataError(f"Expected `{name}` of {number} or more, got {one!r}.")
+
+
 @dataclass
 class RunSettings:
     """What is trained on what, as flags or a file say it; documented by the help of each field."""
@@ -105,6 +122,7 @@ class RunSettings:
         """Refuse what no run can be made from.
 
         Raises:
+            DataError: If a number is too small.
             ValueError: If the protocol is unknown.
         """
         for name in ("config", "objective", "augmentation"):
@@ -115,6 +133,7 @@ class RunSettings:
         for text in self.anchors if self.anchors != [OFFICIAL] else ():
             check_template(text)
         check_list("seeds", self.seeds)
+        _check_least(self, shots=0, seeds=0)
         if len(set(self.seeds)) != len(self.seeds):
             raise DataError(f"Expected different `seeds`, got {self.seeds!r}.")
         self.protocol = str(self.protocol).replace("-", "_")  # either spelling, here and below
@@ -154,13 +173,14 @@ class ReproductionSettings:
         """Refuse what no grid can be made from.
 
         Raises:
-            DataError: If a list holds something twice, or there is no folder.
+            DataError: If a list holds something twice, a seed is negative, or there is no folder.
             ValueError: If the protocol is unknown.
         """
         for name in ("datasets", "seeds"):
             check_list(name, getattr(self, name))
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise DataError(f"Expected different `{name}`, got {getattr(self, name)!r}.")
+        _check_least(self, seeds=0)
         if self.protocol is not None:
             self.protocol = self.protocol.replace("-", "_")
             check_choice("protocol", self.protocol, TABLES)
@@ -279,9 +299,7 @@ class TemplateSettings:
             DataError: If a number is too small.
         """
         check_template(self.template)
-        for name, least in (("shots", 0), ("steps", 1), ("proposals", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise DataError(f"Expected `{name}` of {least} or more, got {getattr(self, name)!r}.")
+        _check_least(self, shots=0, steps=1, proposals=1, seed=0)
 
     def facts(self) -> dict[str, Any]:
         """What identifies a search."""

@@ -142,12 +142,14 @@ def preset_of(settings: RunSettings, size: RunSize) -> Preset:
 
     Raises:
         PeftVLMError: If the method has no presets.
+        ValueError: If it has no preset of this name.
     """
     method = METHODS[settings.method]
     if settings.preset is None:
         return Preset() if method.recommended is None else method.recommended(size)
     if method.preset_for is None:
         raise PeftVLMError(f"{settings.method!r} has no presets. Leave out `preset`.")
+    check_choice("preset", settings.preset, method.presets)
     return method.preset_for(settings.preset, **_accepted(method.preset_for, {"shots": settings.shots or size.fewest}))
 
 

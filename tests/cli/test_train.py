@@ -385,6 +385,9 @@ def test_models_that_write_text_are_asked_a_question(words, tmp_path, capsys) ->
     [
         (["--method", "dpl"], "got 'dpl'"),
         (["--method", "coop", "--preset", "nothing"], "got 'nothing'"),
+        (["--method", "atprompt", "--preset", "nothing"], "Expected `--preset` to be one of ('imagenet'"),
+        (["--method", "coop", "--shots", "-1"], "Expected `--shots` of 0 or more, got -1"),
+        (["--method", "coop", "--seeds", "-1", "2"], "Expected `--seeds` of 0 or more, got -1"),
         (["--method", "coop", "--config", "depth=3"], "`--config` has no setting depth. It has: num_text_tokens"),
         (["--method", "coop", "--config", "depth"], "as name=value, got 'depth'"),
         (["--method", "promptkd"], "needs teacher: pass `--teacher`"),

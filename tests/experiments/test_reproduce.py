@@ -346,7 +346,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_small(root: Path, output: Path, method: str, protocol: str, *words: str, clip: str = "clip") -> int:
+def run_small(
+    root: Path, output: Path, method: str, protocol: str, *words: str, clip: str = "clip", teacher: str = "teacher"
+) -> int:
     """Two steps per run on the miniature trees."""
     flags = [
         "--protocol",
@@ -358,7 +360,7 @@ def run_small(root: Path, output: Path, method: str, protocol: str, *words: str,
         "--max_steps",
         "2",
     ]
-    flags += ["--teacher", str(root / "teacher")] if "teacher" in read_recipe(method) else []
+    flags += ["--teacher", str(root / teacher)] if "teacher" in read_recipe(method) else []
     return main(["reproduce", method, *flags, "--use_cpu", "--output_dir", str(output), *words])
 
 
@@ -445,9 +447,10 @@ def test_a_run_at_real_size_works_for_every_method(method: str, root: Path, tmp_
     """A recipe whose official settings do not fit ViT-B/16 would fail on the user's GPU, hours in."""
     size = {"width": 768, "heads": 12, "size": 224, "patch": 16, "dim": 512}
     save_clip(root / "vit", **size)
+    save_clip(root / "vit_teacher", **size | {"width": 96, "heads": 3, "dim": 24})
     protocol = "cross_dataset" if method == "rpp" else next(iter(read_recipe(method)["protocols"]))
     words = ["--datasets", "caltech101", *(() if method == "rpp" else ("--seeds", "1"))]
-    assert run_small(root, tmp_path, method, protocol, *words, clip="vit") == 0
+    assert run_small(root, tmp_path, method, protocol, *words, clip="vit", teacher="vit_teacher") == 0
     done = [row for row in table_of(tmp_path)["rows"] if row["ours"]]
     assert {row["row"].partition(",")[0] for row in done} >= {"caltech101"}
 

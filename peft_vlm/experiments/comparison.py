@@ -15,6 +15,8 @@ from peft_vlm.serving.escape import markdown
 TABLE_NAME = "table.json"
 #: Smallest half-width of "within": papers print one or two decimals.
 ROUNDING = 0.05
+#: Rows that a plot has room for; of more only the averages are drawn.
+MOST_BARS = 24
 NAMES = {"base": "base", "new": "new", "h": "H", "accuracy": "accuracy", "prompted": "prompted"}
 
 RULE = (
@@ -156,7 +158,8 @@ def write_table(
     if has_matplotlib() and series["ours"]:
         drawn = {name: values for name, values in series.items() if values and name != "spread"}
         title = f"{grid.method}, {grid.protocol}" + (" (stand-in)" if grid.stand_in else "")
-        bars_png(drawn, folder / "table.png", spread={"ours": series["spread"]}, title=title)
+        label = "H of base and new (%)" if grid.protocol == "base_to_new" else "accuracy (%)"
+        bars_png(drawn, folder / "table.png", spread={"ours": series["spread"]}, title=title, label=label)
     write_json(folder / TABLE_NAME, {**head, "notes": list(notes), "failed": dict(failed), "rows": rows})
     return table
 
@@ -189,8 +192,12 @@ def _markdown(
 def _series(grid: Grid, lines: Sequence[Line]) -> dict[str, dict[str, Any]]:
     """Bars of the headline score: H, accuracy, or that of the prompted model."""
     headline = [line for line in lines if line.column == grid.columns[-1] and line.mean is not None]
+    headline = [line for line in headline if not line.row.startswith(TEACHER)]
+    if len(headline) > MOST_BARS:
+        headline = [line for line in headline if line.row in grid.averages] or headline[:MOST_BARS]
+    names = {line.row: line.row.replace("_", "\n").replace(", ", "\n") for line in headline}
     return {
-        "ours": {line.row: line.mean for line in headline},
-        "paper": {line.row: line.paper for line in headline if line.paper is not None},
-        "spread": {line.row: line.std for line in headline},
+        "ours": {names[line.row]: line.mean for line in headline},
+        "paper": {names[line.row]: line.paper for line in headline if line.paper is not None},
+        "spread": {names[line.row]: line.std for line in headline},
     }

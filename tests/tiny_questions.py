@@ -1,4 +1,4 @@
-"""Pictures with questions about them, for the tiny LLaVA of `tests.tiny_mllm` with a whole processor."""
+"""Images with questions about them, for the tiny LLaVA of `tests.tiny_mllm` with a whole processor."""
 
 from typing import Any
 

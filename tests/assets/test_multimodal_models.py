@@ -56,7 +56,7 @@ def test_family_and_tokenizer(folder: Path) -> None:
 
 
 def test_answers_are_far_above_chance(recorded: dict[str, float]) -> None:
-    """The card's own figures, each against its chance level and the control without a picture."""
+    """The card's own figures, each against its chance level and the control without an image."""
     assert recorded["icons_chosen"] > 10 * recorded["icons_chance"]
     assert recorded["icons_chosen_shrunken"] > 5 * recorded["icons_chance"]
     assert recorded["icons_chosen_blank"] < 3 * recorded["icons_chance"]

@@ -14,7 +14,7 @@ from tests.tiny import colour_names, colour_rows
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A tiny CLIP, its zero-shot export, and pictures in a folder with an odd name."""
+    """A tiny CLIP, its zero-shot export, and images in a folder with an odd name."""
     root = tmp_path_factory.mktemp("exported")
     save_clip(root / "clip")
     pictures = root / "Bilder [vom] S\u00fcden" / "\u65e5\u672c"
@@ -59,7 +59,7 @@ def test_files_folders_and_patterns(exported) -> None:
 
 
 def test_mistakes_end_with_two(exported, tmp_path, capsys) -> None:
-    """Fixed classes cannot be changed; damaged files and pictures are named."""
+    """Fixed classes cannot be changed; damaged files and images are named."""
     picture = next((exported / "Bilder [vom] S\u00fcden").rglob("*.PNG"))
     file = exported / "out" / "classifier.safetensors"
     assert main(["predict", str(file), str(picture), "--class_names", "a", "b"]) == 2

@@ -1,4 +1,4 @@
-"""Damaged pictures: each kind by hand, levels in order, reproducible."""
+"""Damaged images: each kind by hand, levels in order, reproducible."""
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def test_blurs_spread_a_point_and_lose_nothing() -> None:
         np.testing.assert_allclose(blur(flat, 10.0, rng()), flat)
 
 
-def test_a_small_picture_suffers_as_much_as_a_large_one() -> None:
+def test_a_small_image_suffers_as_much_as_a_large_one() -> None:
     """Blur widths are parts of the side; a fixed number of pixels would wipe out an icon."""
     small, large = scene(56), scene(224)
     values = []
@@ -108,7 +108,7 @@ def test_pixels_become_blocks() -> None:
     np.testing.assert_allclose(blocks[0, 0], pixels[:2, :2].mean(axis=(0, 1)), atol=1.01 / 255)
 
 
-def test_all_models_see_the_same_damaged_pictures() -> None:
+def test_all_models_see_the_same_damaged_images() -> None:
     """As an augmentation of a dataset the noise depends on the position alone."""
     noisy = [colour_questions(1).with_augmentation(Corruption("gaussian_noise", 3)) for _ in range(2)]
     first, again, other = noisy[0][2]["image"], noisy[1][2]["image"], noisy[0][3]["image"]

@@ -41,7 +41,7 @@ def test_items_hold_pixels_label_and_position() -> None:
 
 
 def test_an_hf_dataset_gives_the_same_items() -> None:
-    """Images stored by `datasets` as PNG bytes are the same pictures."""
+    """Images stored by `datasets` as PNG bytes are the same images."""
     rows = colour_rows(2)
     table = HFDataset.from_dict({"picture": [row["image"] for row in rows], "class": [row["label"] for row in rows]})
     dataset = ImageClassificationDataset(table, colour_names(), image_column="picture", label_column="class")
@@ -98,7 +98,7 @@ def test_with_transform_leaves_the_dataset_alone() -> None:
 
 
 def test_augmentation_depends_on_seed_epoch_and_position_alone() -> None:
-    """What makes a resumed run see the same pictures."""
+    """What makes a resumed run see the same images."""
     first = pixels(augmented())
     assert torch.equal(pixels(augmented()), first)
     assert not torch.equal(pixels(augmented(seed=1)), first)

@@ -84,7 +84,7 @@ def test_sixteen_bit_grey_keeps_its_brightness() -> None:
 
 
 def test_photos_are_turned_upright() -> None:
-    """Phones store the orientation beside the pixels; ignoring it shows the model a picture lying on its side."""
+    """Phones store the orientation beside the pixels; ignoring it shows the model an image lying on its side."""
     exif = Image.Exif()
     exif[0x0112] = 6
     assert read_image(as_bytes(noise_image(8, 4), "JPEG", exif=exif)).size == (4, 8)

@@ -139,8 +139,8 @@ def test_an_encoder_decoder_gets_the_answer_apart() -> None:
     assert torch.equal(question_inputs(batch)["input_ids"], batch["input_ids"])
 
 
-def test_a_second_processor_prepares_the_picture_for_clip() -> None:
-    """Same pictures, other size."""
+def test_a_second_processor_prepares_the_image_for_clip() -> None:
+    """Same images, other size."""
     collator = QuestionCollator(llava_processor(), clip_processor=clip_processor(8))
     batch = collator(items(colour_questions())[:3])
     assert batch["clip_pixel_values"].shape == (3, 3, 8, 8)

@@ -72,7 +72,7 @@ def test_restriction_relabels_and_renames() -> None:
 
 
 def test_augmentation_depends_on_seed_epoch_and_position_alone() -> None:
-    """A resumed run must see the same pictures; evaluation data must not change at all."""
+    """A resumed run must see the same images; evaluation data must not change at all."""
 
     def pixels(dataset: ImageQuestionDataset) -> np.ndarray:
         return np.asarray(dataset[3]["image"])
@@ -90,7 +90,7 @@ def test_augmentation_depends_on_seed_epoch_and_position_alone() -> None:
 
 
 def test_a_mirror_is_a_mirror() -> None:
-    """The crop of the whole picture leaves it as it is, up to mirroring."""
+    """The crop of the whole image leaves it as it is, up to mirroring."""
     image = noise_image(9, 7)
     whole = RandomCrop(scale=(1.0, 1.0), ratio=(9 / 7, 9 / 7), flip_probability=1.0)
     mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -42,7 +42,7 @@ def test_the_whole_image_unflipped_is_close_to_evaluation(family: str) -> None:
     expected = EvalTransform(processor)(image)
     torch.testing.assert_close(transform(image, generator()), expected, rtol=0, atol=1e-5)
     flipped = TrainTransform(processor, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip_probability=1.0)(image, generator())
-    # Pillow's resize of a mirrored picture may round one level of 255 otherwise.
+    # Pillow's resize of a mirrored image may round one level of 255 otherwise.
     torch.testing.assert_close(flipped.flip(-1), expected, rtol=0, atol=1.1 / 255 / min(processor.image_std))
 
 

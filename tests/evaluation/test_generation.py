@@ -15,7 +15,7 @@ from tests.tiny_questions import colour_questions, llava_processor, tiny_llava
 
 
 def questions(**options: Any) -> ImageQuestionDataset:
-    """Four pictures with questions of different length."""
+    """Four images with questions of different length."""
     rows = [{"image": noise_image(32, 32, seed=i), "q": "Why?" * (1 + i % 3), "a": "b"} for i in range(4)]
     collator = QuestionCollator(llava_processor(), **options)
     return ImageQuestionDataset(rows, question_column="q", answer_column="a", collator=collator)

@@ -96,8 +96,8 @@ def test_a_shrinking_processor_serves_the_two_conditions_with_the_adapter() -> N
     assert seen[1:] == [pytest.approx(0, abs=1e-5)] * 2, "the black border has no spread"
 
 
-def test_corruptions_reach_the_pictures() -> None:
-    """Every kind and level is asked for once per condition, on the pictures of that damage."""
+def test_corruptions_reach_the_images() -> None:
+    """Every kind and level is asked for once per condition, on the images of that damage."""
     asked = []
 
     def score(model: torch.nn.Module, dataset: ImageQuestionDataset) -> float:

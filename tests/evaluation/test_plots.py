@@ -17,7 +17,7 @@ from peft_vlm.evaluation import bars_png, confusion_matrix_png, lines_png, plots
 
 @pytest.mark.parametrize("number", [2, 12, 120, 300])
 def test_confusion_matrices_of_any_size_can_be_drawn(number: int, tmp_path: Path) -> None:
-    """Names beyond legibility must not make a picture of a hundred megapixels."""
+    """Names beyond legibility must not make an image of a hundred megapixels."""
     confusion = torch.diag(torch.arange(number)) + (torch.rand(number, number) < 0.05)
     path = tmp_path / "confusion.png"
     confusion_matrix_png(confusion, [f"class_{index} $x^2" for index in range(number)], path, title="$5 test_a")

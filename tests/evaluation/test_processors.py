@@ -17,7 +17,7 @@ NAMES = ("me and you", "x")
 
 
 def questions(name: str, **options: str) -> ImageQuestionDataset:
-    """Three pictures of one size with questions of different length."""
+    """Three images of one size with questions of different length."""
     about = ("Who?", "What is it?", "Why?")
     rows = [{"image": noise_image(50, 30, seed=i), "q": q, "a": NAMES[i % 2]} for i, q in enumerate(about)]
     collator = QuestionCollator(tiny_processor(name), **options)  # type: ignore[arg-type]

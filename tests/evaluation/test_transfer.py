@@ -1,4 +1,4 @@
-"""Reports of one prompt on many models: gains by hand, tables, files, pictures."""
+"""Reports of one prompt on many models: gains by hand, tables, files, images."""
 
 from pathlib import Path
 
@@ -114,7 +114,7 @@ def test_curves_and_bars_are_drawn(tmp_path: Path) -> None:
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10
 
 
-def test_the_prompt_is_written_as_an_enlarged_picture(tmp_path: Path) -> None:
+def test_the_prompt_is_written_as_an_enlarged_image(tmp_path: Path) -> None:
     """Every pixel of the canvas becomes a square."""
     model = prompted_llava()
     prompt_png(model, tmp_path / "prompt.png", side=100)
@@ -124,8 +124,8 @@ def test_the_prompt_is_written_as_an_enlarged_picture(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(image)[3::4, 3::4], np.asarray(render_prompt(model)))
 
 
-def test_pictures_are_shown_with_and_without_the_prompt() -> None:
-    """Above the picture, below the same shrunken with the prompt around it."""
+def test_images_are_shown_with_and_without_the_prompt() -> None:
+    """Above the image, below the same shrunken with the prompt around it."""
     model = prompted_llava()
     settings = prompt_layer_of(model).settings["default"]
     grey = Image.new("RGB", (20, 20), (128, 128, 128))

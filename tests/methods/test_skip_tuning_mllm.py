@@ -129,7 +129,7 @@ def test_the_cache_changes_neither_loss_nor_gradients(checkpointing):
     assert_close(outcomes[0], outcomes[1], rtol=1e-5, atol=1e-5)
 
 
-def test_states_are_stored_once_for_fixed_pictures_and_per_epoch_for_changing_ones(monkeypatch):
+def test_states_are_stored_once_for_fixed_images_and_per_epoch_for_changing_ones(monkeypatch):
     fills = []
     original = AnswerStates.fill
     monkeypatch.setattr(AnswerStates, "fill", lambda *args, **kwargs: fills.append(1) or original(*args, **kwargs))

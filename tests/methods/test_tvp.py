@@ -187,7 +187,7 @@ def test_sharing_needs_to_know_the_other_models_normalisation():
         share_prompt(with_prompt(), tiny_siglip())
 
 
-def test_the_picture_of_a_prompt_has_grey_for_zero():
+def test_the_image_of_a_prompt_has_grey_for_zero():
     model = with_prompt(size=0.0)
     parameter_of(model).data[0, 0, 0], parameter_of(model).data[2, 15, 15] = 1.0, -1.0
     picture = np.asarray(render_prompt(model, limit=1.0))

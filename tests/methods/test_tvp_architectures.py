@@ -37,7 +37,7 @@ def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def pictures_seen(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """What the patch embedding of a model gets, as pictures."""
+    """What the patch embedding of a model gets, as images."""
     seen = []
     module = patch_embedding_of(model).module
     convolution = next(m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
@@ -50,7 +50,7 @@ def pictures_seen(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def unpacked(patches: Tensor, grids: list[list[int]]) -> Tensor:
-    """Pictures out of the patches (n, 3, 2, side, side) of images of one size, one patch at a time."""
+    """Images out of the patches (n, 3, 2, side, side) of images of one size, one patch at a time."""
     pictures, next_patch, side = [], 0, patches.shape[-1]
     for frames, rows, cols in grids:
         assert frames == 1
@@ -85,7 +85,7 @@ def test_a_zero_prompt_changes_nothing_where_the_model_does_not_shrink(name, shr
 
 
 def test_a_zero_prompt_changes_nothing_but_the_shrinking(name):
-    """Every picture that reaches the convolution is the base model's, shrunk; nothing is left out or moved."""
+    """Every image that reaches the convolution is the base model's, shrunk; nothing is left out or moved."""
     mllm = tiny_mllm(name)
     inputs = mllm.inputs(IMAGES)
     full = pictures_seen(mllm.model, inputs)
@@ -98,7 +98,7 @@ def test_a_zero_prompt_changes_nothing_but_the_shrinking(name):
     torch.testing.assert_close(seen, expected, rtol=0, atol=2e-6)
 
 
-def test_the_prompt_lies_on_every_picture_where_it_should(name):
+def test_the_prompt_lies_on_every_image_where_it_should(name):
     mllm = tiny_mllm(name)
     inputs = mllm.inputs(IMAGES)
     model = with_prompt(mllm, size=0.5)
@@ -201,6 +201,6 @@ def test_a_prompt_moves_to_another_architecture_of_another_image_size(name, tmp_
 
 
 def tiny_mllm_size(name: str) -> int | None:
-    """Rows of the pictures of a tiny model."""
+    """Rows of the images of a tiny model."""
     size = ARCHITECTURES[name].settings()["vision_config"].get("image_size")
     return size[0] if isinstance(size, list) else size

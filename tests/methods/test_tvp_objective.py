@@ -115,7 +115,7 @@ def test_gradient_checkpointing_keeps_the_gradient():
     assert len(recomputed) == 2
 
 
-def test_the_clip_may_look_at_the_models_own_pictures():
+def test_the_clip_may_look_at_the_models_own_images():
     """As in the official code, when sizes and normalisation are the same."""
     dataset = questions()
     model = prompted_llava()

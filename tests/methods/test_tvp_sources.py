@@ -27,7 +27,7 @@ from tests.tiny_questions import colour_questions
 
 
 def blip_collator(**settings) -> QuestionCollator:
-    """Pictures of 24 px and four image tokens."""
+    """Images of 24 px and four image tokens."""
     processor = Blip2Processor(tiny_mllm("blip_2").image_processor, mllm_tokenizer(), num_query_tokens=4)
     return QuestionCollator(processor, **settings)
 
@@ -91,7 +91,7 @@ def test_alternating_sources_take_turns_also_after_a_resume():
 
 
 def test_sources_draw_the_crops_of_the_epoch():
-    """A source that stayed in the first epoch would train on other pictures than the model beside it."""
+    """A source that stayed in the first epoch would train on other images than the model beside it."""
     other = Source(second_model(), questions(), processor=clip_processor())
     dataset, model = questions(), prompted_llava()
     target = prepared(model, dataset, sources=[other])

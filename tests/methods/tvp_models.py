@@ -40,7 +40,7 @@ def candidates() -> Candidates:
 
 
 def guide(**settings: Any) -> ClipGuide:
-    """A CLIP of 16 px, with its own pictures."""
+    """A CLIP of 16 px, with its own images."""
     return ClipGuide(tiny_clip(seed=7), class_prompts(), **({"processor": clip_processor(16)} | settings))
 
 

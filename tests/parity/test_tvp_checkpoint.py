@@ -38,7 +38,7 @@ def test_canvas_and_border_are_read_off_the_tensor(checkpoint, tmp_path):
     assert size < 610_000
 
 
-def test_the_published_prompt_runs_on_a_llava_and_shows_as_a_picture(checkpoint, tmp_path):
+def test_the_published_prompt_runs_on_a_llava_and_shows_as_an_image(checkpoint, tmp_path):
     convert_checkpoint(checkpoint, tmp_path / "prompt")
     with pytest.warns(PeftVLMWarning, match="set_normalization"):
         model = PeftModel.from_pretrained(llava_224(), tmp_path / "prompt")

@@ -52,7 +52,7 @@ def pictures() -> list[Image.Image]:
 
 
 def test_labels_are_those_of_the_prompted_classifier(adapter_model, folder) -> None:
-    """From picture to label: preprocessing, tower, probabilities."""
+    """From image to label: preprocessing, tower, probabilities."""
     reference = PromptedClassifier(
         adapter_model, tiny_tokenizer(), clip_processor(), class_names=colour_names(), template="a {}."
     )

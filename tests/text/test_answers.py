@@ -21,7 +21,7 @@ NAMES = ("red", "orange", "yellowish green", "b", "no colour at all")
 
 
 def batch_of(questions: list[str]) -> dict[str, Tensor]:
-    """Inputs of noise pictures with these questions."""
+    """Inputs of noise images with these questions."""
     rows = [{"image": noise_image(16, 16, seed=i), "q": q} for i, q in enumerate(questions)]
     dataset = ImageQuestionDataset(rows, question_column="q")
     collator = QuestionCollator(llava_processor())
@@ -92,7 +92,7 @@ def test_answers_of_one_token_need_no_second_pass() -> None:
     torch.testing.assert_close(scores, plain_scores(model, inputs, [ids("a"), ids("b")]), rtol=1e-5, atol=1e-5)
 
 
-def test_the_picture_is_read_once() -> None:
+def test_the_image_is_read_once() -> None:
     """What makes it fast, for any number of candidates and chunks."""
     model, inputs = tiny_llava(), batch_of(["What?", "Who is it?"])
     calls = []

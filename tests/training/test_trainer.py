@@ -106,7 +106,7 @@ def test_a_run_that_never_leaves_its_warm_up_is_refused(tmp_path, length):
 
 
 def test_a_short_run_has_a_training_curve(tmp_path):
-    """With a line of log per 500 steps, the curve of most runs on few labelled images would be an empty picture."""
+    """With a line of log per 500 steps, the curve of most runs on few labelled images would be an empty image."""
     trainer = trainer_of(CoOpObjective(class_prompts()), tmp_path, arguments={"num_train_epochs": 3})
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from peft_vlm.distributed import divided
 from peft_vlm.errors import ClassNameError, DataError, UnsupportedModelError, check_list
 from peft_vlm.models.towers import CACHE_NAME, unwrap
 from peft_vlm.text.class_features import evaluation_mode
@@ -334,6 +335,7 @@ def candidate_scores(
     answer_format: str = "{}",
     end_token: str | None = None,
     chunk_size: int | None = None,
+    divide: bool = False,
 ) -> Float[Tensor, "batch classes"]:
     """Mean log-probability of the tokens of each candidate after each question; natural logarithm, at most 0.
 
@@ -352,6 +354,8 @@ def candidate_scores(
         end_token: What ends an answer.
         chunk_size: Answers (questions times candidates) in one forward pass, each with its own copy of what the model
             keeps of the question; None: as many as fit into about 1 GB, at least one candidate for all questions.
+        divide: Divide the candidates among the processes of the training, which must all call this with the same
+            questions; all get all scores, those of one process up to rounding.
 
     Raises:
         DataError: If the inputs hold answers, are padded elsewhere, or no tokenizer was given for texts.
@@ -373,7 +377,15 @@ def candidate_scores(
             longest = max(map(len, candidates.token_ids))
             vocabulary = question.next_logits.shape[1]
             chunk_size = MEMORY // (question.bytes_per_answer + longest * vocabulary * LOGIT_BYTES)
-        return _scores(question, candidates.token_ids, per_pass=max(1, chunk_size // len(question.next_logits)))
+        rows, per_pass = candidates.token_ids, max(1, chunk_size // len(question.next_logits))
+        if not divide:
+            return _scores(question, rows, per_pass=per_pass)
+
+        def scores_of(part: Int[Tensor, " part"]) -> Float[Tensor, "part batch"]:
+            return _scores(question, [rows[position] for position in part.tolist()], per_pass=per_pass).mT
+
+        # A process's whole part at once, so that answers of one length still share a pass.
+        return divided(len(rows), scores_of, chunk_size=len(rows)).mT
 
 
 def _scores(

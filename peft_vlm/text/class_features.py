@@ -256,7 +256,7 @@ def _encode(model: nn.Module, prompts: ClassPrompts, chunk_size: int, divide: bo
             rows = torch.arange(start, start + len(features), device=device) % num_classes
             sums.index_add_(0, rows, features)
     assert sums is not None, "ClassPrompts has at least one class"
-    return nn.functional.normalize(sums, dim=-1)
+    return sums.div_(sums.norm(dim=-1, keepdim=True).clamp_min(1e-12))  # in place: nothing beside the result grows
 
 
 def _unit_features(model: nn.Module, input_ids: Int[Tensor, "prompts tokens"]) -> Float[Tensor, "prompts dim"]:

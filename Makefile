@@ -16,7 +16,7 @@ PYTEST = $(BIN)/python -m pytest
 # Each process takes a run of neighbouring tests, which share their fixtures, and then work from the slower one.
 PARALLEL = -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo app smoke test test-newest test-oldest test-slow test-distributed test-faults test-hostile test-first-hour test-start-up check docs format size wheel ci clean
+.PHONY: help demo app smoke test test-newest test-oldest test-slow test-distributed test-faults test-hostile test-first-hour test-start-up test-browser check docs format size wheel ci clean
 
 help:
 	@echo "make demo              train Skip Tuning on the bundled models and data; results in outputs/demo"
@@ -29,6 +29,7 @@ help:
 	@echo "make ci                check, wheel, then all tests that are not slow and need no GPU"
 	@echo "make wheel             build the wheel and try it outside the repository"
 	@echo "make test-slow         the slow tests; test-distributed, test-faults, -hostile, -first-hour, -start-up: parts"
+	@echo "make test-browser      the app in a real browser; it needs Chromium (apt-get install chromium)"
 	@echo "make format            apply the formatter and the safe lint fixes"
 	@echo "make size              files, code lines and public names of the package; never fails"
 	@echo "make clean             remove .venv*, caches and build results (outputs/ is kept)"
@@ -80,6 +81,12 @@ test-start-up: $(STAMP)
 
 test-first-hour: $(STAMP)
 	@$(PYTEST) -m "not gpu" tests/hub/test_first_hour.py $(ARGS)
+
+test-browser: $(STAMP)
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+		echo "No Chromium was found. Install it: apt-get install chromium"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[browser]"
+	@$(PYTEST) -m browser tests/app $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/ruff check .

@@ -44,7 +44,7 @@ CSS = """
 .peft-base .peft-track > span { background: #999999; }
 .peft-answer { font-size: 1.1em; margin: 4px 0; }
 .peft-pairs { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-.peft-table { border-collapse: collapse; }
+.peft-table { border-collapse: collapse; border: none !important; }
 .peft-table tr, .peft-table tbody { border: none !important; }
 .peft-table th, .peft-table td { border: none !important; padding: 2px 18px 2px 0 !important; text-align: left; }
 .peft-image img { width: 100% !important; height: 100% !important; object-fit: contain; }
@@ -80,14 +80,14 @@ def build(
         question: Asked about images in the tab of pixel prompts at first.
         examples: Image files offered there.
     """
-    with gr.Blocks(title="peft-vlm", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(title="peft-vlm", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as page:
         gr.Markdown("# peft-vlm\nImages, classes and templates of your own, by the base model and by adapters of it.")
         with gr.Tabs():
             if comparison is not None:
                 with gr.Tab("Compare", id="compare"):
                     _compare_tab(page, comparison, test)
                 if test is not None:
-                    with gr.Tab("Test images", id="test"):
+                    with gr.Tab("Test", id="test"):
                         _test_tab(comparison, test)
             for name, models in prompted:
                 with gr.Tab(printable(f"Pixel prompt: {name}" if len(prompted) > 1 else "Pixel prompt")):
@@ -248,7 +248,10 @@ def _prompt_tab(page: gr.Blocks, models: PromptedModels, question: str, examples
             with gr.Row():
                 labels = ("Clean image", "Prompted image", "Prompt (grey is zero)")
                 shown = {"interactive": False, "height": 250, "min_width": 120, "buttons": ["fullscreen"]}
-                views = [gr.Image(label=label, **shown) for label in labels]
+                names = (None, "prompted", None)
+                views = [
+                    gr.Image(label=label, elem_id=name, **shown) for label, name in zip(labels, names, strict=True)
+                ]
             result = gr.HTML(message_html("Choose an image."), elem_id="prompt_result", js_on_load=None)
     _live(page, shown_prompt(models), [image, asked, classes, strength], [*views, result], "prompt")
 

@@ -72,7 +72,7 @@ def write_space(
     links = "\n".join(f"- [{markdown(adapter)}](https://huggingface.co/{adapter})" for adapter in adapters)
     card = (
         f"---\n{front}---\n\n# {markdown(title)}\n\nDrop an image, edit classes and template: the base model beside "
-        f"adapters of [peft_vlm](https://pypi.org/project/peft-vlm/).\n\n{links}\n"
+        f"adapters of peft_vlm.\n\n{links}\n"
     )
     app = APP.format(adapters=", ".join(map(python_string, adapters)))
     for name, text in {"app.py": app, "requirements.txt": f"{package}\n", CARD_NAME: card}.items():

@@ -111,8 +111,9 @@ def run(arguments: argparse.Namespace) -> None:
         print_json({"table": str(folder / "table.json"), "failed": failed})
     say(f"\n{table}\nWritten to {folder}/: table.md, table.json, table.png, and a folder per run with its adapter.")
     if failed:
+        names = ", ".join([*list(failed)[:10], *(["..."] if len(failed) > 10 else [])])
         raise PeftVLMError(
-            f"{len(failed)} failed, all others are done: {', '.join(failed)}. Their errors stand in "
+            f"{len(failed)} failed, all others are done: {names}. Their errors stand in "
             f"{str(folder / 'table.md')!r}. The same command runs them again."
         )
 

@@ -259,6 +259,8 @@ def reproduce(
         PeftVLMError: If the disk is full.
     """
     _check_folder(grid, place)
+    for cell in grid.cells:
+        place.data(cell.settings["dataset"])  # without a data root nothing can run
     found = {cell.name: finished_cell(place.output_dir / cell.name, _wanted(cell, place)) for cell in grid.cells}
     done = {name: result for name, result in found.items() if result is not None}
     complete = {cell.name for cell in grid.cells if cell.name in done and _is_complete(cell, done[cell.name])}

@@ -89,7 +89,7 @@ def test_a_plan_counts_images_and_steps_of_the_paper(capsys: pytest.CaptureFixtu
     assert cars["steps"] == 6_509 // 8 * 20, "its preset drops a batch that is not full"
 
 
-def test_what_the_paper_does_not_report_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_paper_does_not_report_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Hours of training for a table that has nothing to compare with."""
     assert main(["reproduce", "clip_lora", "--protocol", "base_to_new", "--plan"]) == 2
     assert "does not report 'base_to_new'" in capsys.readouterr().err
@@ -103,6 +103,9 @@ def test_what_the_paper_does_not_report_is_refused_by_name(capsys: pytest.Captur
     assert "does not select on test images" in capsys.readouterr().err
     assert main(["reproduce", "coop", "--seed", "1", "--plan"]) == 2
     assert "Expected `--seeds`" in capsys.readouterr().err
+    assert main(["reproduce", "coop", "--output_dir", str(tmp_path / "new")]) == 2
+    assert "Expected `--data_root`, the folder of all data sets, got none" in capsys.readouterr().err
+    assert not (tmp_path / "new/table.md").exists()
     assert main(["reproduce", "coop"]) == 2
     assert "output_dir" in capsys.readouterr().err
 

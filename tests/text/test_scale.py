@@ -113,6 +113,6 @@ def test_processes_that_divide_classes_and_candidates_give_what_one_gives(tmp_pa
     features = encode_classes(tiny_clip(), prompts_of(333))
     forked.run_group(tmp_path, write_parts, str(tmp_path))
     for number in range(2):
-        parts = torch.load(tmp_path / f"{number}.pt")
+        parts = torch.load(tmp_path / f"{number}.pt", weights_only=True)
         torch.testing.assert_close(parts[0], features, rtol=0, atol=ROUNDING)
         torch.testing.assert_close(parts[1], scores, rtol=0, atol=ROUNDING)

@@ -5,7 +5,6 @@ With APP_SCREENSHOTS=folder every view is written there, at 1400 and 400 px.
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +51,7 @@ def url():
     )
     lines = iter(process.stdout.readline, "")
     yield next(line.split()[4] for line in lines if line.startswith("The app is at"))
-    process.send_signal(signal.SIGINT)
+    process.terminate()
     process.communicate(timeout=30)
 
 

@@ -19,10 +19,11 @@ from tests.tiny import noise_image
 
 #: The command in a process of its own, in which connections to any other machine fail.
 GUARDED = """
-import sys
+import signal, sys
 from tests.hub.guard import allow_loopback_only
 from peft_vlm.cli import main
 allow_loopback_only()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins by ignoring it
 sys.exit(main(sys.argv[1:]))
 """
 

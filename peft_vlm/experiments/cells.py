@@ -3,6 +3,7 @@
 import gc
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from peft_vlm.training.arguments import VLMTrainingArguments
 CELL_NAME = "cell.json"
 
 
-def finished_cell(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+def finished_cell(folder: Path, wanted: Mapping[str, Any], *, columns: Sequence[str] = ()) -> dict[str, Any] | None:
     """Read the result of a finished cell; None where it is missing, or its file is damaged, which is said.
 
     Args:
         folder: Folder of the cell.
-        wanted: Settings that it must have been run with, as JSON values.
+        wanted: Settings that it must have been run with, as JSON values. One that the cell of an earlier version does
+            not have must be the default of `RunSettings`.
+        columns: Scores that it must have, in percent.
 
     Raises:
         DataError: If it was run with other settings.
@@ -37,10 +40,11 @@ def finished_cell(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | N
         cell = read_json(path)
     except AdapterError:
         cell = None
-    if not isinstance(cell, dict) or not is_of(cell.get("scores"), dict[str, float]) or "settings" not in cell:
+    if not _is_whole(cell, columns):
         warnings.warn(f"{str(path)!r} is damaged: the cell is run again.", PeftVLMWarning, stacklevel=2)
         return None
-    before = cell["settings"] if isinstance(cell["settings"], dict) else {}
+    defaults = asdict(RunSettings(method="", model="", dataset=""))
+    before = {name: value for name, value in defaults.items() if name in wanted} | cell["settings"]
     other = sorted(name for name in {*before, *wanted} if before.get(name) != wanted.get(name))
     if other:
         changes = ", ".join(
@@ -51,6 +55,14 @@ def finished_cell(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | N
             "of before."
         )
     return cell
+
+
+def _is_whole(cell: Any, columns: Sequence[str]) -> bool:
+    """Whether what a file holds is the result of a cell with some scores."""
+    if not isinstance(cell, dict) or not isinstance(cell.get("settings"), dict):
+        return False
+    scores = cell.get("scores")
+    return is_of(scores, dict[str, float]) and all(0 <= scores.get(name, -1) <= 100 for name in columns)
 
 
 def run_cell(

@@ -261,7 +261,7 @@ def reproduce(
     _check_folder(grid, place)
     for cell in grid.cells:
         place.data(cell.settings["dataset"])  # without a data root nothing can run
-    found = {cell.name: finished_cell(place.output_dir / cell.name, _wanted(cell, place)) for cell in grid.cells}
+    found = {cell.name: _finished(cell, grid, place) for cell in grid.cells}
     done = {name: result for name, result in found.items() if result is not None}
     complete = {cell.name for cell in grid.cells if cell.name in done and _is_complete(cell, done[cell.name])}
     clock = _Clock({cell.name: steps[cell.row] for cell in grid.cells if cell.name not in done}, say=say)
@@ -293,10 +293,16 @@ def reproduce(
     return table, failed
 
 
+def _finished(cell: Cell, grid: Grid, place: Place) -> dict[str, Any] | None:
+    """The result of a cell that is trained, and measured unless it has targets."""
+    columns = () if cell.targets else grid.columns
+    return finished_cell(place.output_dir / cell.name, _wanted(cell, place), columns=columns)
+
+
 def _is_complete(cell: Cell, result: Mapping[str, Any]) -> bool:
-    """Whether all targets of a trained cell are measured."""
+    """Whether all targets of a trained cell are measured, and the source with them."""
     measured = {name.rpartition("/")[0] or name for name in result["scores"]}
-    return set(cell.targets) <= measured
+    return not cell.targets or {cell.row, *cell.targets} <= measured
 
 
 def _is_full(error: Exception) -> bool:
@@ -395,10 +401,13 @@ def _measure_targets(
         one = replace(settings, **place.data(row["dataset"]))
         with _named(f"{cell.name} on {name}", failed):
             datasets[name] = images_of(one, row.get("test_split", "test"), transform)
+    if not datasets.keys() & cell.targets.keys():
+        return {}  # all are named in `failed`; the training stays
+    source = cell.row if cell.row in datasets else None
     templates = {name: rows[name]["template"] for name in datasets if "template" in rows[name]}
     classifier = TextClassifier(loaded.model, loaded.tokenizer, template=loaded.template or settings.template)
     measured = protocols.domain_shift if grid.protocol == "domain_shift" else protocols.cross_dataset
-    result = measured(classifier, datasets, source=cell.row, templates=templates, progress=not args.disable_tqdm)
+    result = measured(classifier, datasets, source=source, templates=templates, progress=not args.disable_tqdm)
     report = EvalReport.from_result(
         result,
         model=settings.model,

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
 
 from peft_vlm.cli import main
 from peft_vlm.data import BENCHMARKS, SKIP_TUNING_TEMPLATES
-from peft_vlm.errors import PeftVLMWarning
+from peft_vlm.errors import DataError, PeftVLMWarning
 from peft_vlm.evaluation.metrics import harmonic_mean
 from peft_vlm.experiments.cells import finished_cell
 from peft_vlm.experiments.comparison import Line
@@ -225,7 +225,28 @@ def test_a_folder_keeps_its_table_and_its_settings(finished: Path, capsys: pytes
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"scores": {"base": "x"}, "settings": {}}', b"\xff"])
+def test_a_cell_of_an_earlier_version_counts(finished: Path, tmp_path: Path) -> None:
+    """A setting that a later version adds would end a grid of weeks, though nothing has changed."""
+    folder = Path(shutil.copytree(finished / "emoji/seed1", tmp_path / "seed1"))
+    cell = json.loads((folder / "cell.json").read_text())
+    wanted = dict(cell["settings"])
+    del cell["settings"]["holdout"]
+    (folder / "cell.json").write_text(json.dumps(cell))
+    assert finished_cell(folder, wanted) == cell
+    with pytest.raises(DataError, match=r"holdout 0.2 before, 0.5 now"):
+        finished_cell(folder, wanted | {"holdout": 0.5})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b'{"scores": {"base": "x"}, "settings": {}}', b"\xff"),
+        b'{"scores": {}, "settings": {}}',
+        b'{"scores": {"base": 50.0, "h": 50.0}, "settings": {}}',
+        b'{"scores": {"base": 500.0, "new": 50.0, "h": 50.0}, "settings": {}}',
+        b'{"scores": {"base": 50.0, "new": 50.0, "h": 50.0}, "settings": []}',
+    ],
+)
 def test_a_damaged_result_is_said_and_run_again(content: bytes, finished: Path, tmp_path: Path) -> None:
     """Half a file would end the grid, or count as a run."""
     folder = Path(shutil.copytree(finished, tmp_path / "copy"))
@@ -233,7 +254,7 @@ def test_a_damaged_result_is_said_and_run_again(content: bytes, finished: Path, 
     (folder / "emoji/seed1/cell.json").write_bytes(content)
     (folder / "table.json").write_bytes(content)
     with pytest.warns(PeftVLMWarning, match=r"cell.json' is damaged: the cell is run again"):
-        found = finished_cell(folder / "emoji/seed1", whole["settings"])
+        found = finished_cell(folder / "emoji/seed1", whole["settings"], columns=("base", "new", "h"))
     assert found is None
     if content == b"{":
         with pytest.warns(PeftVLMWarning, match="is damaged"):
@@ -442,6 +463,27 @@ def test_one_source_is_tested_on_all_targets(root: Path, tmp_path: Path, capsys:
     report = json.loads((tmp_path / "imagenet/seed1/report.json").read_text())
     assert report["protocol"] == "cross-dataset"
     assert report["parts"]["ucf101"]["num_classes"] == 3
+
+
+def test_a_training_stays_whatever_cannot_be_read_for_its_test(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without test images of the source, or of all targets, the run was thrown away after its training."""
+    words = ["--seeds", "1", "--datasets", "dtd"]
+    for number, missing in enumerate(("imagenet/images/val", "dtd"), start=1):
+        (root / "DATA" / missing).rename(root / "elsewhere")
+        try:
+            assert run_small(root, tmp_path / str(number), "coop", "cross_dataset", *words) == 2
+        finally:
+            (root / "elsewhere").rename(root / "DATA" / missing)
+        assert f"imagenet/seed1 on {missing.partition('/')[0]}" in capsys.readouterr().err
+        adapter = tmp_path / str(number) / "imagenet/seed1/adapter_model.safetensors"
+        trained = adapter.stat().st_mtime_ns
+        assert run_small(root, tmp_path / str(number), "coop", "cross_dataset", *words) == 0
+        assert adapter.stat().st_mtime_ns == trained
+        rows = {row["row"]: row["ours"] for row in table_of(tmp_path / str(number))["rows"]}
+        assert rows["imagenet"], "the source is measured too"
+        assert rows["dtd"]
 
 
 @pytest.mark.slow

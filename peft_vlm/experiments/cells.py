@@ -40,7 +40,7 @@ def finished_cell(folder: Path, wanted: Mapping[str, Any], *, columns: Sequence[
         cell = read_json(path)
     except AdapterError:
         cell = None
-    if not _is_whole(cell, columns):
+    if cell is None or not _is_whole(cell, columns):
         warnings.warn(f"{str(path)!r} is damaged: the cell is run again.", PeftVLMWarning, stacklevel=2)
         return None
     defaults = asdict(RunSettings(method="", model="", dataset=""))

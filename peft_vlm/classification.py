@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import RowStore, ViewCache, check_views, should_store
 from peft_vlm.data.streaming import ImageStream
-from peft_vlm.errors import check_choice
+from peft_vlm.errors import AdapterError, check_choice
 from peft_vlm.models.towers import Side, device_of, image_features, towers_of
 from peft_vlm.objective import Batch, ObjectiveOutput
 from peft_vlm.text.class_features import PromptObjective, encode_classes, evaluation_mode
@@ -94,7 +94,16 @@ class ClassificationObjective(PromptObjective):
         Args:
             model: Model with its adapter.
             dataset: Training images.
+
+        Raises:
+            AdapterError: If it is an AdaLoRA.
         """
+        kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+        if kind == "ADALORA":
+            raise AdapterError(
+                "Expected an adapter that a plain loss trains, got AdaLoRA, whose ranks are given out in every step "
+                "and whose loss has a term of its own; here it would stay a LoRA of `init_r`. Take `LoraConfig`."
+            )
         self._trained = towers_of(model).trained_sides()
         stores, self._why = should_store(self.image_cache, dataset, num_views=self.num_views)
         if "vision" in self._trained:

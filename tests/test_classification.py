@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     IA3Config,
     LNTuningConfig,
     LoraConfig,
@@ -26,6 +27,7 @@ from peft_vlm import (
     VLMTrainer,
     VLMTrainingArguments,
 )
+from peft_vlm.adapters.config import adapter_settings
 from peft_vlm.cli.program import main
 from peft_vlm.data.dataset import ImageClassificationDataset, collate
 from peft_vlm.data.transforms import EvalTransform
@@ -46,6 +48,7 @@ TYPES = {
     "dora": lambda: LoraConfig(r=2, target_modules=ATTENTION, use_dora=True, init_lora_weights=False),
     "ln_tuning": lambda: LNTuningConfig(target_modules=["layer_norm1", "layer_norm2"]),
     "ia3": lambda: IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
+    "embedding": lambda: LoraConfig(r=2, target_modules=["token_embedding"], init_lora_weights=False),
     "oft": lambda: OFTConfig(r=4, oft_block_size=0, target_modules=["q_proj"]),
 }
 TEXT, VISION = r"text_model\..*\.(q_proj|v_proj)", r"vision_model\..*\.(q_proj|v_proj)"
@@ -111,7 +114,15 @@ def test_any_type_of_peft_trains_saves_and_classifies(kind, tmp_path):
     card = (tmp_path / "run" / "README.md").read_text()
     assert "PEFT alone loads it" in card
     assert "`red`" in card
-    assert AdapterFolder.read(tmp_path / "run").method == kind.replace("dora", "lora")
+    assert AdapterFolder.read(tmp_path / "run").method == {"dora": "lora", "embedding": "lora"}.get(kind, kind)
+
+
+def test_adalora_is_refused_by_name():
+    """Without its steps between the steps it would train, and never give a rank away."""
+    config = AdaLoraConfig(target_modules=["q_proj"], total_step=6, tinit=1, tfinal=1)
+    assert adapter_settings(config)["total_step"] == 6
+    with pytest.raises(AdapterError, match="got AdaLoRA"):
+        ClassificationObjective(class_prompts()).adapt_to(get_peft_model(tiny_clip(), config), images())
 
 
 def test_a_card_names_the_settings_that_are_not_defaults(tmp_path):

@@ -5,7 +5,7 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, get_args, get_origin, no_type_check
@@ -367,7 +367,9 @@ def adapter_settings(config: PeftConfig) -> dict[str, Any]:
     if isinstance(config, VLMConfig):
         return config.method_settings()
     shared = {f.name for f in fields(PeftConfig)} | {"task_type", "peft_type"}
-    plain = type(config)().to_dict()
+    plain = {  # not of an instance: AdaLoRA's cannot be made without settings
+        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(type(config))
+    }
     values = {name: value for name, value in config.to_dict().items() if name not in shared}
     return {
         name: sorted(value) if isinstance(value, set) else value

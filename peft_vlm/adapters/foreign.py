@@ -113,7 +113,7 @@ def foreign_shapes(config: PeftConfig) -> dict[str, Shape]:
     values = config.to_dict()
     rank = values.get("r")
     is_plain = values["peft_type"] == "LORA" and not values.get("rank_pattern") and isinstance(rank, int)
-    return {r".*\.lora_A\.weight": (rank, ...)} if is_plain else {}
+    return {r".*\.lora_(A\.weight|embedding_A)": (rank, ...)} if is_plain else {}
 
 
 def _patterns(values: Mapping[str, Any]) -> Iterator[str]:

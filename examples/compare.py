@@ -73,6 +73,8 @@ def cell_of(
         shots=args.shots,
         augmentation=args.augmentation,
         teacher=args.teacher if method == "promptkd" else None,
+        # a PromptKD student knows the classes whose images it saw, as in its paper
+        transductive=method == "promptkd" and protocol == "base_to_new",
     )
     wanted = asdict(settings) | {"seed": seed, "epochs": args.epochs}
     if (cell := finished_cell(folder, wanted)) is not None:
@@ -101,6 +103,7 @@ def rows_of(cells: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         rows[method] = {name: [run["scores"][name] for run in runs] for name in runs[0]["scores"]}
         rows[method] |= {name: [run[name] for run in runs if run[name] is not None] for name in COSTS}
         rows[method]["trainable_parameters"] = runs[0]["trainable_parameters"]
+        rows[method]["transductive"] = runs[0]["settings"]["transductive"]
     return rows
 
 

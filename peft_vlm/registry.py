@@ -57,6 +57,7 @@ class AdapterType:
         trained: What the adapter holds, as the end of the sentence "This adapter holds ...".
         paper: Where it comes from.
         limits: What a user of an adapter must know, whole sentences.
+        stores_classes: Whether an adapter holds a vector per class, and knows no other class names.
         formats: Official checkpoints that become such adapters, and related ones that are refused by name.
         export: Writer of the official file: `export(model, path, tokenizer=..., epoch=...)` returns the official
             settings that belong to the file. None where there is no official format.
@@ -69,6 +70,7 @@ class AdapterType:
     trained: str
     paper: Paper
     limits: tuple[str, ...] = ()
+    stores_classes: bool = False
     formats: tuple[OfficialFormat, ...] = ()
     export: Callable[..., dict[str, Any]] | None = None
 

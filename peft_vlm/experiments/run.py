@@ -215,6 +215,7 @@ def plan_of(settings: RunSettings, arguments: Callable[[dict[str, Any]], VLMTrai
     """
     settings.check()
     _check_names(settings)
+    _check_new_classes(settings)
     if settings.template is None:
         settings = replace(settings, template=template_for(settings.dataset, settings.data_root))
     model_config = _base_config(settings.model)
@@ -279,6 +280,17 @@ def run_training(
         if bar is not None and bar.training_bar is not None:  # or it would be drawn below the message of an error
             bar.training_bar.close()
     return parts.evaluate() if settings.evaluate and args.process_index == 0 else {}
+
+
+def _check_new_classes(settings: RunSettings) -> None:
+    """Refuse an evaluation on new classes that the trained adapter would not know."""
+    knows_all = settings.transductive or not METHODS[settings.method].adapter_type.stores_classes
+    if settings.protocol == "base_to_new" and settings.evaluate and not knows_all:
+        raise PeftVLMError(
+            f"Expected `transductive` with `protocol=base_to_new`, got a run of {settings.method!r} without it: its "
+            "adapter stores a vector per class and knows no new ones. Pass `transductive`, which trains on unlabelled "
+            "images of all classes as the paper does, or `no_evaluate`, and add the new classes with `add_classes`."
+        )
 
 
 def _for_fixed_classes(settings: RunSettings, given: dict[str, Any]) -> dict[str, Any]:

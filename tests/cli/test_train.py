@@ -405,6 +405,10 @@ def test_models_that_write_text_are_asked_a_question(words, tmp_path, capsys) ->
         (["--method", "coop", "--objective", "num_workers=1.5"], "to be of type int, got 1.5"),
         (["--method", "coop", "--augmentation", "scale=0.5"], "`scale` of `--augmentation` to be of type tuple[float"),
         (["--method", "skip_tunin"], "Did you mean 'skip_tuning'?"),
+        (
+            ["--method", "promptkd", "--protocol", "base_to_new", "--shots", "1"],
+            "its adapter stores a vector per class and knows no new ones",
+        ),
         (["--method", "coop", "--model", "no/such folder", "--config", "num_text_token=3"], "mean num_text_tokens?"),
         (["--method", "coop", "--model", "no/such folder", "--template", "a photo"], "`{}` exactly once"),
         (

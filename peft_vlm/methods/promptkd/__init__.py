@@ -18,6 +18,7 @@ register_adapter(
         trained="visual prompt tokens, a projector, and the class vectors of the teacher that it was distilled from",
         paper=PAPER,
         limits=("It classifies with stored class vectors: only the classes listed here, no free text.",),
+        stores_classes=True,
         formats=OFFICIAL_FORMATS,
         export=export_checkpoint,
     )

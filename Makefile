@@ -29,7 +29,7 @@ help:
 	@echo "make ci                check, wheel, then all tests that are not slow and need no GPU"
 	@echo "make wheel             build the wheel and try it outside the repository"
 	@echo "make test-slow         the slow tests; test-distributed, test-faults, -hostile, -first-hour, -start-up: parts"
-	@echo "make test-browser      the app in a real browser; it needs Chromium (apt-get install chromium)"
+	@echo "make test-browser      app and site in a real browser; it needs Chromium (apt-get install chromium)"
 	@echo "make format            apply the formatter and the safe lint fixes"
 	@echo "make size              files, code lines and public names of the package; never fails"
 	@echo "make clean             remove .venv*, caches and build results (outputs/ is kept)"
@@ -86,7 +86,7 @@ test-browser: $(STAMP)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
 		echo "No Chromium was found. Install it: apt-get install chromium"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[browser]"
-	@$(PYTEST) -m browser tests/app $(ARGS)
+	@$(PYTEST) -m browser tests/app tests/test_site.py $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/ruff check .

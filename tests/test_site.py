@@ -2,10 +2,16 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
+from tests.browser import WIDTHS, browser  # noqa: F401 - a fixture
 from tests.source_tree import ROOT
 
 
@@ -62,3 +68,45 @@ def test_dead_links_anchors_and_foreign_files_are_found(build) -> None:
     found = build.problems()
     assert [problem.partition(":")[0].partition(" loads")[0] for problem in found] == ["1.html"] * 3
     assert "no anchor for 0.html#gone" in " ".join(found)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """A server of files that prints nothing."""
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def address():
+    """The built site on a server of its own."""
+    subprocess.run([sys.executable, "docs/site/build.py"], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(ROOT / "build" / "site")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_reader_finds_a_method_by_the_front_page_and_by_search(width, address, browser) -> None:  # noqa: F811
+    """In a real browser, on a screen and on a phone, without a request to another machine."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{address}/index.html")
+    assert page.locator("h1").first.inner_text().startswith("peft_vlm")
+    page.locator("article a", has_text="Skip Tuning").first.click()
+    page.wait_for_url("**/docs/methods/skip_tuning.html")
+    assert page.locator("h1").first.inner_text().startswith("Skip Tuning")
+    assert page.locator("article").bounding_box()["width"] <= width
+    if width < 600:
+        page.locator(".md-header__button[for=__search]").click()
+    page.locator("[data-md-component=search-query]").press_sequentially("counterfactual")
+    page.wait_for_selector(".md-search-result__item")
+    assert "CPL" in page.locator(".md-search-result__list").inner_text()
+    page.close()
+    assert len(asked) >= 10
+    assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]

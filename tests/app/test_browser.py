@@ -4,40 +4,19 @@ With APP_SCREENSHOTS=folder every view is written there, at 1400 and 400 px.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.browser import WIDTHS, browser  # noqa: F401 - a fixture
 from tests.source_tree import ROOT
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
 BUNDLED = ["skip-tuning-emoji", "coop-emoji", "maple-emoji", "promptkd-icons", "tvp-lamplight"]
 OPTIONS = ["--test", "examples/assets/emoji", "--models", "examples/assets/mllm_paligemma", "--device", "cpu"]
-INSTALL = "pip install playwright; apt-get install chromium"
-WIDTHS = (1400, 400)
-
-
-def chromium() -> str:
-    """Path of the system's Chromium."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip(f"no Chromium is installed: {INSTALL}")
-    return found
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A browser without a window."""
-    playwright = pytest.importorskip("playwright.sync_api", reason=f"Playwright is not installed: {INSTALL}")
-    path = chromium()
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +35,7 @@ def url():
 
 
 @pytest.fixture(params=WIDTHS)
-def page(request, browser, url):
+def page(request, browser, url):  # noqa: F811
     """The app as it opens; every request but to its own server fails the test, as do errors in the console."""
     opened = browser.new_page(viewport={"width": request.param, "height": 900})
     asked: list[str] = []

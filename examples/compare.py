@@ -22,7 +22,7 @@ from typing import Any
 
 import peft_vlm  # noqa: F401 - registers the methods
 from peft_vlm.cli.console import add_console_flags, calm, start_console
-from peft_vlm.evaluation.plots import new_figure, save_figure
+from peft_vlm.evaluation.plots import COLOURS, new_figure, save_figure
 from peft_vlm.experiments.cells import finished_cell, run_cell
 from peft_vlm.experiments.report import COSTS, show_results
 from peft_vlm.files import write_json
@@ -109,13 +109,17 @@ def rows_of(cells: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def costs_png(report: dict[str, Any], path: Path) -> None:
     """Accuracy (base classes or all) against what it costs, a panel per cost and a row per data set."""
+    from matplotlib.lines import Line2D  # comes with the extra `plots`
+
     costs = {
         "trainable_parameters": "trainable parameters",
         "seconds": "training, seconds",
         "peak_memory_mb": "peak MB",
     }
     tasks = {report["task"]: report["methods"], **{name: task["methods"] for name, task in report["tasks"].items()}}
-    figure = new_figure(12, 3.6 * len(tasks))
+    figure = new_figure(13, 3.6 * len(tasks))
+    numbers = {method: place for place, method in enumerate((m for m in report["methods"] if m != "zero_shot"), 1)}
+    seeds = f"{len(report['seeds'])} seed{'s' * (len(report['seeds']) > 1)}"
     for line, (name, methods) in zip(figure.subplots(len(tasks), 3, squeeze=False), tasks.items(), strict=True):
         score = "h" if "h" in methods["zero_shot"] else "accuracy"
         for axes, (cost, label) in zip(line, costs.items(), strict=True):
@@ -126,18 +130,21 @@ def costs_png(report: dict[str, Any], path: Path) -> None:
                 elif values:
                     spread = statistics.stdev(row[score]) if len(row[score]) > 1 else 0.0
                     place = statistics.mean(values), statistics.mean(row[score])
-                    axes.errorbar(*place, yerr=spread, fmt="o", markersize=5, capsize=2)
-                    axes.annotate(
-                        method.replace("_", " "), place, xytext=(4, 4), textcoords="offset points", fontsize=8
-                    )
+                    axes.errorbar(*place, yerr=spread, color="0.6", fmt="none", capsize=2)
+                    circle = {"boxstyle": "circle,pad=0.2", "linewidth": 0, "alpha": 0.85}
+                    circle["facecolor"] = COLOURS[(numbers[method] - 1) % 7]
+                    axes.plot(*place, alpha=0)  # a text alone does not widen the axes
+                    axes.annotate(str(numbers[method]), place, ha="center", va="center", fontsize=7, bbox=circle)
             if cost == "trainable_parameters":
                 axes.set_xscale("log")
-                axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
-            axes.margins(x=0.2, y=0.15)
+                axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+0", "e"))
+            axes.margins(x=0.1, y=0.15)
             axes.set_xlabel(label)
             axes.set_ylabel("H of base and new (%)" if score == "h" else "top-1 accuracy (%)")
-            axes.set_title(f"{name}, {len(report['seeds'])} seeds; dashed: zero-shot", fontsize=9)
-            axes.grid(alpha=0.3)
+            axes.set_title(f"{name}, {seeds}; dashed: zero-shot", fontsize=9)
+    names = [f"{number}  {method.replace('_', ' ')}" for method, number in numbers.items()]
+    handles = [Line2D([], [], linestyle="", marker="o", color=COLOURS[place % 7]) for place in range(len(names))]
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
     save_figure(figure, path)
 
 

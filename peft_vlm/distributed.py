@@ -8,11 +8,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
+_bars: "WeakSet[Any]" = WeakSet()
 _left_out = False
 _apart = False
 
@@ -50,14 +52,17 @@ def shows_progress() -> bool:
 
 
 def progress_bar(items: Any = None, *, disable: bool = False, **options: Any) -> Any:
-    """A `tqdm` bar where progress is shown.
+    """A `tqdm` bar where progress is shown, and none of these bars is open already: one line at a time.
 
     Args:
         items: What is gone through, if anything.
         disable: Show no bar.
         **options: For `tqdm`.
     """
-    return tqdm(items, disable=disable or not shows_progress(), **options)
+    is_inside = any(not bar.disable for bar in _bars)  # a bar that was closed is a disabled one
+    bar = tqdm(items, disable=disable or is_inside or not shows_progress(), **options)
+    _bars.add(bar)
+    return bar
 
 
 def wait_for_everyone() -> None:

@@ -38,7 +38,7 @@ def test_the_terminal_shows_one_bar_and_the_results(data, tmp_path):
     shown = run("train_coop.py", *own, "--output_dir", str(tmp_path / "shown"))
     assert shown.code == 0, shown.printed
     assert "3/3" in shown.printed
-    for noise in ("Generating", "Loading weights", "Map:"):
+    for noise in ("Generating", "Loading weights", "Map:", "Image features", "Storing"):
         assert noise not in shown.printed
     quiet = run("train_coop.py", *own, "--quiet", "--output_dir", str(tmp_path / "quiet"))
     assert quiet.code == 0, quiet.printed

@@ -136,7 +136,9 @@ class AttributeContextConfig(TextContextConfig):
     @property
     def before(self) -> list[int | None]:
         """Places before the context: for each attribute its learned vectors (None), then the ids of its word."""
-        parts = zip(self.num_attribute_tokens or (), self.attribute_ids or (), strict=False)
+        if self.num_attribute_tokens is None or self.attribute_ids is None:  # no attributes, or not completed yet
+            return []
+        parts = zip(self.num_attribute_tokens, self.attribute_ids, strict=True)
         return [place for count, word in parts for place in (*[None] * count, *word)]
 
     @property

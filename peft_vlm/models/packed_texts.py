@@ -210,13 +210,13 @@ def _run_layer(
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
     keys, values = attention.k_proj(normed), attention.v_proj(normed)
     if not pooled_only:
-        attended = _attention(attention, attention.q_proj(normed), keys, values, texts)
+        queries = attention.q_proj(normed)
     else:
         places = texts.num_shared + texts.pooled
         hidden = hidden[:, places]
         # prompts of queries know their places in the whole row alone
         queries = attention.q_proj(normed)[:, places] if is_wrapped else attention.q_proj(normed[:, places])
-        attended = _pooled_attention(attention, queries, keys, values, texts)
+    attended = _attention(attention, queries, keys, values, texts, pooled_only=pooled_only)
     hidden = hidden + attention.out_proj(attended)
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
@@ -227,32 +227,20 @@ def _heads(attention: Any, tokens: Float[Tensor, "*tokens width"]) -> Float[Tens
 
 def _attention(
     attention: Any,
-    queries: Float[Tensor, "repeats packed width"],
+    queries: Float[Tensor, "repeats asking width"],
     keys: Float[Tensor, "repeats packed width"],
     values: Float[Tensor, "repeats packed width"],
     texts: PackedTexts,
-) -> Float[Tensor, "repeats packed width"]:
-    """Attend within the shared tokens, and from each prompt's own tokens to the shared ones and its own."""
+    *,
+    pooled_only: bool,
+) -> Float[Tensor, "repeats asking width"]:
+    """Attend within the shared tokens, and from each prompt's own tokens, or its pooled one, to these and its own."""
     if keys.shape[1] <= LONGEST_MASKED.get(keys.device.type, 0):
-        return _masked_attention(attention, queries, keys, values, texts.visible)
-    return torch.stack(
-        [_attention_in_parts(attention, *row, texts) for row in zip(queries, keys, values, strict=True)]
-    )
-
-
-def _pooled_attention(
-    attention: Any,
-    queries: Float[Tensor, "repeats prompts width"],
-    keys: Float[Tensor, "repeats packed width"],
-    values: Float[Tensor, "repeats packed width"],
-    texts: PackedTexts,
-) -> Float[Tensor, "repeats prompts width"]:
-    """Attend from the pooled tokens alone, which come last in their prompts."""
-    if keys.shape[1] <= LONGEST_MASKED.get(keys.device.type, 0):
-        visible = texts.visible[texts.num_shared + texts.pooled]
+        visible = texts.visible[texts.num_shared + texts.pooled] if pooled_only else texts.visible
         return _masked_attention(attention, queries, keys, values, visible)
-    parts = (_pooled_in_parts(attention, *row, texts) for row in zip(queries, keys, values, strict=True))
-    return torch.stack(list(parts))
+    in_parts = _pooled_in_parts if pooled_only else _attention_in_parts
+    rows = zip(queries, keys, values, strict=True)
+    return torch.stack([in_parts(attention, *row, texts) for row in rows])
 
 
 def _masked_attention(

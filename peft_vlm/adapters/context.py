@@ -10,6 +10,7 @@ from torch import nn
 from peft_vlm.adapters.adapter_files import Shape
 from peft_vlm.adapters.config import VLMConfig, fit_fields, fitted
 from peft_vlm.adapters.learned_tokens import DeepTokens, LearnedTokens, TextContext, VisionTokens
+from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.errors import AdapterError, UnsupportedModelError, shown
 from peft_vlm.models.towers import Side, towers_of
 from peft_vlm.text.prompts import Slots, tokenizer_of
@@ -360,3 +361,20 @@ def learned_tokens(model: nn.Module, target: nn.Module, *, prefix: str) -> Learn
         return VisionTokens(target, prefix=prefix)
     tower: Side = "text" if any(target is layer for layer in towers.text_layers) else "vision"
     return DeepTokens(target, prefix=prefix, tower=tower)
+
+
+class ContextTuner(VLMTuner):
+    """A tuner that wraps the token embedding alone, with a context that takes the place of its initial words."""
+
+    def target_pattern(self, config: Any) -> str:
+        """Name of the token embedding.
+
+        Args:
+            config: The adapter's configuration; gets the ids of its initial words, and their number.
+
+        Returns:
+            Regular expression over full module names.
+        """
+        pattern = learned_token_pattern(self.model, text_depth=1, vision_depth=0)
+        complete_whole_context(config, self.model)
+        return pattern

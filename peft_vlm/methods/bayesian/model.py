@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft_vlm.adapters.context import complete_whole_context, learned_token_pattern
+from peft_vlm.adapters.context import ContextTuner
 from peft_vlm.adapters.layer import PromptLayer, own_module
 from peft_vlm.adapters.learned_tokens import INIT_STD, ShiftedContext
-from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.methods.bayesian.config import BayesianConfig
 from peft_vlm.models.towers import towers_of
 
@@ -150,23 +149,10 @@ class SampledContext(ShiftedContext):
         return mean[:, None] + noise.to(mean) * (0.5 * log_variance).exp()[:, None]
 
 
-class BayesianModel(VLMTuner):
+class BayesianModel(ContextTuner):
     """The tuner behind `get_peft_model(clip, BayesianConfig(...))`."""
 
     prefix = "bayesian_"
-
-    def target_pattern(self, config: BayesianConfig) -> str:
-        """Name of the token embedding.
-
-        Args:
-            config: The adapter's configuration; gets the ids of its initial words, and their number.
-
-        Returns:
-            Regular expression over full module names.
-        """
-        pattern = learned_token_pattern(self.model, text_depth=1, vision_depth=0)
-        complete_whole_context(config, self.model)
-        return pattern
 
     def wrap(self, target: nn.Module) -> PromptLayer:
         """The token embedding with a sampled context.

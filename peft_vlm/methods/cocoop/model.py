@@ -6,11 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from peft_vlm.adapters.context import complete_whole_context, learned_token_pattern
+from peft_vlm.adapters.context import ContextTuner
 from peft_vlm.adapters.layer import PromptLayer, own_module
 from peft_vlm.adapters.learned_tokens import ShiftedContext
-from peft_vlm.adapters.tuner import VLMTuner
-from peft_vlm.methods.cocoop.config import CoCoOpConfig
 from peft_vlm.models.towers import towers_of
 
 REDUCTION = 16
@@ -75,23 +73,10 @@ class ImageContext(ShiftedContext):
         return nn.functional.linear(hidden, weight2, bias2)[:, None]
 
 
-class CoCoOpModel(VLMTuner):
+class CoCoOpModel(ContextTuner):
     """The tuner behind `get_peft_model(clip, CoCoOpConfig(...))`."""
 
     prefix = "cocoop_"
-
-    def target_pattern(self, config: CoCoOpConfig) -> str:
-        """Name of the token embedding.
-
-        Args:
-            config: The adapter's configuration; gets the ids of its initial words, and their number.
-
-        Returns:
-            Regular expression over full module names.
-        """
-        pattern = learned_token_pattern(self.model, text_depth=1, vision_depth=0)
-        complete_whole_context(config, self.model)
-        return pattern
 
     def wrap(self, target: nn.Module) -> PromptLayer:
         """The token embedding with an image-conditioned context.

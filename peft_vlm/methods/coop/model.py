@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from peft_vlm.adapters.context import complete_whole_context, learned_token_pattern
+from peft_vlm.adapters.context import ContextTuner
 from peft_vlm.adapters.layer import PromptLayer
 from peft_vlm.adapters.learned_tokens import EncodedContext, fill_slots
-from peft_vlm.adapters.tuner import VLMTuner
 from peft_vlm.errors import ClassNameError
 from peft_vlm.methods.coop.config import CoOpConfig
 from peft_vlm.models.packed_texts import OwnContexts
@@ -86,7 +85,7 @@ class CoOpContext(EncodedContext, OwnContexts):
         return fill_slots(embedded, input_ids, contexts[torch.tensor(rows, device=contexts.device)], slots)
 
 
-class CoOpModel(VLMTuner):
+class CoOpModel(ContextTuner):
     """The tuner behind `get_peft_model(clip, CoOpConfig(...))`."""
 
     prefix = "coop_"
@@ -103,8 +102,7 @@ class CoOpModel(VLMTuner):
         Raises:
             ValueError: If contexts are per class, and there is no tokenizer to read the names.
         """
-        pattern = learned_token_pattern(self.model, text_depth=1, vision_depth=0)
-        complete_whole_context(config, self.model)
+        pattern = super().target_pattern(config)
         if config.class_specific and config.class_token_ids is None:
             tokenizer = tokenizer_of(self.model)
             if tokenizer is None:

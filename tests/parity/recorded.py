@@ -5,7 +5,7 @@ independent Hugging Face implementation that read the same tensors.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from peft_vlm.adapters.learned_tokens import LearnedTokens
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.models.towers import unwrap
+from peft_vlm.training.schedule import epoch_cosine_scheduler
 
 FOLDER = Path(__file__).parent / "reference"
 
@@ -99,3 +100,36 @@ def stacked(parameters: list[Tensor | None], like: Tensor) -> Tensor:
     """Tensors of some layers in the recorded layout."""
     stack = torch.stack([tensor.detach() for tensor in parameters if tensor is not None])
     return stack if like.ndim == 3 else stack[0]
+
+
+def official_run(
+    parameters: Iterable[Tensor], hyper: Mapping[str, Any], losses: Iterator[Tensor]
+) -> tuple[list[float], list[float]]:
+    """Train as the recorded code does: SGD, and a cosine per epoch after one of warm-up.
+
+    Args:
+        parameters: What trains.
+        hyper: The case's `optimiser`.
+        losses: Loss of each step, computed when it is asked for.
+
+    Returns:
+        Loss and learning rate of every step.
+    """
+    options = {"momentum": hyper["momentum"], "weight_decay": hyper["weight_decay"]}
+    optimizer = torch.optim.SGD(list(parameters), lr=hyper["lr"], **options)
+    schedule = epoch_cosine_scheduler(
+        optimizer,
+        steps_per_epoch=hyper["batches_per_epoch"],
+        num_epochs=hyper["epochs"],
+        warmup_epochs=hyper["warmup_epochs"],
+        warmup_rate=hyper["warmup_lr"],
+    )
+    values, rates = [], []
+    for loss in losses:
+        optimizer.zero_grad()
+        loss.backward()
+        values.append(loss.item())
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return values, rates

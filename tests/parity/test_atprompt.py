@@ -13,11 +13,11 @@ from peft_vlm.methods.atprompt import AttributeSearch
 from peft_vlm.methods.maple import fold
 from peft_vlm.models.towers import image_features, towers_of
 from peft_vlm.text import encode_classes, reserve_slots, tokenize_for_model
-from peft_vlm.training.schedule import epoch_cosine_scheduler
 from tests.parity.recorded import (
     RecordedImages,
     assert_close_to_max,
     facts,
+    official_run,
     recorded_clip,
     recorded_tokenizer,
     tensors,
@@ -119,24 +119,8 @@ def test_a_run_of_three_epochs(name):
     model, objective, case, recorded = setup(name)
     hyper, tolerance = case["optimiser"], case["tolerance"]
     prepare(model, objective, case, recorded)
-    options = {"momentum": hyper["momentum"], "weight_decay": hyper["weight_decay"]}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=hyper["lr"], **options)
-    schedule = epoch_cosine_scheduler(
-        optimizer,
-        steps_per_epoch=hyper["batches_per_epoch"],
-        num_epochs=hyper["epochs"],
-        warmup_epochs=hyper["warmup_epochs"],
-        warmup_rate=hyper["warmup_lr"],
-    )
-    losses, rates = [], []
-    for index in range(len(recorded["in.images"])):
-        output = step(model, objective, recorded, index)
-        optimizer.zero_grad()
-        output.loss.backward()
-        losses.append(output.loss.item())
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
+    steps = (step(model, objective, recorded, index).loss for index in range(len(recorded["in.images"])))
+    losses, rates = official_run((p for p in model.parameters() if p.requires_grad), hyper, steps)
     assert losses == pytest.approx(recorded["expected.step_losses"].tolist(), rel=1e-4)
     assert rates == pytest.approx(recorded["expected.step_lrs"].tolist(), rel=1e-6)
     starts = [values for _, values in recorded_parts(model, recorded, "in")]

@@ -14,11 +14,11 @@ from peft_vlm import CoCoOpConfig, CPLObjective
 from peft_vlm.methods.cpl import greedy_target
 from peft_vlm.models.towers import image_features, text_features
 from peft_vlm.text import tokenize_for_model
-from peft_vlm.training.schedule import epoch_cosine_scheduler
 from tests.parity.recorded import (
     RecordedImages,
     assert_close_to_max,
     facts,
+    official_run,
     recorded_clip,
     recorded_tokenizer,
     tensors,
@@ -91,25 +91,9 @@ def test_a_run_of_three_epochs_moves_the_mask_too():
     """Rates, momentum and decay of the mask are those of the adapter; evaluation is plain CoCoOp."""
     model, objective = setup()
     hyper = CASE["optimiser"]
-    options = {"momentum": hyper["momentum"], "weight_decay": hyper["weight_decay"]}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(objective.param_groups(named)["all"], lr=hyper["lr"], **options)
-    schedule = epoch_cosine_scheduler(
-        optimizer,
-        steps_per_epoch=hyper["batches_per_epoch"],
-        num_epochs=hyper["epochs"],
-        warmup_epochs=hyper["warmup_epochs"],
-        warmup_rate=hyper["warmup_lr"],
-    )
-    losses, rates = [], []
-    for index in range(len(RECORDED["in.images"])):
-        output = step(model, objective, RECORDED, index)
-        optimizer.zero_grad()
-        output.loss.backward()
-        losses.append(output.loss.item())
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
+    steps = (step(model, objective, RECORDED, index).loss for index in range(len(RECORDED["in.images"])))
+    losses, rates = official_run(objective.param_groups(named)["all"], hyper, steps)
     assert losses == pytest.approx(RECORDED["expected.step_losses"].tolist(), rel=1e-5)
     assert rates == pytest.approx(RECORDED["expected.step_lrs"].tolist(), rel=1e-6)
     found = {name: p.detach() for name, p in parts(model).items()} | {"mask": objective.mask.detach().T}

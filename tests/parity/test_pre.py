@@ -11,11 +11,11 @@ from torch.testing import assert_close
 from peft_vlm import CoOpConfig, PREObjective
 from peft_vlm.models.towers import towers_of
 from peft_vlm.text import encode_classes, tokenize_for_model
-from peft_vlm.training.schedule import epoch_cosine_scheduler
 from tests.parity.recorded import (
     RecordedImages,
     assert_close_to_max,
     facts,
+    official_run,
     recorded_clip,
     recorded_tokenizer,
     tensors,
@@ -92,24 +92,8 @@ def test_a_run_of_three_epochs_and_its_collapse():
     hyper, tolerance = case["optimiser"], case["tolerance"]
     dataset = RecordedImages(recorded["in.images"][0], recorded["in.labels"][0], case["classnames"])
     objective.prepare(model, dataset)
-    options = {"momentum": hyper["momentum"], "weight_decay": hyper["weight_decay"]}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=hyper["lr"], **options)
-    schedule = epoch_cosine_scheduler(
-        optimizer,
-        steps_per_epoch=hyper["batches_per_epoch"],
-        num_epochs=hyper["epochs"],
-        warmup_epochs=hyper["warmup_epochs"],
-        warmup_rate=hyper["warmup_lr"],
-    )
-    losses, rates = [], []
-    for index in range(len(recorded["in.images"])):
-        output = step(model, objective, recorded, index)
-        optimizer.zero_grad()
-        output.loss.backward()
-        losses.append(output.loss.item())
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
+    steps = (step(model, objective, recorded, index).loss for index in range(len(recorded["in.images"])))
+    losses, rates = official_run((p for p in model.parameters() if p.requires_grad), hyper, steps)
     assert losses == pytest.approx(recorded["expected.step_losses"].tolist(), rel=1e-4)
     assert rates == pytest.approx(recorded["expected.step_lrs"].tolist(), rel=1e-6)
     towers_of(model).token_embedding.collapse("default")

@@ -189,10 +189,11 @@ def main() -> int:
     stage()
     config = configuration()
     cli(["build", "--strict", "--quiet", "--config-file", str(config)], standalone_mode=False)
-    for problem in problems():
+    found = problems()
+    for problem in found:
         print(problem, file=sys.stderr)
     print(f"Open {SITE / 'index.html'}")
-    return bool(problems())
+    return bool(found)
 
 
 if __name__ == "__main__":

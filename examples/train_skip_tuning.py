@@ -31,7 +31,7 @@ from peft_vlm.experiments.compare import (
     load_task,
 )
 from peft_vlm.experiments.report import show_results
-from peft_vlm.methods.skip_tuning.presets import preset_for
+from peft_vlm.methods.skip_tuning import preset_for
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -90,6 +90,24 @@ class Preset:
     training: dict[str, Any] = field(default_factory=dict)
 
 
+def sgd_training(*, learning_rate: float, batch: int, epochs: int) -> dict[str, Any]:
+    """The training that CoOp's official code and its descendants share: SGD, one warm-up epoch at 1e-5, a cosine.
+
+    Args:
+        learning_rate: Rate after the warm-up.
+        batch: Images per step.
+        epochs: Passes over the images, the warm-up among them.
+
+    Returns:
+        Keyword arguments for `VLMTrainingArguments`.
+    """
+    return {
+        **{"optim": "sgd", "learning_rate": learning_rate, "momentum": 0.9, "weight_decay": 5e-4},
+        **{"per_device_train_batch_size": batch, "num_train_epochs": epochs},
+        **{"warmup_epochs": 1, "warmup_learning_rate": 1e-5},
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSize:
     """Size of a run, by which a method recommends settings.

@@ -23,9 +23,9 @@ from peft_vlm.experiments.cells import finished_cell
 from peft_vlm.experiments.comparison import Line
 from peft_vlm.experiments.recipes import AVERAGE, ELEVEN, Grid, grid_of, read_recipe, recipe_names
 from peft_vlm.files import locked_folder
-from peft_vlm.methods.promptkd.presets import LOW_WEIGHT_DATASETS
-from peft_vlm.methods.promptsrc.presets import LATE_MEAN
-from peft_vlm.methods.skip_tuning.presets import QUARTER_EPOCHS
+from peft_vlm.methods.promptkd.objective import LOW_WEIGHT_DATASETS
+from peft_vlm.methods.promptsrc.objective import LATE_MEAN
+from peft_vlm.methods.skip_tuning.objective import QUARTER_EPOCHS
 from peft_vlm.registry import METHODS
 from peft_vlm.settings import TABLES
 from tests.benchmark_trees import put_image, write_trees

@@ -11,7 +11,7 @@ from peft_vlm import PromptKDConfig, PromptKDObjective
 from peft_vlm.errors import AdapterError, UnsupportedModelError
 from peft_vlm.losses import average_teachers, distillation_loss
 from peft_vlm.methods.promptkd import preset_for
-from peft_vlm.methods.promptkd.presets import batchmean_weight
+from peft_vlm.methods.promptkd.objective import batchmean_weight
 from peft_vlm.text import encode_classes
 from tests.cases import TEACHER_DIM, base_model, class_prompts, images, perturb, pixels
 from tests.methods.promptkd_models import NAMES, fresh, logits, student, teacher

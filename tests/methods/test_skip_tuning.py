@@ -14,8 +14,7 @@ from peft_vlm.data.dataset import collate
 from peft_vlm.data.feature_store import RowStore
 from peft_vlm.errors import AdapterError
 from peft_vlm.losses import num_top_classes, rank_classes, rank_keep_probability, selected_classes
-from peft_vlm.methods.skip_tuning.objective import SkipTuningBatchSampler
-from peft_vlm.methods.skip_tuning.presets import preset_for
+from peft_vlm.methods.skip_tuning.objective import SkipTuningBatchSampler, preset_for
 from peft_vlm.text.prompts import tokenize_classes
 from tests.cases import CASES as ALL_CASES
 from tests.cases import augmented, class_prompts, images, perturb, prepared, skip_tuning_config

@@ -13,8 +13,7 @@ from torch.testing import assert_close
 
 from peft_vlm import SkipTuningConfig, SkipTuningObjective, VLMTrainer, VLMTrainingArguments
 from peft_vlm.errors import DataError
-from peft_vlm.methods.skip_tuning.objective import SkipTuningBatchSampler
-from peft_vlm.methods.skip_tuning.presets import preset_for
+from peft_vlm.methods.skip_tuning.objective import SkipTuningBatchSampler, preset_for
 from peft_vlm.models.towers import image_features, similarity_logits, text_features
 from peft_vlm.text.prompts import ClassPrompts
 from peft_vlm.training.schedule import epoch_cosine

@@ -1,7 +1,6 @@
 """ATPrompt (ICCV 2025): attribute words, each after learned vectors, before a learned context; on CoOp's adapter."""
 
-from peft_vlm.methods.atprompt.objective import PAPER, ATPromptObjective
-from peft_vlm.methods.atprompt.presets import ATTRIBUTES, CONFIG, preset_for, recommended
+from peft_vlm.methods.atprompt.objective import ATTRIBUTES, CONFIG, PAPER, ATPromptObjective, preset_for, recommended
 from peft_vlm.methods.atprompt.search import AttributeSearch, search_attributes
 from peft_vlm.registry import TrainingMethod, register_method
 

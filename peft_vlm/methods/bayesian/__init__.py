@@ -3,8 +3,7 @@
 from peft_vlm.methods.bayesian.config import BayesianConfig
 from peft_vlm.methods.bayesian.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.bayesian.model import BayesianModel
-from peft_vlm.methods.bayesian.objective import PAPER, BayesianObjective
-from peft_vlm.methods.bayesian.presets import preset_for, recommended
+from peft_vlm.methods.bayesian.objective import PAPER, BayesianObjective, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
 register_adapter(

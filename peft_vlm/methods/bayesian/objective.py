@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft_vlm.classification import ClassificationObjective
-from peft_vlm.errors import AdapterError, shown
+from peft_vlm.errors import AdapterError, check_choice, shown
 from peft_vlm.methods.bayesian.model import SampledContext
 from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import Batch, ObjectiveOutput, Paper
+from peft_vlm.registry import Preset, RunSize, sgd_training
 from peft_vlm.text.class_features import conditioned_logits
 from peft_vlm.text.prompts import ClassPrompts
 
@@ -127,3 +128,28 @@ class BayesianObjective(ClassificationObjective):
             "kl": self.kl_weight * standard_normal_kl(*layer.posterior(features)),
         }
         return ObjectiveOutput(terms, logits, batch["labels"])
+
+
+# Hyper-parameters of the official runs (saic-fi/Bayesian-Prompt-Learning, commit 8a73fff).
+def preset_for(protocol: str = "base_to_new", *, samples: int = 20, epochs: int = 20) -> Preset:
+    """Return the official preset: four vectors from "a photo of a", SGD at 0.002, batch 1.
+
+    Args:
+        protocol: `"base_to_new"`, 16 shots.
+        samples: Official `L`, from 5 to 40 by dataset.
+        epochs: From 10 to 60 by dataset; `examples/train_bayesian.py` lists both.
+    """
+    check_choice("protocol", protocol, ("base_to_new",))
+    training = sgd_training(learning_rate=0.002, batch=1, epochs=epochs)
+    config = {"num_text_tokens": 4, "context_init": "a photo of a", "num_samples": samples}
+    return Preset(config=config, training=training)
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: the official ones; on a small model its own rate, width and samples.
+
+    Args:
+        run: Size of the run.
+    """
+    small = {"context_init": "a photo of a", "num_samples": 5, "residual_std": 0.1}
+    return run.recommend(preset_for(), rate=0.05, config=small)

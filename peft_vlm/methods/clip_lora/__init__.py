@@ -3,8 +3,7 @@
 from peft import LoraConfig, LoraModel
 
 from peft_vlm.methods.clip_lora.convert import OFFICIAL_FORMATS, convert_checkpoint
-from peft_vlm.methods.clip_lora.objective import PAPER, CLIPLoRAObjective
-from peft_vlm.methods.clip_lora.presets import CONFIG, preset_for, recommended
+from peft_vlm.methods.clip_lora.objective import CONFIG, PAPER, CLIPLoRAObjective, preset_for, recommended
 from peft_vlm.objective import Paper
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 

@@ -15,7 +15,7 @@ from peft_vlm.adapters.config import VLMConfig, architecture_of, write_facts
 from peft_vlm.conversion.base_model import TEXT, VISION, TowerNames, load_base, official_pixels, write_adapter
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError, shown
-from peft_vlm.methods.clip_lora.presets import CONFIG
+from peft_vlm.methods.clip_lora.objective import CONFIG
 from peft_vlm.registry import OfficialFormat
 
 KIND = "CLIP-LoRA"

@@ -3,8 +3,7 @@
 from peft_vlm.methods.cocoop.config import CoCoOpConfig
 from peft_vlm.methods.cocoop.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.cocoop.model import CoCoOpModel
-from peft_vlm.methods.cocoop.objective import PAPER, CoCoOpObjective
-from peft_vlm.methods.cocoop.presets import preset_for, recommended
+from peft_vlm.methods.cocoop.objective import PAPER, CoCoOpObjective, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
 register_adapter(

@@ -6,7 +6,9 @@ Conditional Prompt Learning for Vision-Language Models, 2022, arXiv 2203.05557.
 from torch import nn
 
 from peft_vlm.classification import ClassificationObjective
+from peft_vlm.errors import check_choice
 from peft_vlm.objective import Batch, ObjectiveOutput, Paper
+from peft_vlm.registry import Preset, RunSize, sgd_training
 from peft_vlm.text.class_features import conditioned_logits
 
 PAPER = Paper(
@@ -56,3 +58,24 @@ class CoCoOpObjective(ClassificationObjective):
         logits = conditioned_logits(model, self.prompts, features)
         terms = {"cross_entropy": nn.functional.cross_entropy(logits, batch["labels"])}
         return ObjectiveOutput(terms, logits, batch["labels"])
+
+
+# Hyper-parameters of the official CoCoOp runs (KaiyangZhou/CoOp: `configs/trainers/CoCoOp`).
+def preset_for(protocol: str = "base_to_new") -> Preset:
+    """Return the official preset: four vectors from "a photo of a", SGD at 0.002, batch 1, 10 epochs.
+
+    Args:
+        protocol: `"base_to_new"` (`vit_b16_c4_ep10_batch1_ctxv1.yaml`, 16 shots).
+    """
+    check_choice("protocol", protocol, ("base_to_new",))
+    training = sgd_training(learning_rate=0.002, batch=1, epochs=10)
+    return Preset(config={"num_text_tokens": 4, "context_init": "a photo of a"}, training=training)
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: the official ones; on a small model its own rate.
+
+    Args:
+        run: Size of the run.
+    """
+    return run.recommend(preset_for(), rate=0.01, batch=8, config={"context_init": "a photo of a"})

@@ -3,8 +3,7 @@
 from peft_vlm.methods.coop.config import CoOpConfig
 from peft_vlm.methods.coop.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.coop.model import CoOpModel
-from peft_vlm.methods.coop.objective import PAPER, CoOpObjective
-from peft_vlm.methods.coop.presets import CONFIGS, preset_for, recommended
+from peft_vlm.methods.coop.objective import CONFIGS, PAPER, CoOpObjective, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
 register_adapter(

@@ -14,10 +14,11 @@ from peft_vlm.classification import ClassificationObjective
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.distributed import divided
-from peft_vlm.errors import AdapterError, ClassNameError, shown
+from peft_vlm.errors import AdapterError, ClassNameError, check_choice, shown
 from peft_vlm.methods.cpl.mask import greedy_target, nearest_classes
 from peft_vlm.models.towers import device_of, image_features, text_features, towers_of
 from peft_vlm.objective import Batch, Objective, ObjectiveOutput, Paper
+from peft_vlm.registry import Preset, RunSize, sgd_training
 from peft_vlm.text.class_features import conditioned_scores, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts
 
@@ -280,3 +281,24 @@ class CPLObjective(ClassificationObjective):
                 "model of the interrupted run."
             )
         self.mask.data.copy_(state["mask"])
+
+
+# Hyper-parameters of CPL: those of CoCoOp, as its configuration files are not public.
+def preset_for(protocol: str = "base_to_new") -> Preset:
+    """Return CoCoOp's official preset: four vectors from "a photo of a", SGD at 0.002, batch 1, 10 epochs.
+
+    Args:
+        protocol: `"base_to_new"`, 16 shots.
+    """
+    check_choice("protocol", protocol, ("base_to_new",))
+    training = sgd_training(learning_rate=0.002, batch=1, epochs=10)
+    return Preset(config={"num_text_tokens": 4, "context_init": "a photo of a"}, training=training)
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: the official ones; on a small model its own rate.
+
+    Args:
+        run: Size of the run.
+    """
+    return run.recommend(preset_for(), rate=0.01, batch=8, config={"context_init": "a photo of a"})

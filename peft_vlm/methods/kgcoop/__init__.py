@@ -1,7 +1,6 @@
 """KgCoOp (CVPR 2023): CoOp's context, held close to hand-written prompts; it trains a CoOp adapter."""
 
-from peft_vlm.methods.kgcoop.objective import PAPER, KgCoOpObjective
-from peft_vlm.methods.kgcoop.presets import preset_for, recommended
+from peft_vlm.methods.kgcoop.objective import PAPER, KgCoOpObjective, preset_for, recommended
 from peft_vlm.registry import TrainingMethod, register_method
 
 register_method(

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from peft_vlm.classification import ClassificationObjective
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streaming import ImageStream
+from peft_vlm.errors import check_choice
 from peft_vlm.objective import Paper
+from peft_vlm.registry import Preset, RunSize, sgd_training
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import ClassPrompts
 
@@ -125,3 +127,27 @@ class KgCoOpObjective(ClassificationObjective):
         assert self._anchors is not None, "`prepare` comes first"
         cosines = nn.functional.cosine_similarity(text.float(), self._anchors, dim=-1)  # (classes,)
         return {**super().loss_terms(logits, text, labels), "knowledge": self.weight * (1 - cosines.mean())}
+
+
+# Hyper-parameters of the official KgCoOp runs (htyao89/KgCoOp: `configs/trainers/KgCoOp`, `base2new_train.sh`).
+def preset_for(protocol: str = "base_to_new") -> Preset:
+    """Return an official preset: four vectors from "a photo of a", weight 8, SGD at 0.002, batch 128, 100 epochs.
+
+    Args:
+        protocol: `"base_to_new"`, the protocol of the official scripts (`vit_b16_ep100_ctxv1.yaml`, 16 shots).
+    """
+    check_choice("protocol", protocol, ("base_to_new",))
+    training = sgd_training(learning_rate=0.002, batch=128, epochs=100)
+    return Preset(
+        config={"num_text_tokens": 4, "context_init": "a photo of a"}, objective={"weight": 8.0}, training=training
+    )
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: the official one.
+
+    Args:
+        run: Size of the run.
+    """
+    preset = run.recommend(preset_for(), rate=0.05, objective={"weight": 8.0})
+    return Preset(config={"context_init": "a photo of a"}, objective=preset.objective, training=preset.training)

@@ -3,8 +3,7 @@
 from peft_vlm.methods.maple.config import MaPLeConfig
 from peft_vlm.methods.maple.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint, fold
 from peft_vlm.methods.maple.model import MaPLeModel
-from peft_vlm.methods.maple.objective import PAPER, MaPLeObjective
-from peft_vlm.methods.maple.presets import PROTOCOLS, preset_for, recommended
+from peft_vlm.methods.maple.objective import PAPER, PROTOCOLS, MaPLeObjective, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
 register_adapter(

@@ -4,7 +4,9 @@ MaPLe: Multi-modal Prompt Learning, 2022, arXiv 2210.03117.
 """
 
 from peft_vlm.classification import ClassificationObjective
+from peft_vlm.errors import check_choice
 from peft_vlm.objective import Paper
+from peft_vlm.registry import Preset, RunSize, sgd_training
 
 PAPER = Paper(
     title="MaPLe: Multi-modal Prompt Learning",
@@ -35,3 +37,31 @@ class MaPLeObjective(ClassificationObjective):
     """
 
     paper = PAPER
+
+
+# Hyper-parameters of the official MaPLe runs (muzairkhattak/multimodal-prompt-learning: `configs/trainers/MaPLe`).
+
+#: Depth, epochs and learning rate: `vit_b16_c2_ep5_batch4_2ctx`, and the same with `_cross_datasets`.
+PROTOCOLS: dict[str, tuple[int, int, float]] = {"base_to_new": (9, 5, 0.0035), "cross_dataset": (3, 2, 0.0026)}
+
+
+def preset_for(protocol: str = "base_to_new") -> Preset:
+    """Return an official preset: two vectors that start as "a photo", SGD, batch 4.
+
+    Args:
+        protocol: `"base_to_new"` or `"cross_dataset"`.
+    """
+    check_choice("protocol", protocol, tuple(PROTOCOLS))
+    depth, epochs, rate = PROTOCOLS[protocol]
+    training = sgd_training(learning_rate=rate, batch=4, epochs=epochs)
+    config = {"num_text_tokens": 2, "depth": depth, "context_init": "a photo of a"}
+    return Preset(config=config, training=training)
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: the official ones; on a small model its own depth and rate.
+
+    Args:
+        run: Size of the run.
+    """
+    return run.recommend(preset_for(), rate=0.01, config={"context_init": "a photo of a"})

@@ -1,7 +1,6 @@
 """PRE (2023): CoOp's context, encoded by a network while it is trained; it trains a CoOp adapter."""
 
-from peft_vlm.methods.pre.objective import PAPER, PREObjective
-from peft_vlm.methods.pre.presets import preset_for, recommended
+from peft_vlm.methods.pre.objective import PAPER, PREObjective, preset_for, recommended
 from peft_vlm.registry import TrainingMethod, register_method
 
 register_method(

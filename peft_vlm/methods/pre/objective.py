@@ -11,7 +11,9 @@ from torch import nn
 from peft_vlm.classification import ClassificationObjective
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streaming import ImageStream
+from peft_vlm.errors import check_choice
 from peft_vlm.objective import Paper
+from peft_vlm.registry import Preset, RunSize, sgd_training
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -74,3 +76,25 @@ class PREObjective(ClassificationObjective):
         from peft_vlm.methods.pre.collapse import Collapse  # here: it imports the Trainer, which imports PEFT
 
         return [Collapse(model)]
+
+
+# Hyper-parameters of the official PRE runs (minhanh151/PRE, commit 08be703).
+def preset_for(protocol: str = "base_to_new") -> Preset:
+    """Return the official preset: LSTM, four vectors from "a photo of a", SGD at 0.002, batch 32, 50 epochs.
+
+    Args:
+        protocol: `"base_to_new"`, the protocol of the official scripts (16 shots).
+    """
+    check_choice("protocol", protocol, ("base_to_new",))
+    training = sgd_training(learning_rate=0.002, batch=32, epochs=50)
+    config = {"num_text_tokens": 4, "context_init": "a photo of a", "network": "lstm"}
+    return Preset(config=config, training=training)
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: the official ones; on a small model its own rate.
+
+    Args:
+        run: Size of the run.
+    """
+    return run.recommend(preset_for(), rate=0.02, config={"context_init": "a photo of a"})

@@ -4,8 +4,7 @@ from peft_vlm.methods.promptkd.classes import texts_are_stored_classes
 from peft_vlm.methods.promptkd.config import PromptKDConfig
 from peft_vlm.methods.promptkd.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.promptkd.model import PromptKDModel
-from peft_vlm.methods.promptkd.objective import PAPER, PromptKDObjective
-from peft_vlm.methods.promptkd.presets import VISION_DEPTHS, preset_for, recommended
+from peft_vlm.methods.promptkd.objective import PAPER, VISION_DEPTHS, PromptKDObjective, preset_for, recommended
 from peft_vlm.methods.promptkd.teacher import Teacher
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 

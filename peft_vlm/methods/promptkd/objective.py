@@ -20,6 +20,7 @@ from peft_vlm.methods.promptkd.teacher import Teacher, Teachers
 from peft_vlm.methods.promptkd.views import align_projector, projector_of, student_features
 from peft_vlm.models.towers import Towers, image_features, towers_of, unwrap
 from peft_vlm.objective import Batch, Objective, ObjectiveOutput, Paper, check_other_model
+from peft_vlm.registry import Preset, RunSize, sgd_training
 from peft_vlm.text.prompts import ClassPrompts, readable
 
 logger = logging.getLogger(__name__)
@@ -415,3 +416,46 @@ def _as_teachers(given: nn.Module | Teacher | Sequence[nn.Module | Teacher]) -> 
     if not entries:
         raise ValueError("Expected at least one `teacher`, got none.")
     return [entry if isinstance(entry, Teacher) else Teacher(entry) for entry in entries]
+
+
+# Hyper-parameters of the official runs, by protocol; `class_dim` comes from the teacher.
+
+VISION_DEPTHS = {"base_to_new": 9, "cross_dataset": 3}
+"""Layers with visual prompts by protocol, for a tower of 12 (the base-to-new and the cross-dataset configuration)."""
+
+LOW_WEIGHT_DATASETS = ("fgvc_aircraft", "oxford_flowers", "dtd")
+"""Datasets for which a comment in the official scripts advises the lower weight."""
+
+
+def preset_for(protocol: str, *, low_weight: bool = False) -> Preset:
+    """An official preset.
+
+    Args:
+        protocol: `"base_to_new"` or `"cross_dataset"`.
+        low_weight: Loss weight 200 instead of 1000, as advised for the `LOW_WEIGHT_DATASETS`.
+    """
+    check_choice("protocol", protocol, sorted(VISION_DEPTHS))
+    return Preset(
+        config={"num_vision_tokens": 4, "vision_depth": VISION_DEPTHS[protocol]},
+        objective={"weight": 200.0 if low_weight else 1000.0, "reduction": "official", "temperature": 1.0},
+        training=sgd_training(learning_rate=0.005, batch=8, epochs=20) | {"dataloader_drop_last": True},
+    )
+
+
+def batchmean_weight(weight: float | int, num_classes: int) -> float:
+    """The weight that gives the same loss with `reduction="batchmean"`.
+
+    Args:
+        weight: Weight with `reduction="official"`.
+        num_classes: Classes of the prompts.
+    """
+    return weight / num_classes
+
+
+def recommended(run: RunSize) -> Preset:
+    """Settings for a run without a preset: the base-to-new one; on a small model the default loss.
+
+    Args:
+        run: Size of the run.
+    """
+    return run.recommend(preset_for("base_to_new"), rate=0.01)

@@ -3,8 +3,14 @@
 from peft_vlm.methods.promptsrc.config import PromptSRCConfig
 from peft_vlm.methods.promptsrc.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.promptsrc.model import PromptSRCModel
-from peft_vlm.methods.promptsrc.objective import PAPER, PromptSRCObjective
-from peft_vlm.methods.promptsrc.presets import OFFICIAL_TEMPLATES, PRESETS, preset_for, recommended
+from peft_vlm.methods.promptsrc.objective import (
+    OFFICIAL_TEMPLATES,
+    PAPER,
+    PRESETS,
+    PromptSRCObjective,
+    preset_for,
+    recommended,
+)
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
 register_adapter(

@@ -2,8 +2,7 @@
 
 from peft_vlm.methods.rpp.config import RPPConfig
 from peft_vlm.methods.rpp.model import RPPModel, start_shared_prompts
-from peft_vlm.methods.rpp.objective import PAPER, RPPObjective
-from peft_vlm.methods.rpp.presets import PRESETS, preset_for, recommended
+from peft_vlm.methods.rpp.objective import PAPER, PRESETS, RPPObjective, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
 register_adapter(

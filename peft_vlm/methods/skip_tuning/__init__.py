@@ -4,8 +4,7 @@ from peft_vlm.methods.skip_tuning.answers import SkipTuningAnswerObjective
 from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
 from peft_vlm.methods.skip_tuning.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.skip_tuning.model import SkipTuningModel
-from peft_vlm.methods.skip_tuning.objective import PAPER, SkipTuningObjective
-from peft_vlm.methods.skip_tuning.presets import PRESETS, preset_for, recommended
+from peft_vlm.methods.skip_tuning.objective import PAPER, PRESETS, SkipTuningObjective, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 
 register_adapter(

@@ -4,8 +4,7 @@ from peft_vlm.adapters.pixel_prompt import prompt_layer_of, prompt_of, render_pr
 from peft_vlm.methods.tvp.config import TVPConfig
 from peft_vlm.methods.tvp.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
 from peft_vlm.methods.tvp.model import TVPModel, set_normalization
-from peft_vlm.methods.tvp.objective import PAPER, NormalizedGradient, TVPObjective
-from peft_vlm.methods.tvp.presets import preset_for, recommended
+from peft_vlm.methods.tvp.objective import PAPER, NormalizedGradient, TVPObjective, preset_for, recommended
 from peft_vlm.methods.tvp.tasks import ClipGuide, Source, share_prompt
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
 

@@ -59,8 +59,8 @@ class AdapterType:
         limits: What a user of an adapter must know, whole sentences.
         stores_classes: Whether an adapter holds a vector per class, and knows no other class names.
         formats: Official checkpoints that become such adapters, and related ones that are refused by name.
-        export: Writer of the official file: `export(model, path, tokenizer=..., epoch=...)` returns the official
-            settings that belong to the file. None where there is no official format.
+        export: The active adapter as the official code has it: `export(model, tokenizer)` returns an
+            `OfficialCheckpoint`. None where there is no official format.
     """
 
     name: str
@@ -72,7 +72,7 @@ class AdapterType:
     limits: tuple[str, ...] = ()
     stores_classes: bool = False
     formats: tuple[OfficialFormat, ...] = ()
-    export: Callable[..., dict[str, Any]] | None = None
+    export: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,14 @@ import re
 import warnings
 from collections.abc import Sequence
 from itertools import takewhile
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
+from peft_vlm.conversion.base_model import official_pixels
 from peft_vlm.conversion.official_file import FROZEN_TOLERANCE, OfficialFile
 from peft_vlm.errors import AdapterError, ClassNameError, PeftVLMWarning, check_list
 from peft_vlm.models.towers import towers_of
@@ -83,35 +85,49 @@ def word_ids(words: str | None, tokenizer: PreTrainedTokenizerBase | None) -> li
     return None if words is None or tokenizer is None else tokenizer(words, add_special_tokens=False)["input_ids"]
 
 
-def check_context_words(
-    words: str | None, tokenizer: PreTrainedTokenizerBase | None, *, count: int, file: OfficialFile
-) -> None:
-    """Refuse words that cannot be those that a whole context started from, a token per vector.
+def context_settings(
+    file: OfficialFile,
+    buffers: str,
+    *,
+    base: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    num_tokens: int,
+    context_init: str | None,
+    class_names: Sequence[str] | None,
+    words_go_on: bool = False,
+) -> dict[str, Any]:
+    """Fields of a configuration that all prompt learners with a text context share.
 
     Args:
-        words: Official `CTX_INIT`, or None.
-        tokenizer: The base model's; without one nothing is compared.
-        count: Context vectors in the file.
         file: The official file.
+        buffers: As for `training_class_names`.
+        base: The base model.
+        tokenizer: Its tokenizer; without one nothing is compared.
+        num_tokens: Context vectors in the file.
+        context_init: Words that the training started from (official `CTX_INIT`).
+        class_names: As for `training_class_names`.
+        words_go_on: Whether there may be more words than vectors; the rest then stays in the prompts.
 
     Raises:
-        AdapterError: If the words are not as many tokens as there are context vectors.
+        AdapterError: If the words are not as many tokens as there are vectors.
     """
-    ids = word_ids(words, tokenizer)
-    if ids is not None and len(ids) != count:
+    words = word_ids(context_init, tokenizer)
+    if words is not None and len(words) != num_tokens and not words_go_on:
         raise AdapterError(
-            f"Expected `context_init` of {count} tokens, as many as {str(file.path)!r} has context vectors, got "
-            f"{words!r} with {len(ids)}. Leave it out where the training started from random vectors."
+            f"Expected `context_init` of {num_tokens} tokens, as many as {str(file.path)!r} has context vectors, got "
+            f"{context_init!r} with {len(words)}. Leave it out where the training started from random vectors."
         )
-
-
-def official_template(words: str | None) -> str:
-    """Template of the official codes: words that the context took the place of, class name, full stop.
-
-    Args:
-        words: Official `CTX_INIT`.
-    """
-    return f"{words} {{}}." if words else "{}."
+    left = (words or [])[num_tokens:]
+    given = {"tokenizer": tokenizer, "class_names": class_names, "words_before": left}
+    return {
+        "num_text_tokens": num_tokens,
+        "context_init": context_init,
+        **({"context_init_ids": words} if words_go_on else {}),
+        "class_names": training_class_names(file, buffers, base=base, **given),
+        # words that the context took the place of, class name, full stop
+        "template": f"{context_init} {{}}." if context_init else "{}.",
+        **official_pixels(base),
+    }
 
 
 def token_ids(file: OfficialFile, name: str, base: CLIPModel) -> Int[Tensor, "classes tokens"]:

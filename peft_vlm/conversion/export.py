@@ -1,6 +1,7 @@
 """Write adapters as files that the official trainers load: shared parts."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,40 @@ from peft_vlm.conversion.base_model import ADAPTER_PREFIX, TowerNames
 from peft_vlm.conversion.class_texts import word_ids
 from peft_vlm.conversion.official_file import WRAPPING_KEY
 from peft_vlm.errors import AdapterError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class OfficialCheckpoint:
+    """What an adapter becomes in the official code of its method.
+
+    Args:
+        tensors: By their official names.
+        settings: Official settings that belong to the file and are not in it, such as `START_LAYER`.
+        is_wrapped: Whether the file is a trainer's checkpoint, which holds more than the tensors.
+    """
+
+    tensors: Mapping[str, Tensor]
+    settings: dict[str, Any]
+    is_wrapped: bool = True
+
+    def save(self, path: str | Path, *, epoch: int) -> None:
+        """Write the file atomically, with the entries that the official trainers look for.
+
+        Args:
+            path: The file; an older one is replaced.
+            epoch: Epoch to record in the file.
+        """
+        content: dict[str, Any] = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        if self.is_wrapped:
+            content = {WRAPPING_KEY: content, "epoch": epoch, "optimizer": None, "scheduler": None, "val_result": None}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        try:
+            torch.save(content, part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
@@ -121,32 +156,3 @@ def _check_template(config: Any) -> None:
             f"official codes, got `template`={template!r} with `context_init`={config.context_init!r}. Its outputs "
             "would be others there."
         )
-
-
-def save_official(tensors: Mapping[str, Tensor], path: str | Path, *, epoch: int) -> None:
-    """Write a checkpoint with the entries that the official trainers look for.
-
-    Args:
-        tensors: State dict.
-        path: The file.
-        epoch: Epoch to record in the file.
-    """
-    content: dict[str, Any] = {WRAPPING_KEY: {name: tensor.contiguous() for name, tensor in tensors.items()}}
-    save_atomically(content | {"epoch": epoch, "optimizer": None, "scheduler": None, "val_result": None}, path)
-
-
-def save_atomically(content: Mapping[str, Any], path: str | Path) -> None:
-    """Write a file with `torch.save` atomically, through a temporary file.
-
-    Args:
-        content: Tensors and plain values.
-        path: The file; an older one is replaced.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        torch.save(dict(content), part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

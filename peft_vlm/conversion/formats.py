@@ -95,4 +95,6 @@ def export(
     if write is None:
         writable = sorted(adapter.name for adapter in ADAPTERS.values() if adapter.export)
         raise AdapterError(f"Expected an adapter of {writable!r}, which have an official format, got {name!r}.")
-    return write(model, path, tokenizer=tokenizer, epoch=epoch)
+    official = write(model, tokenizer)
+    official.save(path, epoch=epoch)
+    return official.settings

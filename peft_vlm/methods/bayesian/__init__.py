@@ -1,7 +1,7 @@
 """Bayesian prompt learning (ICCV 2023): a context with learned uncertainty, whose predictions are averaged."""
 
 from peft_vlm.methods.bayesian.config import BayesianConfig
-from peft_vlm.methods.bayesian.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
+from peft_vlm.methods.bayesian.convert import OFFICIAL_FORMATS, convert_checkpoint, to_official
 from peft_vlm.methods.bayesian.model import BayesianModel
 from peft_vlm.methods.bayesian.objective import PAPER, BayesianObjective, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
@@ -20,7 +20,7 @@ register_adapter(
             "`PromptedClassifier`.",
         ),
         formats=OFFICIAL_FORMATS,
-        export=export_checkpoint,
+        export=to_official,
     )
 )
 register_method(
@@ -41,6 +41,5 @@ __all__ = [
     "BayesianModel",
     "BayesianObjective",
     "convert_checkpoint",
-    "export_checkpoint",
     "preset_for",
 ]

@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from peft_vlm.conversion.base_model import TEXT, load_base, official_pixels, write_adapter
-from peft_vlm.conversion.class_texts import check_context_words, official_template, training_class_names
-from peft_vlm.conversion.export import adapter_tensors, base_tensors, prompt_buffers, save_official
+from peft_vlm.conversion.base_model import TEXT, load_base, write_adapter
+from peft_vlm.conversion.class_texts import context_settings
+from peft_vlm.conversion.export import OfficialCheckpoint, adapter_tensors, base_tensors, prompt_buffers
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.methods.bayesian.config import BayesianConfig
 from peft_vlm.methods.bayesian.model import BayesianModel
@@ -49,50 +48,40 @@ def convert_checkpoint(
             with them, templates that begin with these words give them up to the context.
         class_names: Classes of the training; by default read off the file.
     """
-    file = OfficialFile.open(source)
-    base = load_base(base_model)
-    tokenizer = tokenizer_of(base)
+    file, base = OfficialFile.open(source), load_base(base_model)
     conditional = "mean_posterior" not in file.tensors
     context = file.take("ctx")
     tensors = {f"{_LAYER}prompt": context}
     for own, official in (NETWORKS if conditional else VECTORS).items():
         taken = file.take(official)
         tensors[own] = taken if conditional else taken.flatten()  # official vectors are (1, width)
-    check_context_words(context_init, tokenizer, count=len(context), file=file)
-    config = BayesianConfig(
-        num_text_tokens=len(context),
-        num_samples=num_samples,
-        conditional=conditional,
+    settings = context_settings(
+        file,
+        "token",
+        base=base,
+        tokenizer=tokenizer_of(base),
+        num_tokens=len(context),
         context_init=context_init,
-        class_names=training_class_names(file, "token", base=base, tokenizer=tokenizer, class_names=class_names),
-        template=official_template(context_init),
-        **official_pixels(base),
+        class_names=class_names,
     )
+    config = BayesianConfig(num_samples=num_samples, conditional=conditional, **settings)
     return write_adapter(get_peft_model(base, config), tensors, folder, file=file, kind=KIND)
 
 
-def export_checkpoint(
-    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
-) -> dict[str, Any]:
-    """Write `prompt_learner/model.pth.tar-*` of the official code.
+def to_official(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> OfficialCheckpoint:
+    """`prompt_learner/model.pth.tar-*` of the official code.
 
     Args:
         model: Model with the active adapter.
-        path: The file.
         tokenizer: The base model's; with it the file also holds the class prompts, which official loaders drop.
-        epoch: What the file says of its epoch.
-
-    Returns:
-        Official settings that belong to the file.
     """
     config, own, base = model.active_peft_config, adapter_tensors(model), base_tensors(model)
     tensors = {"ctx": own[f"{_LAYER}prompt"]}
     for name, official in (NETWORKS if config.conditional else VECTORS).items():
         tensors[official] = own[name] if config.conditional else own[name][None]
     tensors |= prompt_buffers(base, tokenizer, config=config)
-    save_official(tensors, path, epoch=epoch)
     kind = "cocoopvpt" if config.conditional else "coopvpt"
-    return {"VPT_TYPE": kind, "L": config.num_samples, "N_CTX": len(tensors["ctx"])}
+    return OfficialCheckpoint(tensors, {"VPT_TYPE": kind, "L": config.num_samples, "N_CTX": len(tensors["ctx"])})
 
 
 def _is_bayesian(tensors: Mapping[str, Tensor]) -> bool:

@@ -1,7 +1,7 @@
 """CoCoOp (CVPR 2022): a learned context that a small network shifts by the image."""
 
 from peft_vlm.methods.cocoop.config import CoCoOpConfig
-from peft_vlm.methods.cocoop.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
+from peft_vlm.methods.cocoop.convert import OFFICIAL_FORMATS, convert_checkpoint, to_official
 from peft_vlm.methods.cocoop.model import CoCoOpModel
 from peft_vlm.methods.cocoop.objective import PAPER, CoCoOpObjective, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
@@ -20,7 +20,7 @@ register_adapter(
             "`PromptedClassifier`.",
         ),
         formats=OFFICIAL_FORMATS,
-        export=export_checkpoint,
+        export=to_official,
     )
 )
 register_method(
@@ -41,6 +41,5 @@ __all__ = [
     "CoCoOpModel",
     "CoCoOpObjective",
     "convert_checkpoint",
-    "export_checkpoint",
     "preset_for",
 ]

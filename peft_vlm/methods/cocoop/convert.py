@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from peft_vlm.conversion.base_model import TEXT, load_base, official_pixels, write_adapter
-from peft_vlm.conversion.class_texts import check_context_words, official_template, training_class_names
-from peft_vlm.conversion.export import adapter_tensors, base_tensors, prompt_buffers, save_official
+from peft_vlm.conversion.base_model import TEXT, load_base, write_adapter
+from peft_vlm.conversion.class_texts import context_settings
+from peft_vlm.conversion.export import OfficialCheckpoint, adapter_tensors, base_tensors, prompt_buffers
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.methods.cocoop.config import CoCoOpConfig
 from peft_vlm.methods.cocoop.model import CoCoOpModel
@@ -42,47 +41,34 @@ def convert_checkpoint(
         context_init: Words that the training started from (official `CTX_INIT`). The outputs do not depend on them;
             with them, templates that begin with these words give them up to the context.
         class_names: Classes of the training; by default read off the file.
-
-    Raises:
-        AdapterError: If the words are not as many tokens as there are context vectors.
     """
-    file = OfficialFile.open(source)
-    base = load_base(base_model)
-    tokenizer = tokenizer_of(base)
+    file, base = OfficialFile.open(source), load_base(base_model)
     tensors = {own: file.take(official) for own, official in NAMES.items()}
-    count = len(tensors[f"{_LAYER}prompt"])
-    check_context_words(context_init, tokenizer, count=count, file=file)
     file.set_aside("u", "the mask of a training by CPL, which nothing reads afterwards")
-    names = training_class_names(file, "token", base=base, tokenizer=tokenizer, class_names=class_names)
-    config = CoCoOpConfig(
-        num_text_tokens=count,
+    settings = context_settings(
+        file,
+        "token",
+        base=base,
+        tokenizer=tokenizer_of(base),
+        num_tokens=len(tensors[f"{_LAYER}prompt"]),
         context_init=context_init,
-        class_names=names,
-        template=official_template(context_init),
-        **official_pixels(base),
+        class_names=class_names,
     )
-    return write_adapter(get_peft_model(base, config), tensors, folder, file=file, kind=KIND)
+    model = get_peft_model(base, CoCoOpConfig(**settings))
+    return write_adapter(model, tensors, folder, file=file, kind=KIND)
 
 
-def export_checkpoint(
-    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
-) -> dict[str, Any]:
-    """Write `prompt_learner/model.pth.tar-*` of the official CoCoOp.
+def to_official(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> OfficialCheckpoint:
+    """`prompt_learner/model.pth.tar-*` of the official CoCoOp.
 
     Args:
         model: Model with the active adapter.
-        path: The file.
         tokenizer: The base model's; with it the file also holds the class prompts, which official loaders drop.
-        epoch: What the file says of its epoch.
-
-    Returns:
-        Official settings that belong to the file.
     """
     config, own, base = model.active_peft_config, adapter_tensors(model), base_tensors(model)
     tensors = {official: own[name] for name, official in NAMES.items()}
     tensors |= prompt_buffers(base, tokenizer, config=config)
-    save_official(tensors, path, epoch=epoch)
-    return {"N_CTX": config.num_text_tokens, "CTX_INIT": config.context_init or ""}
+    return OfficialCheckpoint(tensors, {"N_CTX": config.num_text_tokens, "CTX_INIT": config.context_init or ""})
 
 
 def _is_cocoop(tensors: Mapping[str, Tensor]) -> bool:

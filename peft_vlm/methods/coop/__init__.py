@@ -1,7 +1,7 @@
 """CoOp (IJCV 2022): learned context vectors in the class prompts."""
 
 from peft_vlm.methods.coop.config import CoOpConfig
-from peft_vlm.methods.coop.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
+from peft_vlm.methods.coop.convert import OFFICIAL_FORMATS, convert_checkpoint, to_official
 from peft_vlm.methods.coop.model import CoOpModel
 from peft_vlm.methods.coop.objective import CONFIGS, PAPER, CoOpObjective, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
@@ -16,7 +16,7 @@ register_adapter(
         paper=PAPER,
         limits=("Class names that were not trained on can be given, but may score lower than without the adapter.",),
         formats=OFFICIAL_FORMATS,
-        export=export_checkpoint,
+        export=to_official,
     )
 )
 register_method(
@@ -32,4 +32,4 @@ register_method(
     )
 )
 
-__all__ = ["CoOpConfig", "CoOpModel", "CoOpObjective", "convert_checkpoint", "export_checkpoint", "preset_for"]
+__all__ = ["CoOpConfig", "CoOpModel", "CoOpObjective", "convert_checkpoint", "preset_for", "to_official"]

@@ -6,9 +6,9 @@ encodes the context by a network, which the conversion collapses.
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -17,14 +17,8 @@ from transformers import CLIPModel, PreTrainedTokenizerBase
 
 from peft_vlm.adapters.learned_tokens import NETWORKS
 from peft_vlm.conversion.base_model import load_base, official_pixels, write_adapter
-from peft_vlm.conversion.class_texts import (
-    check_context_words,
-    official_template,
-    token_ids,
-    training_class_names,
-    word_ids,
-)
-from peft_vlm.conversion.export import adapter_tensors, base_tensors, prompt_buffers, save_official
+from peft_vlm.conversion.class_texts import context_settings, token_ids, training_class_names, word_ids
+from peft_vlm.conversion.export import OfficialCheckpoint, adapter_tensors, base_tensors, prompt_buffers
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.coop.config import CoOpConfig
@@ -54,32 +48,27 @@ def convert_checkpoint(
         context_init: Words that the training started from (official `CTX_INIT`). The outputs do not depend on them;
             with them, templates that begin with these words give them up to the context.
         class_names: Classes of the training; by default read off the file.
-
-    Raises:
-        AdapterError: If the words are not as many tokens as there are context vectors.
     """
     file = OfficialFile.open(source)
     kind, prefix = _kind(file.tensors), "prompt_learner." if "prompt_learner.ctx" in file.tensors else ""
     base = load_base(base_model)
-    tokenizer = tokenizer_of(base)
     context = _context(file, f"{prefix}ctx")
     if kind == "PRE":
         context = _encoded(file, context, prefix)
-    count, is_specific = context.shape[-2], context.ndim == 3
-    check_context_words(context_init, tokenizer, count=count, file=file)
-    buffers = f"{prefix}{'train_' if kind == 'POMP' else ''}token"
-    names = training_class_names(file, buffers, base=base, tokenizer=tokenizer, class_names=class_names)
+    settings = context_settings(
+        file,
+        f"{prefix}{'train_' if kind == 'POMP' else ''}token",
+        base=base,
+        tokenizer=tokenizer_of(base),
+        num_tokens=context.shape[-2],
+        context_init=context_init,
+        class_names=class_names,
+    )
+    if class_position != "end":  # the words are no beginning of the template then
+        settings["template"] = "{}."
     file.set_aside("test_token_(prefix|suffix)", "embeddings of the evaluation's class prompts, from the base model")
     file.set_aside(rf"{prefix}(bias_vectors|meta_net\..*)", "read by nothing in the official code")
-    config = CoOpConfig(
-        num_text_tokens=count,
-        context_init=context_init,
-        class_specific=is_specific,
-        class_position=class_position,
-        class_names=names,
-        template=official_template(context_init if class_position == "end" else None),
-        **official_pixels(base),
-    )
+    config = CoOpConfig(class_specific=context.ndim == 3, class_position=class_position, **settings)
     return write_adapter(get_peft_model(base, config), {CONTEXT: context}, folder, file=file, kind=kind)
 
 
@@ -102,29 +91,6 @@ def _convert_kgcoop(
     """
     settings = {"base_model": base_model, "context_init": context_init, "class_names": class_names}
     return convert_checkpoint(source, folder, class_position="end", **settings)
-
-
-def _convert_pre(
-    source: str | Path | OfficialFile,
-    folder: str | Path,
-    *,
-    base_model: str | Path,
-    class_position: str = "end",
-    context_init: str | None = None,
-    class_names: Sequence[str] | None = None,
-) -> ConversionReport:
-    """Write a CoOp adapter from a file of PRE: what its network makes of the vectors, and the vectors.
-
-    Args:
-        source: The official file.
-        folder: New folder.
-        base_model: Folder or id of the CLIP of the training.
-        class_position: As for CoOp. The official scripts set it where PRE does not read it, so that it is `"end"`.
-        context_init: As for CoOp.
-        class_names: As for CoOp.
-    """
-    settings = {"base_model": base_model, "context_init": context_init, "class_names": class_names}
-    return convert_checkpoint(source, folder, class_position=class_position, **settings)
 
 
 def _convert_atprompt(
@@ -228,19 +194,12 @@ def _kind(tensors: Mapping[str, Tensor]) -> str:
     return "KgCoOp" if any(name.endswith("bias_vectors") for name in tensors) else "CoOp"
 
 
-def export_checkpoint(
-    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
-) -> dict[str, Any]:
-    """Write `prompt_learner/model.pth.tar-*` of the official CoOp.
+def to_official(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> OfficialCheckpoint:
+    """`prompt_learner/model.pth.tar-*` of the official CoOp.
 
     Args:
         model: Model with the active adapter.
-        path: The file.
         tokenizer: The base model's; with it the file also holds the class prompts, which official loaders drop.
-        epoch: What the file says of its epoch.
-
-    Returns:
-        Official settings that belong to the file.
 
     Raises:
         AdapterError: If the adapter still has a network.
@@ -253,9 +212,8 @@ def export_checkpoint(
         )
     tensors = {"ctx": adapter_tensors(model)[CONTEXT]}
     tensors |= prompt_buffers(base, tokenizer, config=config)
-    save_official(tensors, path, epoch=epoch)
     settings = {"N_CTX": config.num_text_tokens, "CTX_INIT": config.context_init or "", "CSC": config.class_specific}
-    return settings | {"CLASS_TOKEN_POSITION": config.class_position}
+    return OfficialCheckpoint(tensors, settings | {"CLASS_TOKEN_POSITION": config.class_position})
 
 
 def _is_coop(tensors: Mapping[str, Tensor]) -> bool:
@@ -292,5 +250,6 @@ OFFICIAL_FORMATS = (
     OfficialFormat("CoOp", _is_coop, convert_checkpoint),
     OfficialFormat("KgCoOp", _is_kgcoop, _convert_kgcoop),
     OfficialFormat("POMP", _is_pomp, convert_checkpoint),
-    OfficialFormat("PRE", _is_pre, _convert_pre),
+    # the official scripts set PRE's position where it does not read it, so that it is "end"
+    OfficialFormat("PRE", _is_pre, partial(convert_checkpoint, class_position="end")),
 )

@@ -1,7 +1,7 @@
 """MaPLe (CVPR 2023): learned text tokens in many layers, and vision tokens that are projected from them."""
 
 from peft_vlm.methods.maple.config import MaPLeConfig
-from peft_vlm.methods.maple.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint, fold
+from peft_vlm.methods.maple.convert import OFFICIAL_FORMATS, convert_checkpoint, fold, to_official
 from peft_vlm.methods.maple.model import MaPLeModel
 from peft_vlm.methods.maple.objective import PAPER, PROTOCOLS, MaPLeObjective, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
@@ -16,7 +16,7 @@ register_adapter(
         paper=PAPER,
         limits=("The learned tokens take places in the class prompt: give class names, not whole sentences.",),
         formats=OFFICIAL_FORMATS,
-        export=export_checkpoint,
+        export=to_official,
     )
 )
 register_method(
@@ -37,7 +37,6 @@ __all__ = [
     "MaPLeModel",
     "MaPLeObjective",
     "convert_checkpoint",
-    "export_checkpoint",
     "fold",
     "preset_for",
 ]

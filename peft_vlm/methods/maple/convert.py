@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -18,12 +17,11 @@ from peft_vlm.conversion.base_model import (
     TEXT,
     VISION,
     load_base,
-    official_pixels,
     prompted_weights,
     write_adapter,
 )
-from peft_vlm.conversion.class_texts import official_template, training_class_names, word_ids
-from peft_vlm.conversion.export import adapter_tensors, base_tensors, prompt_buffers, save_official
+from peft_vlm.conversion.class_texts import context_settings
+from peft_vlm.conversion.export import OfficialCheckpoint, adapter_tensors, base_tensors, prompt_buffers
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.files import WEIGHTS_NAME, new_folder
@@ -74,9 +72,7 @@ def convert_checkpoint(
     Raises:
         AdapterError: If a tensor of a layer is missing.
     """
-    file = OfficialFile.open(source)
-    base = load_base(base_model)
-    tokenizer = tokenizer_of(base)
+    file, base = OfficialFile.open(source), load_base(base_model)
     depth = 1 + len(file.names(rf"{LEARNER}compound_prompts_text\.\d+".replace(".compound", r"\.compound")))
     names = official_tensor_names(depth)
     missing = [name for name in names.values() if name not in file.tensors]
@@ -84,49 +80,34 @@ def convert_checkpoint(
         where = f"in {str(file.path)!r}, whose text tokens reach depth {depth}"
         raise AdapterError(f"Expected {missing[0]!r} {where}, got none. The file is not whole: get it again.")
     tensors = {own: file.take(official) for own, official in names.items()}
-    count = len(tensors[f"{TEXT.module(0)}.{MaPLeModel.prefix}prompt"])
-    words = word_ids(context_init, tokenizer)
-    classes = training_class_names(
+    settings = context_settings(
         file,
         f"{LEARNER}token",
         base=base,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_of(base),
+        num_tokens=len(tensors[f"{TEXT.module(0)}.{MaPLeModel.prefix}prompt"]),
+        context_init=context_init,
         class_names=class_names,
-        words_before=(words or [])[count:],
+        words_go_on=True,
     )
     file.compare_frozen(prompted_weights(base.state_dict()), base_name=base.name_or_path)
-    config = MaPLeConfig(
-        num_text_tokens=count,
-        depth=depth,
-        context_init=context_init,
-        context_init_ids=words,
-        class_names=classes,
-        template=official_template(context_init),
-        **official_pixels(base),
-    )
-    return write_adapter(get_peft_model(base, config), tensors, folder, file=file, kind=KIND)
+    model = get_peft_model(base, MaPLeConfig(depth=depth, **settings))
+    return write_adapter(model, tensors, folder, file=file, kind=KIND)
 
 
-def export_checkpoint(
-    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
-) -> dict[str, Any]:
-    """Write `MultiModalPromptLearner/model.pth.tar-*` of the official MaPLe.
+def to_official(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> OfficialCheckpoint:
+    """`MultiModalPromptLearner/model.pth.tar-*` of the official MaPLe.
 
     Args:
         model: Model with the active adapter.
-        path: The file.
         tokenizer: The base model's; with it the file also holds the class prompts, which official loaders drop.
-        epoch: What the file says of its epoch.
-
-    Returns:
-        Official settings that belong to the file.
     """
     config, own, base = model.active_peft_config, adapter_tensors(model), base_tensors(model)
     tensors = prompted_weights(base)
     tensors |= {official: own[name] for name, official in official_tensor_names(config.depth).items()}
     tensors |= prompt_buffers(base, tokenizer, config=config, prefix=LEARNER)
-    save_official(tensors, path, epoch=epoch)
-    return {"N_CTX": config.num_text_tokens, "PROMPT_DEPTH": config.depth, "CTX_INIT": config.context_init or ""}
+    settings = {"N_CTX": config.num_text_tokens, "PROMPT_DEPTH": config.depth, "CTX_INIT": config.context_init or ""}
+    return OfficialCheckpoint(tensors, settings)
 
 
 def fold(model: PeftModel, folder: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 from peft_vlm.methods.promptkd.classes import texts_are_stored_classes
 from peft_vlm.methods.promptkd.config import PromptKDConfig
-from peft_vlm.methods.promptkd.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
+from peft_vlm.methods.promptkd.convert import OFFICIAL_FORMATS, convert_checkpoint, to_official
 from peft_vlm.methods.promptkd.model import PromptKDModel
 from peft_vlm.methods.promptkd.objective import PAPER, VISION_DEPTHS, PromptKDObjective, preset_for, recommended
 from peft_vlm.methods.promptkd.teacher import Teacher
@@ -19,7 +19,7 @@ register_adapter(
         limits=("It classifies with stored class vectors: only the classes listed here, no free text.",),
         stores_classes=True,
         formats=OFFICIAL_FORMATS,
-        export=export_checkpoint,
+        export=to_official,
     )
 )
 register_method(
@@ -41,7 +41,6 @@ __all__ = [
     "PromptKDObjective",
     "Teacher",
     "convert_checkpoint",
-    "export_checkpoint",
     "preset_for",
     "texts_are_stored_classes",
 ]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Float
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -19,7 +18,7 @@ from peft_vlm.conversion.base_model import (
     take_learned_tokens,
     write_adapter,
 )
-from peft_vlm.conversion.export import adapter_tensors, base_tensors, official_tokens, save_official
+from peft_vlm.conversion.export import OfficialCheckpoint, adapter_tensors, base_tensors, official_tokens
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.promptkd.config import PromptKDConfig
@@ -85,19 +84,12 @@ def convert_checkpoint(
     return write_adapter(model, tensors | vectors, folder, file=file, kind=KIND)
 
 
-def export_checkpoint(
-    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
-) -> dict[str, Any]:
-    """Write `VLPromptLearner/model.pth.tar-*` of an official PromptKD student; its class vectors stay behind.
+def to_official(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> OfficialCheckpoint:
+    """`VLPromptLearner/model.pth.tar-*` of an official PromptKD student; its class vectors stay behind.
 
     Args:
         model: Model with the active adapter.
-        path: The file.
         tokenizer: Not used; the file holds no texts.
-        epoch: What the file says of its epoch.
-
-    Returns:
-        Official settings that belong to the file.
 
     Raises:
         AdapterError: If the student has another projector than the official ones, or no visual tokens.
@@ -119,8 +111,8 @@ def export_checkpoint(
             if name.startswith(path_in_model):
                 weight = tensor[..., None, None] if tensor.ndim == 2 else tensor
                 tensors[f"{official}.{name.removeprefix(path_in_model)}"] = weight
-    save_official(tensors, path, epoch=epoch)
-    return {"N_CTX_VISION": config.num_vision_tokens, "PROMPT_DEPTH_VISION": config.vision_depth}
+    settings = {"N_CTX_VISION": config.num_vision_tokens, "PROMPT_DEPTH_VISION": config.vision_depth}
+    return OfficialCheckpoint(tensors, settings)
 
 
 def _is_promptkd(tensors: Mapping[str, Tensor]) -> bool:

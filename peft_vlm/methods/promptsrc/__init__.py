@@ -1,7 +1,7 @@
 """PromptSRC (ICCV 2023): learned tokens in both towers, held close to the frozen model and averaged over epochs."""
 
 from peft_vlm.methods.promptsrc.config import PromptSRCConfig
-from peft_vlm.methods.promptsrc.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
+from peft_vlm.methods.promptsrc.convert import OFFICIAL_FORMATS, convert_checkpoint, to_official
 from peft_vlm.methods.promptsrc.model import PromptSRCModel
 from peft_vlm.methods.promptsrc.objective import (
     OFFICIAL_TEMPLATES,
@@ -23,7 +23,7 @@ register_adapter(
         paper=PAPER,
         limits=("The learned tokens take places in the class prompt: give class names, not whole sentences.",),
         formats=OFFICIAL_FORMATS,
-        export=export_checkpoint,
+        export=to_official,
     )
 )
 register_method(
@@ -46,6 +46,5 @@ __all__ = [
     "PromptSRCModel",
     "PromptSRCObjective",
     "convert_checkpoint",
-    "export_checkpoint",
     "preset_for",
 ]

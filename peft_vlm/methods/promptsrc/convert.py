@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import Tensor
@@ -12,18 +11,17 @@ from peft_vlm.conversion.base_model import (
     TEXT,
     VISION,
     load_base,
-    official_pixels,
     prompted_weights,
     take_learned_tokens,
     write_adapter,
 )
-from peft_vlm.conversion.class_texts import official_template, training_class_names, word_ids
+from peft_vlm.conversion.class_texts import context_settings
 from peft_vlm.conversion.export import (
+    OfficialCheckpoint,
     adapter_tensors,
     base_tensors,
     official_tokens,
     prompt_buffers,
-    save_official,
 )
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
@@ -33,7 +31,6 @@ from peft_vlm.registry import OfficialFormat
 from peft_vlm.text.prompts import tokenizer_of
 
 KIND = "PromptSRC or IVLP"
-BUFFERS = "prompt_learner.token"
 OTHERS = ("VPT_image_trans.", "prompt_learner.bias_vectors", "prompt_learner.proj.")
 """Tensors of PromptKD students, KgCoOp and MaPLe, which share some of the names."""
 
@@ -65,9 +62,7 @@ def convert_checkpoint(
     Raises:
         AdapterError: If a template is missing, or given for a file with its own.
     """
-    file = OfficialFile.open(source)
-    base = load_base(base_model)
-    tokenizer = tokenizer_of(base)
+    file, base = OfficialFile.open(source), load_base(base_model)
     text, num_text, text_depth = take_learned_tokens(file, TEXT, prefix=PromptSRCModel.prefix)
     vision, num_vision, vision_depth = take_learned_tokens(file, VISION, prefix=PromptSRCModel.prefix)
     if bool(text) == (template is not None):
@@ -75,40 +70,31 @@ def convert_checkpoint(
             f"Expected `template` for a file without text context only, which does not say what its class prompts "
             f"were; got {template!r} for {str(file.path)!r} with {num_text} context tokens."
         )
-    words = word_ids(context_init, tokenizer)
-    left = (words or [])[num_text:]
-    names = training_class_names(
-        file, BUFFERS, base=base, tokenizer=tokenizer, class_names=class_names, words_before=left
+    settings = context_settings(
+        file,
+        "prompt_learner.token",
+        base=base,
+        tokenizer=tokenizer_of(base),
+        num_tokens=num_text,
+        context_init=context_init,
+        class_names=class_names,
+        words_go_on=True,
     )
+    settings |= {"text_depth": text_depth, "num_vision_tokens": num_vision, "vision_depth": vision_depth}
+    if template is not None:
+        settings["template"] = template
     file.set_aside(r"prompt_learner\.ZS_image_encoder\..*", "copy of the frozen vision tower, for the training's loss")
     file.compare_frozen(prompted_weights(base.state_dict()), base_name=base.name_or_path)
-    config = PromptSRCConfig(
-        num_text_tokens=num_text,
-        text_depth=text_depth,
-        num_vision_tokens=num_vision,
-        vision_depth=vision_depth,
-        context_init=context_init,
-        context_init_ids=words,
-        class_names=names,
-        template=template or official_template(context_init),
-        **official_pixels(base),
-    )
-    return write_adapter(get_peft_model(base, config), text | vision, folder, file=file, kind=KIND)
+    model = get_peft_model(base, PromptSRCConfig(**settings))
+    return write_adapter(model, text | vision, folder, file=file, kind=KIND)
 
 
-def export_checkpoint(
-    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
-) -> dict[str, Any]:
-    """Write `VLPromptLearner/model.pth.tar-*` of the official PromptSRC (which IVLP's trainer loads too).
+def to_official(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> OfficialCheckpoint:
+    """`VLPromptLearner/model.pth.tar-*` of the official PromptSRC (which IVLP's trainer loads too).
 
     Args:
         model: Model with the active adapter.
-        path: The file.
         tokenizer: The base model's; with it the file also holds the class prompts, which official loaders drop.
-        epoch: What the file says of its epoch.
-
-    Returns:
-        Official settings that belong to the file.
     """
     config, own, base = model.active_peft_config, adapter_tensors(model), base_tensors(model)
     tensors = prompted_weights(base)
@@ -119,10 +105,9 @@ def export_checkpoint(
     text_depth, vision_depth = config.depths
     if text_depth:
         tensors |= prompt_buffers(base, tokenizer, config=config, prefix="prompt_learner.")
-    save_official(tensors, path, epoch=epoch)
     settings = {"N_CTX_TEXT": config.num_text_tokens, "N_CTX_VISION": config.num_vision_tokens}
     settings |= {"PROMPT_DEPTH_TEXT": text_depth, "PROMPT_DEPTH_VISION": vision_depth}
-    return settings | {"CTX_INIT": config.context_init or ""}
+    return OfficialCheckpoint(tensors, settings | {"CTX_INIT": config.context_init or ""})
 
 
 def _is_promptsrc(tensors: Mapping[str, Tensor]) -> bool:

@@ -2,7 +2,7 @@
 
 from peft_vlm.methods.skip_tuning.answers import SkipTuningAnswerObjective
 from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
-from peft_vlm.methods.skip_tuning.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
+from peft_vlm.methods.skip_tuning.convert import OFFICIAL_FORMATS, convert_checkpoint, to_official
 from peft_vlm.methods.skip_tuning.model import SkipTuningModel
 from peft_vlm.methods.skip_tuning.objective import PAPER, PRESETS, SkipTuningObjective, preset_for, recommended
 from peft_vlm.registry import AdapterType, TrainingMethod, register_adapter, register_method
@@ -17,7 +17,7 @@ register_adapter(
         paper=PAPER,
         limits=("It replaces layers of the base model, so it fits this base model only.",),
         formats=OFFICIAL_FORMATS,
-        export=export_checkpoint,
+        export=to_official,
     )
 )
 register_method(
@@ -40,6 +40,5 @@ __all__ = [
     "SkipTuningModel",
     "SkipTuningObjective",
     "convert_checkpoint",
-    "export_checkpoint",
     "preset_for",
 ]

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -19,7 +18,7 @@ from peft_vlm.conversion.base_model import (
     write_adapter,
 )
 from peft_vlm.conversion.clip import to_hf_names
-from peft_vlm.conversion.export import adapter_tensors, base_tensors, save_official
+from peft_vlm.conversion.export import OfficialCheckpoint, adapter_tensors, base_tensors
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.methods.skip_tuning.config import SkipTuningConfig
@@ -102,25 +101,17 @@ def _is_same(tensor: Tensor, base: Tensor) -> bool:
     return torch.equal(tensor, base.to(tensor.dtype))
 
 
-def export_checkpoint(
-    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
-) -> dict[str, Any]:
-    """Write `learnable_params/model.pth.tar-*` of the official Skip Tuning: the whole CLIP, tuned layers in place.
+def to_official(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> OfficialCheckpoint:
+    """`learnable_params/model.pth.tar-*` of the official Skip Tuning: the whole CLIP, tuned layers in place.
 
     Args:
         model: Model with the active adapter.
-        path: The file.
         tokenizer: Not used; the file holds no texts.
-        epoch: What the file says of its epoch.
-
-    Returns:
-        Official settings that belong to the file.
     """
     copies = {name.replace(f".{SkipTuningModel.prefix}", "."): t for name, t in adapter_tensors(model).items()}
     tensors = official_names(base_tensors(model) | copies)
     del tensors["logit_scale"]  # the official module does not have it
-    save_official(tensors, path, epoch=epoch)
-    return {"START_LAYER": min(model.active_peft_config.start_layers)}
+    return OfficialCheckpoint(tensors, {"START_LAYER": min(model.active_peft_config.start_layers)})
 
 
 def _is_skip_tuning(tensors: Mapping[str, Tensor]) -> bool:

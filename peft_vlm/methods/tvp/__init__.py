@@ -2,7 +2,7 @@
 
 from peft_vlm.adapters.pixel_prompt import prompt_layer_of, prompt_of, render_prompt, show_prompted, without_prompt
 from peft_vlm.methods.tvp.config import TVPConfig
-from peft_vlm.methods.tvp.convert import OFFICIAL_FORMATS, convert_checkpoint, export_checkpoint
+from peft_vlm.methods.tvp.convert import OFFICIAL_FORMATS, convert_checkpoint, to_official
 from peft_vlm.methods.tvp.model import TVPModel, set_normalization
 from peft_vlm.methods.tvp.objective import PAPER, NormalizedGradient, TVPObjective, preset_for, recommended
 from peft_vlm.methods.tvp.tasks import ClipGuide, Source, share_prompt
@@ -21,7 +21,7 @@ register_adapter(
             "Measure what it gains on a model it was not trained on.",
         ),
         formats=OFFICIAL_FORMATS,
-        export=export_checkpoint,
+        export=to_official,
     )
 )
 register_method(
@@ -48,7 +48,6 @@ __all__ = [
     "TVPModel",
     "TVPObjective",
     "convert_checkpoint",
-    "export_checkpoint",
     "preset_for",
     "prompt_layer_of",
     "prompt_of",

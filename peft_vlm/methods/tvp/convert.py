@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from peft_vlm.adapters.pixel_prompt import prompt_of
-from peft_vlm.conversion.export import save_atomically
+from peft_vlm.conversion.export import OfficialCheckpoint
 from peft_vlm.conversion.official_file import ConversionReport, OfficialFile
 from peft_vlm.errors import AdapterError
 from peft_vlm.files import CONVERSION_NAME, new_folder, write_json
@@ -76,19 +76,12 @@ def convert_checkpoint(
     return report
 
 
-def export_checkpoint(
-    model: PeftModel, path: str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None, epoch: int = 1
-) -> dict[str, Any]:
-    """Write `checkpoint_best.pth` of the official TVP: the prompt as it acts, and nothing else.
+def to_official(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> OfficialCheckpoint:
+    """`checkpoint_best.pth` of the official TVP: the prompt as it acts, and nothing else.
 
     Args:
         model: Model with the active adapter.
-        path: The file.
         tokenizer: Not used; the file holds no texts.
-        epoch: Not used; the file does not say.
-
-    Returns:
-        Official settings that belong to the file.
 
     Raises:
         AdapterError: If the adapter cuts prompted pixels to [0, 1], which the official code does not.
@@ -96,8 +89,8 @@ def export_checkpoint(
     settings = model.active_peft_config.pixel_settings
     if settings.clamp:
         raise AdapterError("Expected an adapter with `clamp`=False, as in the official code, got True.")
-    save_atomically({OFFICIAL_KEY: prompt_of(model).float()}, path)
-    return {"canvas": settings.canvas_size, "border": settings.border}
+    sizes = {"canvas": settings.canvas_size, "border": settings.border}
+    return OfficialCheckpoint({OFFICIAL_KEY: prompt_of(model).float()}, sizes, is_wrapped=False)
 
 
 def _official_prompt(file: OfficialFile) -> Float[Tensor, "channels canvas canvas"]:

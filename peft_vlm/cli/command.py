@@ -5,7 +5,7 @@ Nothing here imports torch, PEFT or transformers: help and wrong flags answer at
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -100,30 +100,41 @@ def _spellings(name: str) -> list[str]:
     return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
-def part_flags(words: Sequence[str], settings: type) -> tuple[list[str], list[str]]:
+def part_flags(words: Sequence[str], settings: type, *, switches: Collection[str] = ()) -> tuple[list[str], list[str]]:
     """Part flags, each with the words behind it, into those of a command and all others.
 
     Args:
         words: What stands behind the command.
         settings: Dataclass of the command.
+        switches: Flags that are on or off, of a command that takes a word without a flag: that word may stand behind
+            one of them, and is not its value.
 
     Returns:
-        The command's own words, and the rest.
+        The command's own words, those without a flag first, and the rest.
     """
     own = {flag for setting in fields(settings) for flag in _spellings(setting.name)}
     own |= {
         flag for setting in fields(settings) if setting.default is True for flag in _spellings(f"no_{setting.name}")
     }
-    parts: tuple[list[str], list[str]] = ([], [])
-    current = parts[0]
+    alone: list[str] = []
+    mine: list[str] = []
+    rest: list[str] = []
+    current, is_switch = alone, False
     for word in words:
         if word in ("-h", "--help", "--json", "--quiet", "--verbose"):
-            parts[0].append(word)
+            mine.append(word)
+            is_switch = bool(switches)
             continue
         if word.startswith("--"):
-            current = parts[0] if word.partition("=")[0] in own else parts[1]
-        current.append(word)
-    return parts
+            name, equals, _ = word.partition("=")
+            current = mine if name in own else rest
+            is_switch = not equals and name[2:].replace("-", "_") in switches
+            current.append(word)
+        else:
+            is_value = not is_switch or word.lower() in TRUTH
+            (current if is_value else alone).append(word)
+            current = alone if is_switch else current  # a switch has one value at most
+    return [*alone, *mine], rest
 
 
 def _truth(word: str) -> bool:

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from peft_vlm.cli import app, convert, evaluate, export, info, optimize_template, predict, publish, reproduce, train
@@ -85,7 +86,11 @@ def _expanded(words: list[str], parsers: Mapping[str, argparse.ArgumentParser]) 
     words = [words[0], *file_as_flags(words[1:])]
     if not command.get_default("takes_more"):
         return words, []
-    own, more = part_flags(words[1:], settings)
+    switches: set[str] = set()
+    if any(not action.option_strings for action in command._actions):
+        switches |= {setting.name for setting in fields(settings) if setting.type is bool}
+        switches |= set(train.training_settings("bool"))
+    own, more = part_flags(words[1:], settings, switches=switches)
     return [words[0], *own], more
 
 

@@ -209,14 +209,19 @@ def check_training_flags(words: Sequence[str]) -> None:
             raise PeftVLMError(f"There is no flag --{flag}.{advice} All flags: peft-vlm train --help.")
 
 
-def training_settings() -> list[str]:
-    """Fields of `VLMTrainingArguments`, read off the files of its classes, which takes no import."""
+def training_settings(kind: str = "") -> list[str]:
+    """Fields of `VLMTrainingArguments`, read off the files of its classes, which takes no import.
+
+    Args:
+        kind: Part of the annotation of those that are wanted, such as `"bool"`; all by default.
+    """
     files = (Path(__file__).parent.parent / "training" / "arguments.py", _file_of("transformers", "training_args.py"))
     known: list[str] = []
     for file in files:
         classes = [node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
-        fields = [node.target for found in classes for node in found.body if isinstance(node, ast.AnnAssign)]
-        known += [name.id for name in fields if isinstance(name, ast.Name)]
+        fields = [node for found in classes for node in found.body if isinstance(node, ast.AnnAssign)]
+        fields = [field for field in fields if kind in ast.unparse(field.annotation)]
+        known += [field.target.id for field in fields if isinstance(field.target, ast.Name)]
     return known
 
 

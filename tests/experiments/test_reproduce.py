@@ -89,6 +89,19 @@ def test_a_plan_counts_images_and_steps_of_the_paper(capsys: pytest.CaptureFixtu
     assert cars["steps"] == 6_509 // 8 * 20, "its preset drops a batch that is not full"
 
 
+@pytest.mark.parametrize("switch", ["--stand-in", "--stand_in", "--use_cpu", "--json", "--plan"])
+def test_the_method_may_stand_behind_a_switch(switch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Read as the switch's value, the method would be missing, and the message would speak of true and false."""
+    words = ["--seeds", "1", "--plan", "--json"]
+    assert main(["reproduce", switch, "coop", *words]) == main(["reproduce", *words, switch, "coop"]) == 0
+    first, _, second = capsys.readouterr().out.partition("}\n{")
+    assert json.loads(first + "}") == json.loads("{" + second)
+    assert json.loads(first + "}")["method"] == "coop"
+    assert main(["reproduce", switch, "coopp", *words]) == 2
+    assert "Did you mean 'coop'" in capsys.readouterr().err
+    assert main(["reproduce", "--use_cpu", "false", "coop", *words]) == 0
+
+
 def test_what_the_paper_does_not_report_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Hours of training for a table that has nothing to compare with."""
     assert main(["reproduce", "clip_lora", "--protocol", "base_to_new", "--plan"]) == 2

@@ -30,6 +30,11 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Every test starts from the same random state and without what earlier trainers left in Accelerate."""
+    """Every test starts from the same random state, without what earlier trainers left in Accelerate, and all is said
+    again that a process says once.
+    """
     set_seed(0)
     GradientState._reset_state()
+    from peft_vlm.serving.images import log_once  # later than this file, which is read before shapes are checked
+
+    log_once.cache_clear()

@@ -2,19 +2,16 @@
 
 import csv
 import json
-import logging
 import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from peft_vlm.data.class_names import sort_labels
+from peft_vlm.data.class_names import check_exists, sort_labels
 from peft_vlm.errors import DataError
-from peft_vlm.files import read_text
-from peft_vlm.serving.images import find_images, say_left_out
-
-logger = logging.getLogger(__name__)
+from peft_vlm.files import last_part, read_text
+from peft_vlm.serving.images import find_images, log_once, say_left_out
 
 #: {"image": path, "label": folder name or cell}.
 Rows = list[dict[str, str]]
@@ -82,12 +79,57 @@ def choose_split(names: Iterable[str], split: str | None, *, where: str, advice:
     return same[0]
 
 
-def hold_out(rows: Rows, share: float) -> dict[str, Rows]:
-    """Part images into `train` and `test`, class by class, drawn by seed 0: the same images and share, the same parts.
+def read_files(
+    path: Path, split: str | None, columns: Mapping[str, str], *, holdout: float = 0.0
+) -> tuple[list[dict[str, str]], list[str], float]:
+    """Rows of one part of a list or folder, the raw labels of all parts, and the share of the test if one was drawn.
 
     Args:
-        rows: Images of all classes.
-        share: Share of each class for the test, at least one image; a class of one image keeps it for training.
+        path: CSV or TSV file, or folder.
+        split: Wanted part; None: the only one there is, or `train`.
+        columns: `image_column` and `label_column`, in lists and `metadata` files.
+        holdout: Share of each class that becomes `test` where files have no parts.
+
+    Returns:
+        Rows; labels in the order of their ids; share, 0 where nothing was drawn.
+
+    Raises:
+        DataError: If there is no such path or part, or files are missing.
+    """
+    check_exists(path)
+    if not 0 <= holdout < 1:
+        raise DataError(f"Expected `holdout` from 0 to below 1, the share of each class, got {holdout!r}.")
+    if path.is_dir():
+        parts = _read_folder(path, **columns)
+        advice = ""
+        if list(parts) == ["train"] and not (path / "train").is_dir():
+            advice = (
+                f" It has no split folders, so all of it is the split 'train'. Make the folders "
+                f"{str(path / 'train')!r} and {str(path / str(split))!r}, each with one folder per class."
+            )
+    else:
+        parts = {**_read_list(path, **columns)}
+        advice = "" if SPLIT_COLUMN in _header(path) else " A column 'split' says to which split a row belongs."
+    whole, share = parts.get("train"), 0.0
+    is_named = path.is_file() and split_of(path.stem) is not None
+    if holdout and advice and list(parts) == ["train"] and isinstance(whole, list) and not is_named:
+        parts, share = {**_hold_out(whole, holdout)}, holdout
+        log_once(
+            f"{last_part(path)} has no parts: {len(parts['train'])} images are `train`, and {len(parts['test'])}, "
+            f"{100 * share:.0f} % of each class drawn by seed 0, are `test`."
+        )
+    chosen = parts[choose_split(parts, split, where=repr(str(path)), advice=advice)]
+    if isinstance(chosen, DataError):
+        raise chosen
+    check_files_exist([row["image"] for row in chosen])
+    rows = [row for part in parts.values() if not isinstance(part, DataError) for row in part]
+    return chosen, sort_labels({row["label"] for row in rows}), share
+
+
+def _hold_out(rows: Rows, share: float) -> dict[str, Rows]:
+    """Part images into `train` and `test`, class by class, drawn by seed 0: the same images and share, the same parts.
+
+    At least one image of each class is for the test; a class of one image keeps it for training.
     """
     by_class: dict[str, Rows] = {}
     for row in rows:
@@ -103,23 +145,14 @@ def hold_out(rows: Rows, share: float) -> dict[str, Rows]:
     }
 
 
-def read_folder(root: Path, *, image_column: str, label_column: str) -> Parts:
-    """The parts of a folder: lists named after splits, split folders, or all of it as `train`.
-
-    Args:
-        root: The folder.
-        image_column: Column of the image paths in lists.
-        label_column: Column of the labels in lists and `metadata` files.
-
-    Raises:
-        DataError: If no layout fits, naming what was found.
-    """
+def _read_folder(root: Path, *, image_column: str, label_column: str) -> Parts:
+    """The parts of a folder: lists named after splits, split folders, or all of it as `train`."""
     lists = [path for path in sorted(root.iterdir()) if _is_split_list(path)]
     columns = {"image_column": image_column, "label_column": label_column}
     if lists and all({image_column, label_column} <= set(_header(path)) for path in lists):
         listed: dict[str, Rows] = {}
         for path in lists:
-            for name, rows in read_list(path, **columns).items():
+            for name, rows in _read_list(path, **columns).items():
                 listed.setdefault(name, []).extend(rows)
         return {**listed}
     files = find_images(root, read_elsewhere=METADATA_NAMES)
@@ -267,19 +300,11 @@ def _by_split_column(
     return {**parts}
 
 
-def read_list(path: Path, *, image_column: str, label_column: str) -> dict[str, Rows]:
+def _read_list(path: Path, *, image_column: str, label_column: str) -> dict[str, Rows]:
     """Rows of a CSV file with a header, or of a TSV file, by split; image paths are relative to the file.
 
     A column `split` says to which part a row belongs; without one the file is the split that it is named after, or
     `train`.
-
-    Args:
-        path: The file, UTF-8.
-        image_column: Column of the image paths.
-        label_column: Column of the labels: numbers, or names.
-
-    Raises:
-        DataError: If a column is not there, or a cell is empty.
     """
     columns = _header(path)
     if not {image_column, label_column} <= set(columns):
@@ -298,11 +323,6 @@ def read_list(path: Path, *, image_column: str, label_column: str) -> dict[str, 
     if not parts:
         raise DataError(f"{str(path)!r} has a header and no rows.")
     return parts
-
-
-def has_split_column(path: Path) -> bool:
-    """True if a list says of each row to which part it belongs."""
-    return SPLIT_COLUMN in _header(path)
 
 
 def _located(image: str, folder: Path) -> str:

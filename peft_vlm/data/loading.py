@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,20 +22,16 @@ from peft_vlm.data.dataset import ImageClassificationDataset, check_columns
 from peft_vlm.data.folders import (
     LIST_SUFFIXES,
     SPLIT_WORDS,
-    check_files_exist,
     choose_split,
-    find_images,
-    has_split_column,
-    hold_out,
     in_split_order,
-    read_folder,
-    read_list,
+    read_files,
     split_of,
 )
 from peft_vlm.data.images import as_value_range
 from peft_vlm.data.transforms import ImageTransform
 from peft_vlm.errors import DataError
-from peft_vlm.files import last_part, read_json
+from peft_vlm.files import read_json
+from peft_vlm.serving.images import find_images
 
 if TYPE_CHECKING:
     import datasets
@@ -113,7 +108,7 @@ def load_image_dataset(
     if path is not None and (path.suffix.lower() in LIST_SUFFIXES or (path.is_dir() and not _holds_tables(path))):
         if where:
             raise DataError(f"`where` needs a dataset with columns, got {str(path)!r}, with images and labels only.")
-        rows, raw_labels, share = _read_files(path, split, columns, holdout)
+        rows, raw_labels, share = read_files(path, split, columns, holdout=holdout)
         ids, labels = match_labels(raw_labels, names)
         dataset = ImageClassificationDataset([row | {"label": ids[row["label"]]} for row in rows], labels, **options)
         dataset.holdout = share
@@ -133,51 +128,6 @@ def _benchmark_split(split: str | None) -> str:
     """What CoOp calls a part."""
     word = "train" if split is None else SPLIT_WORDS.get(split.lower(), split)
     return "val" if word == "validation" else word
-
-
-def _read_files(
-    path: Path, split: str | None, columns: Mapping[str, str], holdout: float
-) -> tuple[list[dict[str, str]], list[str], float]:
-    """Rows of one part of a list or folder, the raw labels of all parts in the order of their ids, and the share of
-    the test if one was drawn.
-    """
-    check_exists(path)
-    if not 0 <= holdout < 1:
-        raise DataError(f"Expected `holdout` from 0 to below 1, the share of each class, got {holdout!r}.")
-    if path.is_dir():
-        parts = read_folder(path, **columns)
-        advice = ""
-        if list(parts) == ["train"] and not (path / "train").is_dir():
-            advice = (
-                f" It has no split folders, so all of it is the split 'train'. Make the folders "
-                f"{str(path / 'train')!r} and {str(path / str(split))!r}, each with one folder per class."
-            )
-    else:
-        parts = {**read_list(path, **columns)}
-        advice = "" if has_split_column(path) else " A column 'split' says to which split a row belongs."
-    whole, share = parts.get("train"), 0.0
-    is_named = path.is_file() and split_of(path.stem) is not None
-    if holdout and advice and list(parts) == ["train"] and isinstance(whole, list) and not is_named:
-        parts, share = {**hold_out(whole, holdout)}, holdout
-        _say_parted(str(path), *(len(part) for part in parts.values()), share)
-    chosen = parts[choose_split(parts, split, where=repr(str(path)), advice=advice)]
-    if isinstance(chosen, DataError):
-        raise chosen
-    check_files_exist([row["image"] for row in chosen])
-    rows = [row for part in parts.values() if not isinstance(part, DataError) for row in part]
-    return chosen, sort_labels({row["label"] for row in rows}), share
-
-
-@cache
-def _say_parted(path: str, num_train: int, num_test: int, share: float) -> None:
-    """Log once how a source without parts was parted; training and test ask one after the other."""
-    logger.warning(
-        "%s has no parts: %d images are `train`, and %d, %.0f %% of each class drawn by seed 0, are `test`.",
-        last_part(path),
-        num_train,
-        num_test,
-        100 * share,
-    )
 
 
 def _parquet_files(root: Path) -> dict[str, list[str]]:

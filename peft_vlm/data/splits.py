@@ -32,7 +32,7 @@ from peft_vlm.data.folders import check_files_exist
 from peft_vlm.errors import DataError, shown
 from peft_vlm.files import last_part, read_text
 from peft_vlm.objective import EpochBatchSampler
-from peft_vlm.serving.escape import one_line
+from peft_vlm.serving.images import log_once
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def few_shot_indices(
             fewest = min(short.values())
             advice = f"Use at most {fewest} shots" if fewest else "Leave out the classes without images"
             raise DataError(f"{message}. {advice}, or `strict=False` to take them all.")
-        logger.warning("%s; all of their images are used.", one_line(message))
+        log_once(f"{message}; all of their images are used.")
     generator = seed if isinstance(seed, random.Random) else random.Random(seed)
     chosen = (items if label in short else generator.sample(items, shots) for label, items in positions.items())
     return [position for items in chosen for position in items]
@@ -269,8 +269,7 @@ def image_sample(images: ImageClassificationDataset) -> list[str]:
     Args:
         images: Training images.
     """
-    cells = images.some_images(SAMPLE)
-    return sorted({print_ for cell in cells if (print_ := _fingerprint(cell, None)) is not None})
+    return sorted({entry for entry in _sample(images) if entry is not None})
 
 
 def content_digest(images: ImageClassificationDataset) -> str:
@@ -283,15 +282,17 @@ def content_digest(images: ImageClassificationDataset) -> str:
         images: Training images.
     """
     digest = hashlib.blake2b(np.asarray(images.labels, dtype=np.int64).tobytes(), digest_size=8)
-    cells = images.some_images(SAMPLE)
-    names = cells if is_hf_dataset(images.source) else images.some_images(len(images))
-    for cell in names:
+    for cell in images.some_images(SAMPLE if is_hf_dataset(images.source) else len(images)):
         path = cell.get("path") if isinstance(cell, dict) else cell
         if isinstance(path, str | Path):
             digest.update(f"{last_part(path)}\n".encode(errors="surrogatepass"))
-    for cell in cells:
-        digest.update(str(_fingerprint(cell, None)).encode())
+    digest.update("".join(map(str, _sample(images))).encode())
     return digest.hexdigest()
+
+
+def _sample(images: ImageClassificationDataset) -> list[str | None]:
+    """Size and digest of the content of some images, in their order; None for one that cannot be read."""
+    return [_fingerprint(cell) for cell in images.some_images(SAMPLE)]
 
 
 def check_not_trained_on(
@@ -347,7 +348,7 @@ def _can_be_read(image: Image.Image) -> bool:
     return True
 
 
-def _fingerprint(cell: Any, sizes: set[str] | None) -> str | None:
+def _fingerprint(cell: Any, sizes: set[str] | None = None) -> str | None:
     """Size and digest of an image's content; None where it has none to read, or its size is not among some."""
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")

@@ -17,7 +17,6 @@ from .errors import ImageError
 from .escape import one_line
 
 logger = logging.getLogger(__name__)
-_said: set[str] = set()
 
 #: Pillow's names of the image formats that are opened anywhere in this package. A file's content decides which of them
 #: it is, never its name. Pillow knows more: vector formats that start other programs (EPS), video, scientific data.
@@ -47,8 +46,14 @@ def raster_suffixes() -> frozenset[str]:
 
 
 @cache
-def _warn_once(message: str) -> None:
-    logger.warning("%s", one_line(message))
+def log_once(message: str, level: int = logging.WARNING) -> None:
+    """Log what a process has to say when it says it first: training, test and every further seed come to it again.
+
+    Args:
+        message: Text, in which names of files and classes may be a stranger's.
+        level: Level of the log.
+    """
+    logger.log(level, "%s", one_line(message))
 
 
 def say_left_out(root: Path, counts: Mapping[str, int]) -> None:
@@ -60,7 +65,7 @@ def say_left_out(root: Path, counts: Mapping[str, int]) -> None:
     """
     if counts:
         listed = ", ".join(f"{number} {what}" for what, number in sorted(counts.items()))
-        _warn_once(f"Left out of {str(root)!r}: {listed}.")
+        log_once(f"Left out of {str(root)!r}: {listed}.")
 
 
 def find_images(root: Path, *, read_elsewhere: Collection[str] = ()) -> list[Path]:
@@ -282,9 +287,9 @@ def _as_8_bits(image: Image.Image, white: float, value_range: tuple[float, float
             raise PixelError(
                 f"{held}, all black where {white:g} is white. Pass `value_range=(black, white)`, for example (0, 255)."
             )
-        _say_once(f"grey images of up to {white:g} are scaled to 8 bits")
+        log_once(f"grey images of up to {white:g} are scaled to 8 bits (said once)", logging.INFO)
         return Image.fromarray((values.astype(np.int64) // lowest).clip(0, 255).astype(np.uint8))
-    _say_once(f"images of mode {image.mode} are scaled to 8 bits")
+    log_once(f"images of mode {image.mode} are scaled to 8 bits (said once)", logging.INFO)
     return Image.fromarray((scaled.clip(0, 1) * 255).round().astype(np.uint8))
 
 
@@ -299,18 +304,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.has_transparency_data:
-        _say_once("transparent images are laid over white")
+        log_once("transparent images are laid over white (said once)", logging.INFO)
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    _say_once(f"images of mode {image.mode} are converted to RGB")
+    log_once(f"images of mode {image.mode} are converted to RGB (said once)", logging.INFO)
     return image.convert("RGB")
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.info("%s (said once)", one_line(message))
 
 
 #: What is opened as an image: a path, the content of a file, or a PIL image.

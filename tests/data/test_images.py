@@ -2,7 +2,6 @@
 
 import io
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,6 @@ from peft_vlm.data import read_image
 from peft_vlm.errors import DataError
 from peft_vlm.serving import images as serving_images
 from tests.tiny import noise_image
-
-
-@pytest.fixture(autouse=True)
-def _nothing_said_yet() -> Iterator[None]:
-    """Conversions are logged once per process."""
-    serving_images._said.clear()
-    yield
-    serving_images._said.clear()
 
 
 def as_bytes(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:

@@ -72,6 +72,14 @@ def test_a_class_with_fewer_images_gives_all_and_says_so(caplog: pytest.LogCaptu
     assert "1 of 3 classes have fewer than 3 images (class 1: 2); all of their images are used." in caplog.text
 
 
+def test_few_images_are_said_once_for_all_seeds(caplog: pytest.LogCaptureFixture) -> None:
+    """Ten seeds would say the same line ten times, between the lines that differ."""
+    with caplog.at_level(logging.WARNING, logger="peft_vlm"):
+        drawn = {tuple(few_shot_indices(LABELS, shots=3, seed=seed)) for seed in range(4)}
+    assert len(drawn) > 1
+    assert caplog.text.count("have fewer than 3 images") == 1
+
+
 def test_strict_refuses_classes_with_fewer_images() -> None:
     """For comparisons that need equal shots."""
     with pytest.raises(DataError, match=r"1 of 3 classes .*\(class 1: 2\). Use at most 2 shots"):

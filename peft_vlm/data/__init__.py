@@ -11,7 +11,7 @@ from peft_vlm.data.dataset import ImageClassificationDataset, LabelDataset, coll
 from peft_vlm.data.images import read_image
 from peft_vlm.data.loading import load_image_dataset, load_unlabelled_images
 from peft_vlm.data.question_collator import QuestionCollator, check_image_tokens, model_inputs, question_inputs
-from peft_vlm.data.questions import ImageAugmentation, ImageQuestionDataset, RandomCrop
+from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.data.splits import (
     BaseToNewSplit,
     base_and_new_classes,
@@ -21,7 +21,7 @@ from peft_vlm.data.splits import (
     read_zhou_split,
 )
 from peft_vlm.data.streaming import ImageStream, balanced_shares, load_image_stream, open_stream
-from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform
+from peft_vlm.data.transforms import EvalTransform, ImageAugmentation, ImageTransform, RandomCrop, TrainTransform
 
 __all__ = [
     "BENCHMARKS",

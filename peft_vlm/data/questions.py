@@ -3,26 +3,17 @@
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from PIL import Image
 
 from peft_vlm.data.dataset import ImageClassificationDataset, check_columns, is_hf_dataset
-from peft_vlm.data.transforms import random_crop_box
+from peft_vlm.data.transforms import ImageAugmentation
 from peft_vlm.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
-
-
-@runtime_checkable
-class ImageAugmentation(Protocol):
-    """Changes an image before the model's processor sees it."""
-
-    def __call__(self, image: Image.Image, generator: torch.Generator, /) -> Image.Image:
-        """The changed RGB image; the generator is the only source of randomness."""
-        ...
 
 
 class QuestionItem(TypedDict):
@@ -218,48 +209,6 @@ class ImageQuestionDataset(ImageClassificationDataset):
         other = super().restrict(class_ids)
         assert isinstance(other, ImageQuestionDataset)
         return other
-
-
-class RandomCrop:
-    """A random part of the image, randomly mirrored, in the size of the image or a fixed one.
-
-    Args:
-        scale: Share of the image's area that a crop covers, smallest and largest.
-        ratio: Width over height of a crop, smallest and largest.
-        flip_probability: Chance of mirroring left and right. Use 0 where sides matter (text, "left or right").
-        size: Rows and columns of the result; None: those of the image.
-
-    Raises:
-        ValueError: If the probability is out of range.
-    """
-
-    def __init__(
-        self,
-        *,
-        scale: tuple[float, float] = (0.5, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip_probability: float = 0.5,
-        size: tuple[int, int] | None = None,
-    ) -> None:
-        if not 0 <= flip_probability <= 1:
-            raise ValueError(f"Expected `flip_probability` in [0, 1], got {flip_probability!r}.")
-        self.scale, self.ratio, self.flip_probability, self.size = scale, ratio, flip_probability, size
-
-    def __call__(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
-        """The cropped image.
-
-        Args:
-            image: RGB image.
-            generator: The only source of randomness.
-        """
-        top, left, height, width = random_crop_box(
-            (image.height, image.width), scale=self.scale, ratio=self.ratio, generator=generator
-        )
-        rows, cols = self.size or (image.height, image.width)
-        image = image.crop((left, top, left + width, top + height)).resize((cols, rows), Image.Resampling.BICUBIC)
-        if torch.rand(1, generator=generator).item() < self.flip_probability:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image
 
 
 def _texts(source: "datasets.Dataset | Sequence[Mapping[str, Any]]", column: str) -> list[str]:

@@ -32,6 +32,15 @@ class ImageTransform(Protocol):
         ...
 
 
+@runtime_checkable
+class ImageAugmentation(Protocol):
+    """Interface of what changes an image before the model's own processor sees it."""
+
+    def __call__(self, image: Image.Image, generator: torch.Generator, /) -> Image.Image:
+        """The changed RGB image; the generator is the only source of randomness."""
+        ...
+
+
 def image_size_of(processor: BaseImageProcessor) -> tuple[int, int]:
     """Rows and columns of the images a processor makes.
 
@@ -119,10 +128,7 @@ class TrainTransform:
         flip_probability: float = 0.5,
         colour_jitter: float = 0.0,
     ) -> None:
-        _check_range("scale", scale, upper=1.0)
-        _check_range("ratio", ratio, upper=math.inf)
-        if not 0 <= flip_probability <= 1:
-            raise ValueError(f"Expected `flip_probability` in [0, 1], got {flip_probability!r}.")
+        _check_view(scale, ratio, flip_probability)
         if not 0 <= colour_jitter < 1:
             raise ValueError(f"Expected `colour_jitter` in [0, 1), got {colour_jitter!r}.")
         self.image_size = image_size_of(processor)
@@ -139,19 +145,67 @@ class TrainTransform:
             image: RGB image.
             generator: The only source of randomness.
         """
-        top, left, height, width = random_crop_box(
-            (image.height, image.width), scale=self.scale, ratio=self.ratio, generator=generator
-        )
-        rows, cols = self.image_size
-        box = (left, top, left + width, top + height)
-        image = image.crop(box).resize((cols, rows), Image.Resampling.BICUBIC)
-        if torch.rand(1, generator=generator).item() < self.flip_probability:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = _random_view(image, self.image_size, self, generator)
         if self.colour_jitter:
             image = _jitter(image, self.colour_jitter, generator)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() * self.rescale_factor
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
         return (pixels - mean) / std
+
+
+class RandomCrop:
+    """A random part of the image, randomly mirrored, in the size of the image or a fixed one.
+
+    Args:
+        scale: Share of the image's area that a crop covers, smallest and largest.
+        ratio: Width over height of a crop, smallest and largest.
+        flip_probability: Chance of mirroring left and right. Use 0 where sides matter (text, "left or right").
+        size: Rows and columns of the result; None: those of the image.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: tuple[float, float] = (0.5, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip_probability: float = 0.5,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        _check_view(scale, ratio, flip_probability)
+        self.scale, self.ratio, self.flip_probability, self.size = scale, ratio, flip_probability, size
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
+        """The cropped image.
+
+        Args:
+            image: RGB image.
+            generator: The only source of randomness.
+        """
+        return _random_view(image, self.size or (image.height, image.width), self, generator)
+
+
+def _check_view(scale: tuple[float, float], ratio: tuple[float, float], flip_probability: float) -> None:
+    """Refuse settings of a random view that are out of range."""
+    _check_range("scale", scale, upper=1.0)
+    _check_range("ratio", ratio, upper=math.inf)
+    if not 0 <= flip_probability <= 1:
+        raise ValueError(f"Expected `flip_probability` in [0, 1], got {flip_probability!r}.")
+
+
+def _random_view(
+    image: Image.Image, size: tuple[int, int], settings: TrainTransform | RandomCrop, generator: torch.Generator
+) -> Image.Image:
+    """A random part of an image at some (rows, cols), randomly mirrored."""
+    top, left, height, width = random_crop_box(
+        (image.height, image.width), scale=settings.scale, ratio=settings.ratio, generator=generator
+    )
+    rows, cols = size
+    image = image.crop((left, top, left + width, top + height)).resize((cols, rows), Image.Resampling.BICUBIC)
+    is_flipped = torch.rand(1, generator=generator).item() < settings.flip_probability  # drawn in any case
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped else image
 
 
 def random_crop_box(

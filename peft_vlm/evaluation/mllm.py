@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of, without_prompt
 from peft_vlm.data.corruptions import CORRUPTIONS, LEVELS, Corruption
 from peft_vlm.data.question_collator import QuestionCollator, check_shrinking, question_inputs
-from peft_vlm.data.questions import Collator, ImageQuestionDataset, RandomCrop
+from peft_vlm.data.questions import Collator, ImageQuestionDataset
+from peft_vlm.data.transforms import RandomCrop
 from peft_vlm.distributed import progress_bar
 from peft_vlm.errors import ClassNameError, DataError, check_list
 from peft_vlm.evaluation.classify import EvalResult

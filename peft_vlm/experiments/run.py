@@ -29,9 +29,9 @@ from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.folders import split_of
 from peft_vlm.data.images import as_value_range
 from peft_vlm.data.loading import load_image_dataset
-from peft_vlm.data.questions import ImageQuestionDataset, RandomCrop
+from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.data.splits import base_and_new_classes, check_not_trained_on, few_shot, image_sample, is_chosen_on
-from peft_vlm.data.transforms import EvalTransform, ImageTransform, TrainTransform, mean_and_std_of
+from peft_vlm.data.transforms import EvalTransform, ImageTransform, RandomCrop, TrainTransform, mean_and_std_of
 from peft_vlm.distributed import shows_progress
 from peft_vlm.errors import HubError, PeftVLMError, PeftVLMWarning, check_choice, check_list, shown
 from peft_vlm.evaluation.mllm import likelihood_accuracy

@@ -97,6 +97,8 @@ def test_a_mirror_is_a_mirror() -> None:
     np.testing.assert_array_equal(np.asarray(whole(image, torch.Generator())), np.asarray(mirrored))
     with pytest.raises(ValueError, match="flip_probability"):
         RandomCrop(flip_probability=1.5)
+    with pytest.raises(ValueError, match="`scale` as .smallest, largest."):
+        RandomCrop(scale=(0.0, 1.0))
 
 
 def test_a_question_is_given_once() -> None:

@@ -28,7 +28,7 @@ from peft_vlm.data.loading import load_image_dataset
 from peft_vlm.data.splits import base_and_new_classes
 from peft_vlm.data.transforms import EvalTransform
 from peft_vlm.evaluation.metrics import harmonic_mean
-from peft_vlm.methods.promptkd.views import projector_of
+from peft_vlm.methods.promptkd.objective import projector_of
 from peft_vlm.text import tokenize_classes
 
 ASSETS = Path(__file__).parents[1] / "examples" / "assets"

@@ -13,7 +13,7 @@ from peft_vlm.data.dataset import collate
 from peft_vlm.errors import AdapterError, ClassNameError, DataError
 from peft_vlm.hub import AdapterFolder, write_folder
 from peft_vlm.methods.cpl import greedy_target, preset_for
-from peft_vlm.methods.cpl.mask import nearest_classes
+from peft_vlm.methods.cpl.objective import nearest_classes
 from peft_vlm.models.towers import image_features, towers_of
 from peft_vlm.text import conditioned_logits, encode_classes, tokenize_classes
 from tests.cases import CASES as ALL_CASES

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from peft_vlm import PromptKDObjective
 from peft_vlm.data.dataset import collate
 from peft_vlm.errors import PeftVLMError
-from peft_vlm.methods.promptkd.views import projector_of, student_features
+from peft_vlm.methods.promptkd.objective import projector_of, student_features
 from tests.cases import class_prompts, images
 from tests.methods.promptkd_models import fresh, teacher
 

@@ -1,7 +1,6 @@
 """CPL (EMNLP 2022): CoCoOp with a contrast to counterfactual image features; it trains a CoCoOp adapter."""
 
-from peft_vlm.methods.cpl.mask import greedy_target
-from peft_vlm.methods.cpl.objective import PAPER, CPLObjective, preset_for, recommended
+from peft_vlm.methods.cpl.objective import PAPER, CPLObjective, greedy_target, preset_for, recommended
 from peft_vlm.registry import TrainingMethod, register_method
 
 register_method(

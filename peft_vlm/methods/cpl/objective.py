@@ -3,7 +3,7 @@
 CPL: Counterfactual Prompt Learning for Vision and Language Models, 2022, arXiv 2210.10362.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from peft_vlm.classification import ClassificationObjective
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streaming import ImageStream
-from peft_vlm.distributed import divided
+from peft_vlm.distributed import divided, num_processes, sum_over_processes
 from peft_vlm.errors import AdapterError, ClassNameError, check_choice, shown
-from peft_vlm.methods.cpl.mask import greedy_target, nearest_classes
 from peft_vlm.models.towers import device_of, image_features, text_features, towers_of
 from peft_vlm.objective import Batch, Objective, ObjectiveOutput, Paper
 from peft_vlm.registry import Preset, RunSize, sgd_training
@@ -38,6 +37,86 @@ PAPER = Paper(
   year      = {2022}
 }""",
 )
+
+
+def greedy_target(
+    features: Float[Tensor, "classes dim"],
+    negatives: Float[Tensor, "classes dim"],
+    own_texts: Float[Tensor, "classes dim"],
+    negative_texts: Float[Tensor, "classes dim"],
+) -> Float[Tensor, "classes dim"]:
+    """Dimensions that turn an image into its negative: 1 where the search exchanges a number, -1 elsewhere.
+
+    One dimension at a time takes the negative image's number: the one by which the normalised feature comes closest to
+    the text of the negative class. It ends when that text scores higher than the class's own. Nothing is normalised
+    beforehand. Where no exchange gives a positive score, the last dimension is taken, as in the official code.
+
+    Args:
+        features: An image of each class.
+        negatives: An image of each one's negative class.
+        own_texts: Text features of the classes.
+        negative_texts: Those of their negative classes.
+    """
+    edited, dim = features.clone(), features.shape[-1]
+    chosen = torch.zeros_like(features, dtype=torch.bool)
+    searching = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    for _ in range(dim):
+        dots = (edited * negative_texts).sum(dim=-1, keepdim=True) + (negatives - edited) * negative_texts
+        squares = edited.square().sum(dim=-1, keepdim=True) + negatives.square() - edited.square()
+        scores = (dots / squares.clamp(min=1e-12).sqrt()).masked_fill(chosen, -torch.inf)
+        score, best = scores.max(dim=-1)
+        best = torch.where(score > 0, best, dim - 1)
+        rows = searching.nonzero()[:, 0]
+        chosen[rows, best[rows]] = True
+        edited = torch.where(chosen, negatives, edited)
+        margin = (edited * (negative_texts - own_texts)).sum(dim=-1)
+        searching &= margin <= 0
+        if not bool(searching.any()):
+            break
+    return torch.where(chosen, 1.0, -1.0)
+
+
+def nearest_classes(
+    texts: Float[Tensor, "classes dim"],
+    class_names: Sequence[str],
+    seen: Sequence[bool],
+    table: Mapping[str, str] | None,
+) -> Int[Tensor, " classes"]:
+    """The negative class of each class: that of a table, or the other one with the most similar text.
+
+    Args:
+        texts: Text features of the classes.
+        class_names: Their names.
+        seen: Whether there is an image of a class, which can be a negative then.
+        table: Negative class of each class by name; None: by the texts.
+
+    Raises:
+        ClassNameError: If the table leaves out a class with images, or names an unknown class, or one without images.
+        ValueError: If fewer than two classes have images.
+    """
+    if sum(seen) < 2:
+        raise ValueError("Expected images of two classes or more, got those of one: a counterfactual needs another.")
+    has_image = torch.tensor(list(seen), device=texts.device)
+    unit = nn.functional.normalize(texts, dim=-1)
+    similar = (unit @ unit.T).masked_fill(~has_image[None], -torch.inf).fill_diagonal_(-torch.inf)
+    nearest = similar.argmax(dim=-1)
+    if table is None:
+        return nearest
+    places = {name: place for place, name in enumerate(class_names)}
+    unknown = sorted({*table, *table.values()} - set(places))
+    if unknown:
+        raise ClassNameError(f"Expected names of the classes in `nearest`, got {shown(unknown[0])}.")
+    for name, place in places.items():
+        other = table.get(name)
+        if other is None and seen[place]:
+            raise ClassNameError(f"Expected a negative class for {shown(name)} in `nearest`, got none.")
+        if other is not None and (other == name or not seen[places[other]]):
+            raise ClassNameError(
+                f"Expected another class with training images for {shown(name)} in `nearest`, got {shown(other)}."
+            )
+        if other is not None:
+            nearest[place] = places[other]
+    return nearest
 
 
 class CPLObjective(ClassificationObjective):
@@ -250,15 +329,29 @@ class CPLObjective(ClassificationObjective):
         return {"all": [*parameters, self.mask]}
 
     def callbacks(self, model: nn.Module) -> "list[TrainerCallback]":
-        """What keeps the mask the same in all processes.
+        """What treats the mask, which is no tensor of the model, as others treat the model's tensors.
 
         Args:
             model: `PeftModel` with the active adapter.
         """
-        from peft_vlm.methods.cpl.mask_gradient import MaskGradient  # here: it imports the Trainer, which imports PEFT
+        from transformers import TrainerCallback  # here: it imports PEFT, which imports this file
 
-        assert self.mask is not None, "`adapt_to` comes first"
-        return [MaskGradient(self.mask)]
+        mask = self.mask
+        assert mask is not None, "`adapt_to` comes first"
+
+        class MaskGradient(TrainerCallback):
+            """Averages the gradient of the mask, as DDP does with the model's, and clears it after the step."""
+
+            def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+                if mask.grad is None or all(p.grad is None for p in kwargs["model"].parameters()):
+                    mask.grad = None  # nothing moves in a step that is skipped
+                else:
+                    mask.grad = sum_over_processes(mask.grad) / num_processes()
+
+            def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+                mask.grad = None
+
+        return [MaskGradient()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The mask."""

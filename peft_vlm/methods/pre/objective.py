@@ -3,15 +3,17 @@
 PRE: Vision-Language Prompt Learning with Reparameterization Encoder, 2023, arXiv 2309.07760.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from torch import nn
 
+from peft_vlm.adapters.learned_tokens import EncodedContext
 from peft_vlm.classification import ClassificationObjective
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.errors import check_choice
+from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import Paper
 from peft_vlm.registry import Preset, RunSize, sgd_training
 
@@ -68,14 +70,24 @@ class PREObjective(ClassificationObjective):
         super().prepare(model, dataset)
 
     def callbacks(self, model: nn.Module) -> "list[TrainerCallback]":
-        """The collapse at the end of the run.
+        """The collapse at the end of the run, before the final files are written.
 
         Args:
             model: `PeftModel` with the active adapter.
         """
-        from peft_vlm.methods.pre.collapse import Collapse  # here: it imports the Trainer, which imports PEFT
+        from transformers import TrainerCallback  # here: it imports PEFT, which imports this file
 
-        return [Collapse(model)]
+        class Collapse(TrainerCallback):
+            """Puts the encoded context in the place of the vectors."""
+
+            def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+                layer = towers_of(model).token_embedding
+                assert isinstance(layer, EncodedContext), "a CoOp adapter is active"
+                assert isinstance(model, PeftModel), "it has an active adapter"
+                layer.collapse(model.active_adapter)
+                model.active_peft_config.network = None
+
+        return [Collapse()]
 
 
 # Hyper-parameters of the official PRE runs (minhanh151/PRE, commit 08be703).

@@ -4,6 +4,7 @@ Revisiting Prompt Pretraining of Vision-Language Models, 2024, arXiv 2409.06166;
 2304.04704.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
@@ -17,8 +18,8 @@ from transformers import CLIPModel
 
 from peft_vlm.data.feature_store import RowStore
 from peft_vlm.data.splits import BalancedBatches
-from peft_vlm.distributed import gather_rows
-from peft_vlm.errors import DataError, UnsupportedModelError, check_choice
+from peft_vlm.distributed import gather_rows, local_place, part_of
+from peft_vlm.errors import ClassNameError, DataError, UnsupportedModelError, check_choice
 from peft_vlm.losses import (
     CORRECTIONS,
     FORMS,
@@ -28,11 +29,10 @@ from peft_vlm.losses import (
     sampled_logits,
     soft_label_loss,
 )
-from peft_vlm.methods.rpp.teacher import ZeroShotTeacher, check_same_classes, stream_class_features
 from peft_vlm.models.towers import Towers, side_of, towers_of
-from peft_vlm.objective import Batch, EpochBatchSampler, ObjectiveOutput, Paper
+from peft_vlm.objective import Batch, EpochBatchSampler, ObjectiveOutput, Paper, check_other_model
 from peft_vlm.registry import Preset, RunSize
-from peft_vlm.text.class_features import CompactPrompts, PromptObjective
+from peft_vlm.text.class_features import CompactPrompts, PromptObjective, encode_classes
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
 
 PAPER = Paper(
@@ -53,6 +53,126 @@ SAMPLINGS = ("natural", "balanced")
 MAX_TEXT_BYTES = 4 * 2**30
 """Activations of the text tower that a step keeps before it recomputes them in chunks."""
 _FROZEN_CHUNK = 256  # without autograd a larger pass is no faster
+
+
+def _stream_class_features(model: nn.Module, prompts: ClassPrompts, *, storage: str, chunk_size: int) -> RowStore:
+    """Class features of a model as it is now, one pass in chunks; only a chunk is in memory with storage `"disk"`.
+
+    The processes of a machine divide the pass and share the features.
+
+    Args:
+        model: CLIP-like model, with or without adapters.
+        prompts: Its class prompts.
+        storage: `"ram"` or `"disk"`.
+        chunk_size: Classes per forward pass.
+    """
+    store = RowStore(storage, name="class features")
+    count = len(prompts.class_names)
+    index, parts = local_place()
+    part = part_of(count, index=index, parts=parts) or range(1)  # every process takes part in `allocate`
+    for rows in torch.tensor(part).split(chunk_size):
+        features = encode_classes(model, _some_classes(prompts, rows))
+        store.allocate((count, features.shape[-1]), torch.float32)
+        store.write(rows, features)
+    store.complete()
+    return store
+
+
+def _some_classes(prompts: ClassPrompts, rows: Tensor) -> ClassPrompts:
+    """The prompts of some classes, in all templates.
+
+    Args:
+        prompts: Prompts of all classes.
+        rows: Positions of the classes.
+    """
+    count = len(prompts.class_names)
+    templates = torch.arange(len(prompts.templates))[:, None] * count
+    lengths = prompts.name_lengths
+    return dataclasses.replace(
+        prompts,
+        class_names=tuple(prompts.class_names[row] for row in rows.tolist()),
+        input_ids=prompts.input_ids[(templates + rows).flatten()],
+        name_lengths=None if lengths is None else tuple(lengths[row] for row in rows.tolist()),
+    )
+
+
+class _ZeroShotTeacher:
+    """A CLIP whose class probabilities are the soft labels.
+
+    Args:
+        model: CLIP-like model with its weights loaded, with or without an adapter; not trained and not saved.
+        prompts: Class prompts by its own tokenizer.
+        storage: Where its class features are kept, `"ram"` or `"disk"`.
+        chunk_size: Classes per forward pass.
+    """
+
+    def __init__(self, model: nn.Module, prompts: ClassPrompts, *, storage: str, chunk_size: int) -> None:
+        self.model, self.prompts, self.storage, self.chunk_size = model, prompts, storage, chunk_size
+        self.classes: RowStore | None = None
+
+    def prepare(self, student: nn.Module) -> None:
+        """Move to the student's device and compute the class features, once.
+
+        Args:
+            student: Model that learns.
+
+        Raises:
+            AdapterError: If the student is its own teacher.
+            DataError: If the two take images of different sizes.
+        """
+        check_other_model(self.model, student)
+        sizes = [towers_of(model).image_size for model in (student, self.model)]
+        if sizes[0] != sizes[1]:
+            raise DataError(
+                f"Expected a teacher for images of {sizes[0]} pixels, as the student's, got one for {sizes[1]}. Both "
+                "see the same pixel values; choose a teacher of the student's image size."
+            )
+        device = next(student.parameters()).device
+        self.model.to(device).eval()
+        if self.classes is None:
+            options: dict[str, Any] = {"storage": self.storage, "chunk_size": self.chunk_size}
+            with torch.autocast(device.type, enabled=False):  # as the image features
+                self.classes = _stream_class_features(self.model, self.prompts, **options)
+
+    @torch.no_grad()
+    def image_features(self, pixel_values: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch dim"]:
+        """Image features in float32, in the type of its weights whatever the run's mixed precision.
+
+        Args:
+            pixel_values: Pixels as the student gets them.
+        """
+        towers = towers_of(self.model)
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            return towers.finish_image(towers.embed_image(pixel_values), 0).float()
+
+    @torch.no_grad()
+    def logits(self, images: Float[Tensor, "batch dim"], classes: Tensor) -> Float[Tensor, "batch selected"]:
+        """Scaled logits over some classes.
+
+        Args:
+            images: What `image_features` gave.
+            classes: Positions of the classes.
+        """
+        assert self.classes is not None, "`prepare` comes first"
+        return towers_of(self.model).similarity_logits(images, self.classes.read(classes, images.device))
+
+
+def _check_same_classes(prompts: ClassPrompts, teacher_prompts: ClassPrompts) -> None:
+    """Refuse a teacher whose rows are other classes.
+
+    Args:
+        prompts: Class prompts of the student.
+        teacher_prompts: Class prompts of the teacher.
+
+    Raises:
+        ClassNameError: If names or their order differ.
+    """
+    if teacher_prompts.class_names != prompts.class_names:
+        raise ClassNameError(
+            f"Expected `teacher_prompts` of the {len(prompts.class_names)} classes of `prompts`, in their order, got "
+            f"{len(teacher_prompts.class_names)}, beginning {list(teacher_prompts.class_names[:3])!r}. Tokenise the "
+            "same names."
+        )
 
 
 class RPPObjective(PromptObjective):
@@ -121,11 +241,11 @@ class RPPObjective(PromptObjective):
         }
         self.text_chunk_size, self.storage, self.seed = text_chunk_size, storage, seed
         _check(self.settings, prompts, teacher, text_chunk_size)
-        self.teacher: ZeroShotTeacher | None = None
+        self.teacher: _ZeroShotTeacher | None = None
         if teacher is not None and soft_weight:
-            check_same_classes(prompts, teacher_prompts or prompts)
+            _check_same_classes(prompts, teacher_prompts or prompts)
             options: dict[str, Any] = {"storage": storage, "chunk_size": text_chunk_size or _FROZEN_CHUNK}
-            self.teacher = ZeroShotTeacher(teacher, teacher_prompts or prompts, **options)
+            self.teacher = _ZeroShotTeacher(teacher, teacher_prompts or prompts, **options)
         self._tokens: CompactPrompts | None = None
         self._fixed_text: RowStore | None = None
         self._epoch = 0
@@ -188,7 +308,7 @@ class RPPObjective(PromptObjective):
         self._fixed_text = None
         if "text" not in towers_of(model).trained_sides():
             options = {"storage": self.storage, "chunk_size": self.text_chunk_size or _FROZEN_CHUNK}
-            self._fixed_text = stream_class_features(model, prompts, **options)
+            self._fixed_text = _stream_class_features(model, prompts, **options)
         if self.teacher is not None:
             self.teacher.prepare(model)
 

@@ -266,12 +266,14 @@ class TestImages:
         """
         captions = []
         for place in self.examples:
-            true, said = (short_name(result.class_names[int(ids[place])]) for ids in (result.labels, result.predicted))
+            true, said = (
+                _short_name(result.class_names[int(ids[place])]) for ids in (result.labels, result.predicted)
+            )
             captions.append(f"\u2713 {true}" if true == said else f"\u2717 {said} (is {true})")
         return captions
 
 
-def short_name(name: str) -> str:
+def _short_name(name: str) -> str:
     """A class name that fits into a line.
 
     Args:

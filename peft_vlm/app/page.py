@@ -253,10 +253,10 @@ def _prompt_tab(page: gr.Blocks, models: PromptedModels, question: str, examples
                     gr.Image(label=label, elem_id=name, **shown) for label, name in zip(labels, names, strict=True)
                 ]
             result = gr.HTML(message_html("Choose an image."), elem_id="prompt_result", js_on_load=None)
-    _live(page, shown_prompt(models), [image, asked, classes, strength], [*views, result], "prompt")
+    _live(page, _shown_prompt(models), [image, asked, classes, strength], [*views, result], "prompt")
 
 
-def shown_prompt(models: PromptedModels) -> Callable[..., tuple[Any, ...]]:
+def _shown_prompt(models: PromptedModels) -> Callable[..., tuple[Any, ...]]:
     """The function behind the tab of pixel prompts: what a person entered in; three images and HTML out.
 
     Args:

@@ -50,7 +50,7 @@ def is_pixel_prompt(adapter: str) -> bool:
 
 
 @contextmanager
-def prompt_strength(model: nn.Module, strength: float) -> Iterator[None]:
+def _prompt_strength(model: nn.Module, strength: float) -> Iterator[None]:
     """Inside, the active prompt of a model acts with so many times its values.
 
     Args:
@@ -127,12 +127,12 @@ class PromptedModels:
 
         Args:
             image: File or image.
-            strength: See `prompt_strength`.
+            strength: See `_prompt_strength`.
         """
         opened = read_image(image, where="the image")
         with self._lock:
             limit = float(prompt_of(self.first).abs().max()) or 1.0
-            with prompt_strength(self.first, strength):
+            with _prompt_strength(self.first, strength):
                 sheet = show_prompted(self.first, [opened], side=SIDE)
                 layer = prompt_layer_of(self.first)
                 mask = layer.settings[active_name(layer)].mask()
@@ -149,7 +149,7 @@ class PromptedModels:
             image: File or image.
             question: Question about it.
             classes: Answers to choose from; without any the model writes one.
-            strength: See `prompt_strength`.
+            strength: See `_prompt_strength`.
 
         Raises:
             DataError: If there is no question or no image.
@@ -162,7 +162,7 @@ class PromptedModels:
             for name, (model, collator) in self.models.items():
                 with model.disable_adapter():
                     clean = _answer(name, model, collator, opened, question, classes)
-                with prompt_strength(model, strength):
+                with _prompt_strength(model, strength):
                     pairs.append((clean, _answer(name, model, collator, opened, question, classes)))
         return pairs
 

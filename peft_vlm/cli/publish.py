@@ -76,8 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"Expected a folder and owner/name, got {_words(arguments)!r}. For several folders pass `collection`."
         )
     from peft_vlm.evaluation.run import run_evaluation
-    from peft_vlm.hub.publish import publish
-    from peft_vlm.hub.space import check_repo_id, publish_space
+    from peft_vlm.hub.publish import check_repo_id, publish, publish_space
 
     if arguments.space:
         check_repo_id(arguments.space, what="space")

@@ -153,7 +153,7 @@ def preset_of(settings: RunSettings, size: RunSize) -> Preset:
     return method.preset_for(settings.preset, **_accepted(method.preset_for, {"shots": settings.shots or size.fewest}))
 
 
-def size_of(settings: RunSettings, images: ImageClassificationDataset, model_config: dict[str, Any]) -> RunSize:
+def _size_of(settings: RunSettings, images: ImageClassificationDataset, model_config: dict[str, Any]) -> RunSize:
     """What recommended settings depend on.
 
     Args:
@@ -220,7 +220,7 @@ def plan_of(settings: RunSettings, arguments: Callable[[dict[str, Any]], VLMTrai
         settings = replace(settings, template=template_for(settings.dataset, settings.data_root))
     model_config = _base_config(settings.model)
     pool = images_of(settings, settings.split)
-    size = size_of(settings, pool, model_config.to_dict())
+    size = _size_of(settings, pool, model_config.to_dict())
     preset = preset_of(settings, size)
     args = arguments(preset.training)
     given = named_values(settings.config, "config")

@@ -13,24 +13,125 @@ from safetensors.torch import load_file
 from peft_vlm.adapters.adapter_files import AdapterSource
 from peft_vlm.adapters.config import VLMConfig, check_adapter_file, config_of, facts_of
 from peft_vlm.errors import AdapterError
+from peft_vlm.evaluation.report import EvalReport
+from peft_vlm.evaluation.transfer import TransferReport
 from peft_vlm.files import (
+    BASELINE_NAME,
     CONFIG_NAME,
     FACTS_NAME,
     REPORT_NAME,
     SUMMARY_NAME,
     TRANSFER_NAME,
     WEIGHTS_NAME,
+    file_inside,
+    last_part,
     read_summary,
     weights_sha256,
 )
-from peft_vlm.hub.scores import Evaluation, read_evaluation
 from peft_vlm.registry import AdapterType, adapter_type_of
+from peft_vlm.serving.escape import code_span, markdown
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 #: Plots that an evaluation writes for each of its parts.
 PLOT = re.compile(r"(confusion|reliability)_[A-Za-z0-9][\w.-]{0,80}\.png", re.ASCII)
 MAX_PLOTS = 8
+
+
+TITLES = {"accuracy": "accuracy", "base": "base accuracy", "new": "new accuracy", "h": "harmonic mean"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score in percent.
+
+    Args:
+        dataset: Name of the test set.
+        split: Part of it; empty where the report names none.
+        title: Name of the score, for example "base accuracy".
+        value: With the adapter.
+        baselines: Score without the adapter, by the name of the baseline; empty where that was not measured.
+    """
+
+    dataset: str
+    split: str
+    title: str
+    value: float
+    baselines: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """An evaluation as a card shows it.
+
+    Args:
+        scores: Scores.
+        facts: How they were measured, a line of Markdown each.
+        shots: Training images per class, where known.
+        weights_sha256: The weights that were evaluated; None where the report does not say.
+    """
+
+    scores: tuple[Score, ...]
+    facts: tuple[str, ...]
+    shots: int | None = None
+    weights_sha256: str | None = None
+
+
+def _read_evaluation(folder: Path) -> _Evaluation | None:
+    """The evaluation in an adapter folder, None if there is none.
+
+    Args:
+        folder: Holds `report.json` and `zero_shot.json`, or `transfer.json`.
+    """
+    transfer, report, baseline = (file_inside(folder, name) for name in (TRANSFER_NAME, REPORT_NAME, BASELINE_NAME))
+    if transfer is not None:
+        return _of_transfer(TransferReport.load(transfer))
+    if report is None:
+        return None
+    return _of_report(EvalReport.load(report), EvalReport.load(baseline) if baseline is not None else None)
+
+
+def _of_report(report: EvalReport, baseline: EvalReport | None) -> _Evaluation:
+    same = ("protocol", "dataset", "template")
+    alike = baseline is not None and all(getattr(report, name) == getattr(baseline, name) for name in same)
+    zero_shot = baseline.scores if baseline is not None and alike else {}
+    if set(report.scores) != set(zero_shot):
+        zero_shot = {}
+    sources, _, split = (
+        report.dataset.removesuffix(")").partition(" (") if report.dataset.endswith(")") else (report.dataset, "", "")
+    )
+    name = ", ".join(last_part(source) for source in sources.split(", "))
+    scores = []
+    for key, value in report.scores.items():
+        dataset, title = (name, TITLES[key]) if key in TITLES else (key, "accuracy")
+        alone = {"zero-shot": zero_shot[key]} if zero_shot else {}
+        scores.append(Score(dataset, split or "", title, value, alone))
+    images = {part: f"{facts['num_images']:,} images" for part, facts in report.parts.items()}
+    counted = "; ".join(f"{part}: {text}" if len(images) > 1 else text for part, text in images.items())
+    facts = [markdown(f"Protocol: {report.protocol}; {counted}."), f"Class prompts: {_quoted(report.template)}."]
+    if report.selected_on_test:
+        facts.append("**The checkpoint was chosen on these test images: expect lower scores on new ones.**")
+    if not zero_shot:
+        facts.append(
+            "Not compared with zero-shot: the base model alone was not evaluated on the same images and texts."
+        )
+    facts += [markdown(report.note)] if report.note else []
+    return _Evaluation(tuple(scores), tuple(facts), report.shots, report.adapter_sha256)
+
+
+def _of_transfer(report: TransferReport) -> _Evaluation:
+    scores = []
+    for name, effect in report.effects.items():
+        title = f"accuracy of {name} ({'trained on' if name in report.sources else 'unseen'})"
+        baselines = {"without adapter": effect.full_size, "shrunken, no prompt": effect.shrunken}
+        scores.append(Score(report.task, "", title, effect.prompted, baselines))
+    gain = report.mean_gain(over="full_size")
+    facts = [] if gain is None else [f"Mean gain on unseen models over no adapter: {gain:+.2f} points."]
+    return _Evaluation(tuple(scores), tuple(facts + ([markdown(report.note)] if report.note else [])))
+
+
+def _quoted(texts: tuple[str, ...]) -> str:
+    return ", ".join(map(code_span, texts[:3])) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
 
 
 @dataclass(frozen=True)
@@ -45,7 +146,7 @@ class AdapterFolder:
         finite: True if all of them are finite.
         prompt_image: The adapter as an image; None where there is nothing to see.
         summary: Training summary; None without one.
-        evaluation: Evaluation results of these weights; None without any.
+        evaluation: _Evaluation results of these weights; None without any.
         evaluated_others: True if the folder holds the evaluation of other weights, which says nothing about these.
     """
 
@@ -56,7 +157,7 @@ class AdapterFolder:
     finite: bool
     prompt_image: Image.Image | None
     summary: dict[str, Any] | None
-    evaluation: Evaluation | None
+    evaluation: _Evaluation | None
     evaluated_others: bool = False
 
     @property
@@ -93,7 +194,7 @@ class AdapterFolder:
                 f"{peft_config.peft_type.value!r} without {FACTS_NAME!r}. Publish it with PEFT's own `push_to_hub`."
             )
         tensors = load_file(path / WEIGHTS_NAME)
-        evaluation = read_evaluation(path)
+        evaluation = _read_evaluation(path)
         of_others = evaluation is not None and evaluation.weights_sha256 not in (None, weights_sha256(path))
         return cls(
             path,

@@ -1,10 +1,11 @@
 """Model cards made from facts: every sentence comes from the adapter folder or from the record of the adapter type."""
 
+import re
 from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from peft_vlm.adapters.config import VLMConfig, adapter_settings, read_config
@@ -20,8 +21,7 @@ from peft_vlm.files import (
     read_text,
     write_bytes,
 )
-from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder
-from peft_vlm.hub.scores import index_entries, score_table
+from peft_vlm.hub.adapter_folder import HUB_ID, AdapterFolder, Score
 from peft_vlm.serving.escape import code_span, markdown, printable, python_string
 
 TEMPLATE = resources.files("peft_vlm.hub").joinpath("card_template.md")
@@ -75,7 +75,7 @@ def render_card(
         pipeline_tag=task,
         tags=_tags_of(folder, base),
         model_name=printable(name) if scores else None,
-        eval_results=index_entries(scores, task=task) if scores else None,
+        eval_results=_index_entries(scores, task=task) if scores else None,
     )
     place = python_string(repo_id) + (f", subfolder={python_string(subfolder)}" if subfolder else "")
     is_recorded = base_model in (None, folder.config.base_model_name_or_path) and folder.config.revision
@@ -132,7 +132,7 @@ def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
     return {
         "install": INSTALL,
         "summary": _summary(folder, base),
-        "score_table": score_table(evaluation.scores) if evaluation else "",
+        "score_table": _score_table(evaluation.scores) if evaluation else "",
         "evaluation_facts": evaluation.facts if evaluation else (),
         "evaluated_others": folder.evaluated_others,
         "plots": {name: name.removesuffix(".png").replace("_", " ") for name in folder.plots},
@@ -146,6 +146,37 @@ def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
         "method": f"[{about.paper.title}]({about.paper.url}), {about.paper.venue}.",
         "bibtex": about.paper.bibtex,
     }
+
+
+def _score_table(scores: tuple[Score, ...]) -> str:
+    """The scores as a Markdown table; beside a single baseline with the gain over it, in points."""
+    baselines = list(scores[0].baselines)
+    gain = len(baselines) == 1
+    head = ["data", "metric", "this adapter %", *(f"{markdown(name)} %" for name in baselines)]
+    head += ["gain"] if gain else []
+    rows = [head, ["---"] * len(head)]
+    for score in scores:
+        data = f"{score.dataset}, {score.split}" if score.split else score.dataset
+        values = [score.value, *(score.baselines[name] for name in baselines)]
+        gains = [f"{values[0] - values[1]:+.2f}"] if gain else []
+        rows.append([markdown(data), markdown(score.title), *(f"{value:.2f}" for value in values), *gains])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _index_entries(scores: tuple[Score, ...], *, task: str) -> list[EvalResult]:
+    """The scores in the form of the Hub's `model-index`: those of the adapter only, which the Hub ranks models by."""
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=re.sub(r"[^\w.-]+", "-", score.dataset).strip("-") or "images",
+            dataset_name=printable(score.dataset),
+            dataset_split=printable(score.split) or None,
+            metric_type="accuracy",
+            metric_name=printable(f"{score.title} %"),
+            metric_value=score.value,
+        )
+        for score in scores
+    ]
 
 
 def _is_classifier(config: VLMConfig) -> bool:

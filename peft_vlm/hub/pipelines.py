@@ -31,7 +31,7 @@ def extend_pipelines() -> None:
     ImageClassificationPipeline.postprocess = _with_names(ImageClassificationPipeline.postprocess)
 
 
-def adapter_of(model: nn.Module) -> VLMConfig | None:
+def _adapter_of(model: nn.Module) -> VLMConfig | None:
     """The configuration of the active adapter of this package, however it was loaded; None for all other models.
 
     Args:
@@ -73,7 +73,7 @@ def _with_slots(original: Any) -> Any:
     def preprocess(
         self: Any, image: Any, candidate_labels: Any = None, hypothesis_template: str | None = None, **options: Any
     ) -> Any:
-        config = adapter_of(self.model)
+        config = _adapter_of(self.model)
         own = config.template if config is not None and isinstance(config.template, str) else None
         template = hypothesis_template or own or TEMPLATE
         inputs = original(self, image, candidate_labels, template, **options)
@@ -96,7 +96,7 @@ def _with_logits(original: Any) -> Any:
 
     @wraps(original)
     def _forward(self: Any, model_inputs: Any) -> Any:
-        config = adapter_of(self.model)
+        config = _adapter_of(self.model)
         if config is None:
             return original(self, model_inputs)
         _check_stores_classes(config)
@@ -110,7 +110,7 @@ def _with_names(original: Any) -> Any:
 
     @wraps(original)
     def postprocess(self: Any, model_outputs: Any, function_to_apply: Any = None, top_k: int | None = 5) -> Any:
-        config = adapter_of(self.model)
+        config = _adapter_of(self.model)
         if config is None:
             return original(self, model_outputs, function_to_apply, top_k)
         scores = model_outputs["logits"][0].float().softmax(dim=-1)

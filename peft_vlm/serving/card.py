@@ -101,7 +101,7 @@ def expect(is_so: bool, what: str, got: Any, *, where: str) -> None:
         )
 
 
-def check_values(values: Any, kinds: Mapping[str, str], *, where: str) -> None:
+def _check_values(values: Any, kinds: Mapping[str, str], *, where: str) -> None:
     """Refuse names and values of which one is missing or of another kind.
 
     Args:
@@ -122,7 +122,7 @@ def check_architecture(shape: dict[str, Any], *, num_tensors: int, where: str) -
         num_tensors: Tensors in the file.
         where: Name of the file.
     """
-    check_values(shape, ARCHITECTURE, where=where)
+    _check_values(shape, ARCHITECTURE, where=where)
     expect(shape["layers"] <= num_tensors, f"at most {num_tensors} layers", shape["layers"], where=where)
     expect(shape["width"] % shape["heads"] == 0, "`heads` that divide `width`", shape["heads"], where=where)
     places = {"input", *map(str, range(shape["layers"]))}
@@ -145,7 +145,7 @@ def _check_pixel_prompt(shape: dict[str, Any], where: str) -> None:
     prompt = shape.get("pixel_prompt")
     if prompt is None:
         return
-    check_values(prompt, {"image_size": SIDES, "clamp": "true or false"}, where=where)
+    _check_values(prompt, {"image_size": SIDES, "clamp": "true or false"}, where=where)
     expect(set(prompt) == {"image_size", "clamp", "window"}, "a pixel prompt", prompt, where=where)
     window = prompt["window"]
     if window is None:
@@ -208,16 +208,16 @@ class ClassifierCard:
             raise ExportedFileError(
                 f"Expected JSON as {METADATA_KEY!r} in {where!r}, got something else ({error}). Export again."
             ) from error
-        check_values(values, {"format_version": "a number of 1 or more"}, where=where)
+        _check_values(values, {"format_version": "a number of 1 or more"}, where=where)
         if values["format_version"] > FORMAT_VERSION:
             raise ExportedFileError(
                 f"{where!r} has format version {values['format_version']}, this release reads {FORMAT_VERSION}. "
                 "Install a newer release of peft_vlm, or copy its folder `serving` again."
             )
-        check_values(values, CARD, where=where)
+        _check_values(values, CARD, where=where)
         expect(set(values) == set(CARD), f"a card with {sorted(CARD)}", sorted(values), where=where)
         values["preprocessing"].setdefault("value_range", None)  # older files have none
-        check_values(values["preprocessing"], PREPROCESSING, where=where)
+        _check_values(values["preprocessing"], PREPROCESSING, where=where)
         names = sorted(values["preprocessing"])
         expect(names == sorted(PREPROCESSING), f"`preprocessing` with {sorted(PREPROCESSING)}", names, where=where)
         preprocessing = {k: tuple(v) if isinstance(v, list) else v for k, v in values.pop("preprocessing").items()}

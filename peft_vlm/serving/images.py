@@ -40,7 +40,7 @@ def is_raster_image(head: bytes) -> bool:
 
 
 @cache
-def raster_suffixes() -> frozenset[str]:
+def _raster_suffixes() -> frozenset[str]:
     """File endings of `RASTER_FORMATS`, in lower case."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in RASTER_FORMATS)
 
@@ -143,7 +143,7 @@ def is_image_file(path: Path) -> bool:
     """
     if not os.path.isfile(path):  # which takes a name that is too long as well
         return False
-    if path.suffix.lower() in raster_suffixes():
+    if path.suffix.lower() in _raster_suffixes():
         return True
     try:
         with path.open("rb") as file:

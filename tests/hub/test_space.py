@@ -9,7 +9,7 @@ from markdown_it import MarkdownIt
 
 from peft_vlm.cli import main
 from peft_vlm.errors import HubError
-from peft_vlm.hub.space import SDK_VERSION, publish_space, write_space
+from peft_vlm.hub.publish import SDK_VERSION, publish_space, write_space
 from peft_vlm.serving.escape import one_line
 from tests.hostile.test_shown_text import INJECTIONS
 from tests.hub.adapters import BASE, put_base_model

@@ -35,7 +35,7 @@ LEARNER = "prompt_learner."
 PROJECTION = f"{LEARNER}compound_prompt_projections."
 
 
-def official_tensor_names(depth: int) -> dict[str, str]:
+def _official_tensor_names(depth: int) -> dict[str, str]:
     """Official names of the trained tensors by those in the adapted CLIP.
 
     Args:
@@ -74,7 +74,7 @@ def convert_checkpoint(
     """
     file, base = OfficialFile.open(source), load_base(base_model)
     depth = 1 + len(file.names(rf"{LEARNER}compound_prompts_text\.\d+".replace(".compound", r"\.compound")))
-    names = official_tensor_names(depth)
+    names = _official_tensor_names(depth)
     missing = [name for name in names.values() if name not in file.tensors]
     if missing:
         where = f"in {str(file.path)!r}, whose text tokens reach depth {depth}"
@@ -104,7 +104,7 @@ def to_official(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> 
     """
     config, own, base = model.active_peft_config, adapter_tensors(model), base_tensors(model)
     tensors = prompted_weights(base)
-    tensors |= {official: own[name] for name, official in official_tensor_names(config.depth).items()}
+    tensors |= {official: own[name] for name, official in _official_tensor_names(config.depth).items()}
     tensors |= prompt_buffers(base, tokenizer, config=config, prefix=LEARNER)
     settings = {"N_CTX": config.num_text_tokens, "PROMPT_DEPTH": config.depth, "CTX_INIT": config.context_init or ""}
     return OfficialCheckpoint(tensors, settings)

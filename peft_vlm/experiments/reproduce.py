@@ -207,31 +207,11 @@ def _counts(settings: Mapping[str, Any], place: Place, part: str) -> tuple[int, 
     return len(images.class_names), Counter(images.labels)
 
 
-def settings_of(cell: Cell, place: Place) -> RunSettings:
-    """The settings of a cell's training, with the places of data, models and teacher.
-
-    Args:
-        cell: The cell.
-        place: Where all is.
-    """
-    settings = _run_settings(cell)
-    teacher = None if settings.teacher is None else place.model(settings.teacher)
-    adapter = None if cell.teacher is None else str(place.output_dir / cell.teacher)
-    data, model = place.data(settings.dataset), place.model(settings.model)
-    chosen_on = settings.test_split if _selects(cell, place) else None
-    return replace(settings, **data, model=model, teacher=teacher, teacher_adapter=adapter, eval_split=chosen_on)
-
-
 #: Checkpoints after every epoch, of which the best one on the validation images stays.
 _BEST_EPOCH = {
     **{"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1},
     **{"load_best_model_at_end": True, "metric_for_best_model": "accuracy"},
 }
-
-
-def _selects(cell: Cell, place: Place) -> bool:
-    """Whether a cell's checkpoint is chosen on test images; a teacher's never is."""
-    return place.select_on_test and not cell.row.startswith(TEACHER)
 
 
 def _run_settings(cell: Cell) -> RunSettings:
@@ -261,11 +241,12 @@ def reproduce(
     _check_folder(grid, place)
     for cell in grid.cells:
         place.data(cell.settings["dataset"])  # without a data root nothing can run
-    found = {cell.name: _finished(cell, grid, place) for cell in grid.cells}
-    done = {name: result for name, result in found.items() if result is not None}
-    complete = {cell.name for cell in grid.cells if cell.name in done and _is_complete(cell, done[cell.name])}
-    clock = _Clock({cell.name: steps[cell.row] for cell in grid.cells if cell.name not in done}, say=say)
     failed: dict[str, str] = {}
+    runs = {cell.name: _Run(cell, grid, place, failed) for cell in grid.cells}
+    found = {name: run.result() for name, run in runs.items()}
+    done = {name: result for name, result in found.items() if result is not None}
+    complete = {name for name, result in done.items() if runs[name].is_complete(result)}
+    clock = _Clock({cell.name: steps[cell.row] for cell in grid.cells if cell.name not in done}, say=say)
     table = _write(grid, place, done, failed)
     for number, cell in enumerate(grid.cells, start=1):
         if cell.name in complete:
@@ -276,7 +257,7 @@ def reproduce(
             continue
         clock.start(cell.name)
         try:
-            result = _run(cell, grid, place, arguments, clock, failed=failed, trained=done.get(cell.name))
+            result = runs[cell.name].run(arguments, clock, trained=done.get(cell.name))
         except Exception as error:  # named here, in the table and at the end; the others continue
             if _is_full(error):
                 raise PeftVLMError(f"{cell.name}: {error} Free some room; the same command continues.") from error
@@ -291,18 +272,6 @@ def reproduce(
                 say(f"  {scores}{clock.left()}")
         table = _write(grid, place, done, failed)
     return table, failed
-
-
-def _finished(cell: Cell, grid: Grid, place: Place) -> dict[str, Any] | None:
-    """The result of a cell that is trained, and measured unless it has targets."""
-    columns = () if cell.targets else grid.columns
-    return finished_cell(place.output_dir / cell.name, _wanted(cell, place), columns=columns)
-
-
-def _is_complete(cell: Cell, result: Mapping[str, Any]) -> bool:
-    """Whether all targets of a trained cell are measured, and the source with them."""
-    measured = {name.rpartition("/")[0] or name for name in result["scores"]}
-    return not cell.targets or {cell.row, *cell.targets} <= measured
 
 
 def _is_full(error: Exception) -> bool:
@@ -326,48 +295,146 @@ def _check_folder(grid: Grid, place: Place) -> None:
         )
 
 
-def _wanted(cell: Cell, place: Place) -> dict[str, Any]:
-    """What decides the result of a cell, as JSON values; not where its data lie."""
-    settings = asdict(_run_settings(cell)) | {"teacher_adapter": cell.teacher}
-    return settings | {
-        "seed": cell.seed,
-        "training": cell.training,
-        "changes": dict(place.changes),
-        "select_on_test": place.select_on_test,
-    }
+@dataclass(frozen=True)
+class _Run:
+    """A cell where it runs.
 
+    Args:
+        cell: The cell.
+        grid: Its grid.
+        place: Where data are and results go.
+        failed: Errors by name; targets that cannot be read are added.
+    """
 
-def _run(
-    cell: Cell,
-    grid: Grid,
-    place: Place,
-    arguments: MakeArguments,
-    clock: "_Clock",
-    *,
-    failed: dict[str, str],
-    trained: dict[str, Any] | None,
-) -> dict[str, Any] | None:
-    """Train and measure one cell; measure only where it is trained. Targets that fail are named in `failed`."""
-    folder, settings = place.output_dir / cell.name, settings_of(cell, place)
-    last = [f"--seed={cell.seed}", f"--output_dir={folder}", "--resume_from_checkpoint=auto"]
+    cell: Cell
+    grid: Grid
+    place: Place
+    failed: dict[str, str]
 
-    saving = _BEST_EPOCH if _selects(cell, place) else {"save_strategy": "no"}
+    @property
+    def folder(self) -> Path:
+        """Folder of the cell."""
+        return self.place.output_dir / self.cell.name
 
-    def training(recommended: dict[str, Any]) -> VLMTrainingArguments:
-        return arguments({**saving, "report_to": "none", **_divided({**recommended, **cell.training}, place)}, last)
+    @property
+    def selects(self) -> bool:
+        """Whether the checkpoint is chosen on test images; a teacher's never is."""
+        return self.place.select_on_test and not self.cell.row.startswith(TEACHER)
 
-    def measure() -> dict[str, float]:
-        function = _measure_models if grid.protocol == "mllm_transfer" else _measure_targets
-        return function(cell, settings, grid, place, training({}), failed)
+    def settings(self) -> RunSettings:
+        """The settings of the training, with the places of data, models and teacher."""
+        settings, place, teacher = _run_settings(self.cell), self.place, self.cell.teacher
+        return replace(
+            settings,
+            **place.data(settings.dataset),
+            model=place.model(settings.model),
+            teacher=None if settings.teacher is None else place.model(settings.teacher),
+            teacher_adapter=None if teacher is None else str(place.output_dir / teacher),
+            eval_split=settings.test_split if self.selects else None,
+        )
 
-    if trained is not None:
-        if not is_main_process():
-            return None
-        result = trained | {"scores": measure()}
-        write_json(folder / CELL_NAME, result)
-        return result
-    several = measure if cell.targets else None
-    return run_cell(settings, training, folder, wanted=_wanted(cell, place), measure=several, callbacks=[clock])
+    def wanted(self) -> dict[str, Any]:
+        """What decides the result, as JSON values; not where the data lie."""
+        settings = asdict(_run_settings(self.cell)) | {"teacher_adapter": self.cell.teacher}
+        return settings | {
+            "seed": self.cell.seed,
+            "training": self.cell.training,
+            "changes": dict(self.place.changes),
+            "select_on_test": self.place.select_on_test,
+        }
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of a cell that is trained, and measured unless it has targets."""
+        columns = () if self.cell.targets else self.grid.columns
+        return finished_cell(self.folder, self.wanted(), columns=columns)
+
+    def is_complete(self, result: Mapping[str, Any]) -> bool:
+        """Whether all targets of a trained cell are measured, and the source with them."""
+        measured = {name.rpartition("/")[0] or name for name in result["scores"]}
+        return not self.cell.targets or {self.cell.row, *self.cell.targets} <= measured
+
+    def run(
+        self, arguments: MakeArguments, clock: "_Clock", *, trained: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """Train and measure; measure only where it is trained."""
+        saving = _BEST_EPOCH if self.selects else {"save_strategy": "no"}
+        last = [f"--seed={self.cell.seed}", f"--output_dir={self.folder}", "--resume_from_checkpoint=auto"]
+
+        def training(recommended: dict[str, Any]) -> VLMTrainingArguments:
+            own = _divided({**recommended, **self.cell.training}, self.place)
+            return arguments({**saving, "report_to": "none", **own}, last)
+
+        def measure() -> dict[str, float]:
+            several_models = self.grid.protocol == "mllm_transfer"
+            return self._measure_models(training({})) if several_models else self._measure_targets(training({}))
+
+        if trained is not None:
+            if not is_main_process():
+                return None
+            result = trained | {"scores": measure()}
+            write_json(self.folder / CELL_NAME, result)
+            return result
+        several = measure if self.cell.targets else None
+        return run_cell(
+            self.settings(), training, self.folder, wanted=self.wanted(), measure=several, callbacks=[clock]
+        )
+
+    def _measure_targets(self, args: VLMTrainingArguments) -> dict[str, float]:
+        """Accuracy on the source and on every target, each with its own class names and template."""
+        cell, settings = self.cell, self.settings()
+        loaded = load_model(self.folder, base_model=settings.model, device=str(args.device))
+        rows = {cell.row: cell.settings, **cell.targets}
+        transform, datasets = EvalTransform(loaded.image_processor), {}
+        for name, row in rows.items():
+            one = replace(settings, **self.place.data(row["dataset"]))
+            with self._named(name):
+                datasets[name] = images_of(one, row.get("test_split", "test"), transform)
+        if not datasets.keys() & cell.targets.keys():
+            return {}  # all are named in `failed`; the training stays
+        source = cell.row if cell.row in datasets else None
+        templates = {name: rows[name]["template"] for name in datasets if "template" in rows[name]}
+        classifier = TextClassifier(loaded.model, loaded.tokenizer, template=loaded.template or settings.template)
+        measured = protocols.domain_shift if self.grid.protocol == "domain_shift" else protocols.cross_dataset
+        result = measured(classifier, datasets, source=source, templates=templates, progress=not args.disable_tqdm)
+        report = EvalReport.from_result(
+            result,
+            model=settings.model,
+            adapter=str(self.folder),
+            dataset=", ".join(datasets),
+            template=tuple(dict.fromkeys(templates.values())) or (settings.template,),
+            shots=settings.shots or None,
+            seed=cell.seed,
+        )
+        report.save(self.folder / REPORT_NAME)
+        write_card(self.folder, license=args.hub_license)
+        return result.scores
+
+    def _measure_models(self, args: VLMTrainingArguments) -> dict[str, float]:
+        """The prompt on the model it was trained on and on all others."""
+        cell, settings, effects = self.cell, self.settings(), {}
+        images = images_of(settings, settings.test_split)
+        if self.place.stand_in:
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+            images = images.select(sorted(order[:STAND_IN_IMAGES].tolist()))
+        models = {cell.row: cell.settings["model"], **{name: one["model"] for name, one in cell.targets.items()}}
+        for name, model_name in models.items():
+            with self._named(name):
+                member = ImageTextModel.load(self.place.model(model_name))
+                questions = ImageQuestionDataset.from_images(images, question=settings.question)
+                model = PeftModel.from_pretrained(member.model.to(args.device), self.folder).eval()
+                effects[name] = evaluate_prompt(model, questions.with_collator(member.collator))
+        report = TransferReport(f"{settings.dataset}, {len(images)} test images", (cell.row,), effects, seed=cell.seed)
+        report.save(self.folder / TRANSFER_NAME)
+        write_card(self.folder, license=args.hub_license)
+        return {name: score for name, score in report.scores().items() if "/" in name}
+
+    @contextmanager
+    def _named(self, target: str) -> Iterator[None]:
+        """Within this, a target that cannot be read is named; the others are measured, and the next start tries it."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.failed[f"{self.cell.name} on {target}"] = one_line(f"{type(error).__name__}: {error}")
 
 
 def _divided(training: dict[str, Any], place: Place) -> dict[str, Any]:
@@ -382,80 +449,6 @@ def _divided(training: dict[str, Any], place: Place) -> dict[str, Any]:
             f"fewer, or pass `{name}`, which the table will record."
         )
     return {**training, name: batch // processes}
-
-
-def _measure_targets(
-    cell: Cell,
-    settings: RunSettings,
-    grid: Grid,
-    place: Place,
-    args: VLMTrainingArguments,
-    failed: dict[str, str],
-) -> dict[str, float]:
-    """Accuracy on the source and on every target, each with its own class names and template."""
-    folder = place.output_dir / cell.name
-    loaded = load_model(folder, base_model=settings.model, device=str(args.device))
-    rows = {cell.row: cell.settings, **cell.targets}
-    transform, datasets = EvalTransform(loaded.image_processor), {}
-    for name, row in rows.items():
-        one = replace(settings, **place.data(row["dataset"]))
-        with _named(f"{cell.name} on {name}", failed):
-            datasets[name] = images_of(one, row.get("test_split", "test"), transform)
-    if not datasets.keys() & cell.targets.keys():
-        return {}  # all are named in `failed`; the training stays
-    source = cell.row if cell.row in datasets else None
-    templates = {name: rows[name]["template"] for name in datasets if "template" in rows[name]}
-    classifier = TextClassifier(loaded.model, loaded.tokenizer, template=loaded.template or settings.template)
-    measured = protocols.domain_shift if grid.protocol == "domain_shift" else protocols.cross_dataset
-    result = measured(classifier, datasets, source=source, templates=templates, progress=not args.disable_tqdm)
-    report = EvalReport.from_result(
-        result,
-        model=settings.model,
-        adapter=str(folder),
-        dataset=", ".join(datasets),
-        template=tuple(dict.fromkeys(templates.values())) or (settings.template,),
-        shots=settings.shots or None,
-        seed=cell.seed,
-    )
-    report.save(folder / REPORT_NAME)
-    write_card(folder, license=args.hub_license)
-    return result.scores
-
-
-@contextmanager
-def _named(what: str, failed: dict[str, str]) -> Iterator[None]:
-    """Within this, what cannot be read is named, and the rest is measured; the next start tries it again."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        failed[what] = one_line(f"{type(error).__name__}: {error}")
-
-
-def _measure_models(
-    cell: Cell,
-    settings: RunSettings,
-    grid: Grid,
-    place: Place,
-    args: VLMTrainingArguments,
-    failed: dict[str, str],
-) -> dict[str, float]:
-    """The prompt on the model it was trained on and on all others."""
-    folder, effects = place.output_dir / cell.name, {}
-    images = images_of(settings, settings.test_split)
-    if place.stand_in:
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        images = images.select(sorted(order[:STAND_IN_IMAGES].tolist()))
-    models = {cell.row: cell.settings["model"], **{name: one["model"] for name, one in cell.targets.items()}}
-    for name, model_name in models.items():
-        with _named(f"{cell.name} on {name}", failed):
-            member = ImageTextModel.load(place.model(model_name))
-            questions = ImageQuestionDataset.from_images(images, question=settings.question)
-            model = PeftModel.from_pretrained(member.model.to(args.device), folder).eval()
-            effects[name] = evaluate_prompt(model, questions.with_collator(member.collator))
-    report = TransferReport(f"{settings.dataset}, {len(images)} test images", (cell.row,), effects, seed=cell.seed)
-    report.save(folder / TRANSFER_NAME)
-    write_card(folder, license=args.hub_license)
-    return {name: score for name, score in report.scores().items() if "/" in name}
 
 
 def _scores(cell: Cell, grid: Grid, scores: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -514,14 +507,7 @@ class _Clock(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the second step, the first one without preparations.
-
-        Args:
-            args: Not used.
-            state: State of the trainer.
-            control: Not used.
-            **kwargs: Not used.
-        """
+        """Measure the second step, the first one without preparations."""
         now = time.perf_counter()
         if not self.said and state.global_step == 2 and state.is_world_process_zero:
             self.said = True

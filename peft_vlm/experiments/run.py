@@ -253,13 +253,13 @@ def run_training(
         PeftVLMError: If settings contradict each other or name what the method does not have.
     """
     plan = plan_of(settings, arguments)
-    settings, args, pool, config, options = plan.settings, plan.args, plan.pool, plan.config, plan.objective
+    settings, args = plan.settings, plan.args
     # A missing split is better found before the training.
     test = images_of(settings, settings.test_split) if settings.evaluate else None
     if settings.preset is None and args.process_index == 0:
-        _say_recommended(settings, plan.size, plan.preset, args, config | options)
+        _say_recommended(plan)
     set_seed(args.seed)  # a new adapter may start from random values
-    parts = (_classifier if plan.is_clip_like else _answerer)(settings, args, pool, config, options)
+    parts = _classifier(plan) if plan.is_clip_like else _answerer(plan)
     if test is not None:
         same = settings.transductive and settings.split == settings.test_split  # without labels, and reported
         check_not_trained_on(test, image_sample(parts.train), num_train=len(parts.train), refuse=not same)
@@ -378,36 +378,31 @@ def _shared(config: type) -> type:
     return VLMConfig if issubclass(config, VLMConfig) else PeftConfig
 
 
-def _say_recommended(
-    settings: RunSettings, size: RunSize, preset: Preset, args: VLMTrainingArguments, other: dict[str, Any]
-) -> None:
+def _say_recommended(plan: RunPlan) -> None:
     """Print the recommended settings that the run uses; those that were given are not among them."""
+    preset, args, other = plan.preset, plan.args, plan.config | plan.objective
     used = {name: other[name] for name in (*preset.config, *preset.objective) if name in other}
     used = {name: value for name, value in used.items() if (preset.config | preset.objective)[name] == value}
     used |= {name: value for name, value in preset.training.items() if getattr(args, name) == value}
     if args.max_steps > 0 and "max_steps" not in preset.training:
         used.pop("num_train_epochs", None)
     shown = ", ".join(f"{name}={value}" for name, value in used.items() if value is not None)
-    kind = "a small model" if size.is_small else "models as large as ViT-B/16"
+    kind = "a small model" if plan.size.is_small else "models as large as ViT-B/16"
     if shown and shows_progress():
-        print(f"Recommended for {settings.method} on {kind}, where no flag says otherwise: {shown}", file=sys.stderr)
+        method = plan.settings.method
+        print(f"Recommended for {method} on {kind}, where no flag says otherwise: {shown}", file=sys.stderr)
 
 
-def _classifier(
-    settings: RunSettings,
-    args: VLMTrainingArguments,
-    pool: ImageClassificationDataset,
-    config: dict[str, Any],
-    options: dict[str, Any],
-) -> _Parts:
+def _classifier(plan: RunPlan) -> _Parts:
     """A run on a CLIP-like model."""
+    settings, args, pool = plan.settings, plan.args, plan.pool
     loaded = load_model(base_model=settings.model, device="cpu")
     augmentation = TrainTransform(loaded.image_processor, **named_values(settings.augmentation, "augmentation"))
     pool.transform, pool.seed = augmentation, args.seed
     train = pool if settings.transductive else _shots(pool, settings, args.seed)
     prompts = tokenize_for_model(loaded.model, loaded.tokenizer, train.class_names, template=settings.template)
     offered: dict[str, Any] = {"seed": args.seed, "transductive": settings.transductive}
-    if config.get("class_specific"):
+    if plan.config.get("class_specific"):
         offered["class_names"] = list(train.class_names)
     offered["seen_classes"] = [pool.class_names[c] for c in _labelled(pool, settings)]
     if settings.anchors:
@@ -419,8 +414,8 @@ def _classifier(
         check_same_vocabulary(loaded.tokenizer, teacher.tokenizer)
         one = tokenize_for_model(teacher.model, teacher.tokenizer, ["a"], template=settings.template)
         offered |= {"teacher": teacher.model, "class_dim": encode_classes(teacher.model, one).shape[-1]}
-    objective = _objective(METHODS[settings.method].objective, settings, prompts, offered, options)
-    model = new_adapter(loaded.model, settings.method, loaded.image_processor, config, offered)
+    objective = _objective(METHODS[settings.method].objective, plan, prompts, offered)
+    model = new_adapter(loaded.model, settings.method, loaded.image_processor, plan.config, offered)
     validation = None
     if settings.eval_split is not None:
         images = _validation(settings, settings.eval_split, args.seed)
@@ -447,14 +442,9 @@ def _anchor_texts(settings: RunSettings) -> Sequence[str]:
     return method.anchor_templates
 
 
-def _answerer(
-    settings: RunSettings,
-    args: VLMTrainingArguments,
-    pool: ImageClassificationDataset,
-    config: dict[str, Any],
-    options: dict[str, Any],
-) -> _Parts:
+def _answerer(plan: RunPlan) -> _Parts:
     """A run on a model that writes text: the classes are answers to one question."""
+    settings, seed = plan.settings, plan.args.seed
     guide = METHODS[settings.method].guide
     if settings.protocol != "few_shot" or settings.transductive or (settings.teacher and guide is None):
         raise PeftVLMError("Models that write text are trained with `protocol=few_shot`, without `teacher`.")
@@ -466,7 +456,7 @@ def _answerer(
         asked = ImageQuestionDataset.from_images(images, question=settings.question, augmentation=augmentation)
         return asked.with_collator(member.collator)
 
-    train = questions(_shots(pool, settings, args.seed), crop)
+    train = questions(_shots(plan.pool, settings, seed), crop)
     offered: dict[str, Any] = {}
     if clip is not None and guide is not None:
         template = METHODS[settings.method].guide_template
@@ -480,8 +470,8 @@ def _answerer(
         include_end=True,  # one class name may be the beginning of another
         end_token=member.collator.end_token,
     )
-    objective = _objective(METHODS[settings.method].answer_objective, settings, candidates, offered, options)
-    model = new_adapter(member.model, settings.method, member.collator.processor.image_processor, config, {})
+    objective = _objective(METHODS[settings.method].answer_objective, plan, candidates, offered)
+    model = new_adapter(member.model, settings.method, member.collator.processor.image_processor, plan.config, {})
 
     def evaluate() -> dict[str, float]:
         test = questions(images_of(settings, settings.test_split))
@@ -489,7 +479,7 @@ def _answerer(
 
     validation = None
     if settings.eval_split is not None:
-        validation = questions(_validation(settings, settings.eval_split, args.seed))
+        validation = questions(_validation(settings, settings.eval_split, seed))
     return _Parts(model, objective, train, validation, evaluate)
 
 
@@ -549,14 +539,9 @@ def new_adapter(
     return get_peft_model(base, build(target, known | config, name="config", hidden=_shared(target)))
 
 
-def _objective(
-    target: Callable[..., Any] | None,
-    settings: RunSettings,
-    classes: Any,
-    offered: dict[str, Any],
-    options: dict[str, Any],
-) -> Objective:
+def _objective(target: Callable[..., Any] | None, plan: RunPlan, classes: Any, offered: dict[str, Any]) -> Objective:
     """The method's objective with what the run offers and the settings name."""
+    settings = plan.settings
     if target is None:
         raise PeftVLMError(
             f"{settings.method!r} is not trained on models like {settings.model!r}: see docs/families.md."
@@ -565,7 +550,7 @@ def _objective(
         if offered.get(name) and name not in inspect.signature(target).parameters:
             raise PeftVLMError(f"{settings.method!r} has no use for `{name}`. Leave it out.")
     named = named_values(settings.objective, "objective")
-    wanted = _accepted(target, options) | named  # what is recommended for CLIPs need not exist for other models
+    wanted = _accepted(target, plan.objective) | named  # what is recommended for CLIPs need not exist for other models
     return build(target, _accepted(target, offered) | wanted, classes, name="objective")
 
 

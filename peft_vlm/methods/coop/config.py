@@ -87,12 +87,7 @@ class CoOpConfig(AttributeContextConfig):
         return shapes | ({r".*\btext_model\..*coop_network\..*": ...} if self.network else {})
 
     def fit(self, layers: Mapping[str, int], length: int | None) -> None:
-        """Fill in a number of context vectors that is None.
-
-        Args:
-            layers: Not used.
-            length: Positions of the text tower.
-        """
+        """Fill in a number of context vectors that is None."""
         is_counted = self.context_init is not None or self.context_init_ids is not None
         count = NUM_TOKENS if length is None or is_counted else min(NUM_TOKENS, max(1, length // 4))
         fit_fields(self, {"num_text_tokens": NUM_TOKENS}, {"num_text_tokens": count})

@@ -42,12 +42,7 @@ class MaPLeConfig(AttributeContextConfig):
         check_count(self, "depth", minimum=1, optional=True)
 
     def fit(self, layers: Mapping[str, int], length: int | None) -> None:
-        """Fill in a depth that is None.
-
-        Args:
-            layers: Layers by tower.
-            length: Not used.
-        """
+        """Fill in a depth that is None."""
         fit_fields(self, {"depth": DEPTH}, {"depth": fitted(DEPTH, min(layers.values(), default=None))})
 
     def file_shapes(self) -> dict[str, Shape]:

@@ -69,12 +69,7 @@ class PromptKDConfig(VLMConfig):
         return shapes
 
     def fit(self, layers: Mapping[str, int], length: int | None) -> None:
-        """Fill in a depth that is None.
-
-        Args:
-            layers: Layers by tower.
-            length: Not used.
-        """
+        """Fill in a depth that is None."""
         if self.tune_vision and self.vision_depth is None:
             self.vision_depth = 0
         fit_depths(self, layers)

@@ -46,12 +46,7 @@ class PromptSRCConfig(AttributeContextConfig):
             check_count(self, name, optional=True)
 
     def fit(self, layers: Mapping[str, int], length: int | None) -> None:
-        """Fill in depths that are None.
-
-        Args:
-            layers: Layers by tower.
-            length: Not used.
-        """
+        """Fill in depths that are None."""
         fit_depths(self, layers)
 
     @property

@@ -65,12 +65,7 @@ class RPPConfig(TextContextConfig):
             check_choice(name, getattr(self, name), known)
 
     def fit(self, layers: Mapping[str, int], length: int | None) -> None:
-        """Fill in depths that are None.
-
-        Args:
-            layers: Layers by tower.
-            length: Not used.
-        """
+        """Fill in depths that are None."""
         fit_depths(self, layers)
 
     @property

@@ -226,14 +226,7 @@ class RPPModel(VLMTuner):
         return ProjectionPrompts(target, prefix=self.prefix, tower=place[0], number=place[1])
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, its text prompts at the states of their words.
-
-        Args:
-            model: The base model.
-            adapter_name: Name of the adapter.
-            *args: Passed on.
-            **kwargs: Passed on.
-        """
+        """Add an adapter, its text prompts at the states of their words."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _start_from_words(model, adapter_name, self.peft_config[adapter_name])
 

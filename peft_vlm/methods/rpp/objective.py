@@ -313,13 +313,7 @@ class RPPObjective(PromptObjective):
             self.teacher.prepare(model)
 
     def epoch_start(self, model: nn.Module, dataset: Any, epoch: int) -> None:
-        """Draw other classes for the same batch in another epoch.
-
-        Args:
-            model: Not used.
-            dataset: Not used.
-            epoch: Number of the epoch, from 0.
-        """
+        """Draw other classes for the same batch in another epoch."""
         self._epoch = epoch
 
     def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:

@@ -59,12 +59,7 @@ class SkipTuningConfig(VLMConfig):
                 raise ValueError(f"Expected `{name}` to be 0 or more, got {value!r}.")
 
     def fit(self, layers: Mapping[str, int], length: int | None) -> None:
-        """Fill in start layers that are None.
-
-        Args:
-            layers: Layers by tower; those of a language model count as text.
-            length: Not used.
-        """
+        """Fill in start layers that are None; those of a language model count as text."""
         if self.start_layer is not None:
             return
         vision, text = (fitted(START_LAYER, layers.get(tower), least=0) for tower in ("vision", "text"))

@@ -268,12 +268,7 @@ class SkipTuningObjective(PromptObjective):
         return dict(self.settings)
 
     def adapt_to(self, model: nn.Module, dataset: ImageClassificationDataset | ImageStream) -> None:
-        """Decide whether the states of the images are stored.
-
-        Args:
-            model: Not used: what lies below the tuned layers never trains.
-            dataset: Training images.
-        """
+        """Decide whether the states of the images are stored: what lies below the tuned layers never trains."""
         stores, self._why = should_store(self.settings["image_cache"], dataset, num_views=self.settings["num_views"])
         self.cache = self._views if stores else None
         self.needs_pixels = not stores

@@ -155,12 +155,7 @@ class ClassTask:
         self._class_features: Tensor | None = None
 
     def prepare(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-        """Compute the class features, which a pixel prompt does not change.
-
-        Args:
-            model: CLIP-like `PeftModel` with an active pixel prompt.
-            batch: Not used.
-        """
+        """Compute the class features, which a pixel prompt does not change."""
         self._class_features = self._cache.get(model, self.prompts, divide=True)
 
     def run(self, model: nn.Module, batch: Mapping[str, Tensor]) -> TaskOutput:

@@ -11,16 +11,12 @@ Everything is written below --output_dir: metrics.json, table.md, results.png, a
 reports.
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-from peft import get_peft_model
 
 import peft_vlm
 from peft_vlm.cli.console import add_console_flags, start_console
-from peft_vlm.experiments.compare import Experiment, TrainerLearner, ZeroShot, load_task
-from peft_vlm.experiments.report import show_results
+from peft_vlm.experiments.compare import TrainerLearner, chosen_settings, comparison_parser, run_comparison
 from peft_vlm.methods.coop import preset_for
 
 ASSETS = Path(__file__).parent / "assets"
@@ -39,67 +35,33 @@ DEMO = {
 }
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ASSETS / "clip_student"), help="CLIP: folder or Hub id")
-    parser.add_argument("--dataset", default=str(ASSETS / "emoji"), help="folder, CSV or Hub id with image and label")
-    parser.add_argument("--template", default="a photo of a {}.", help="text around a class name, with one {}")
-    parser.add_argument("--preset", choices=["demo", "random", "words"], default="demo")
-    parser.add_argument("--protocol", choices=["base_to_new", "few_shot"], default="few_shot")
-    parser.add_argument("--class_position", choices=["end", "middle", "front"], default="end")
-    parser.add_argument("--weight", type=float, default=8.0, help="of KgCoOp's distance to the hand-written prompts")
-    parser.add_argument("--shots", type=int, default=16, help="images per class")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--epochs", type=int, help="instead of the preset's number")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/coop"))
-    add_console_flags(parser)
-    return parser.parse_args()
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Settings of the preset: for the adapter, the training and the augmentation."""
-    if args.preset == "demo":
-        settings: dict[str, Any] = {key: dict(value) for key, value in DEMO.items()}
-    else:
-        preset = preset_for(args.preset, shots=args.shots)
-        settings = {"config": preset.config, "training": preset.training}
-        settings["augmentation"] = {"scale": (0.08, 1.0), "flip_probability": 0.5}
-    settings["config"] |= {"class_position": args.class_position}
-    if args.epochs is not None:
-        settings["training"] |= {"num_train_epochs": args.epochs}
-    settings["training"] |= {"use_cpu": args.use_cpu}
-    return settings
-
-
 def main() -> None:
     """Run the experiment and print where the results are."""
-    args = parse_arguments()
-    start_console(args)
-    settings = settings_of(args)
-    experiment = Experiment.for_clip(
-        args.model, augmentation=settings["augmentation"], output_dir=args.output_dir, use_cpu=args.use_cpu
+    parser = comparison_parser(
+        __doc__,
+        model=ASSETS / "clip_student",
+        dataset=ASSETS / "emoji",
+        presets=["demo", "random", "words"],
+        protocol="few_shot",
+        output_dir="outputs/coop",
     )
+    parser.add_argument("--class_position", choices=["end", "middle", "front"], default="end")
+    parser.add_argument("--weight", type=float, default=8.0, help="of KgCoOp's distance to the hand-written prompts")
+    add_console_flags(parser)
+    args = parser.parse_args()
+    start_console(args)
+    official = None if args.preset == "demo" else preset_for(args.preset, shots=args.shots)
+    settings = chosen_settings(args, DEMO, official)
+    config = partial(peft_vlm.CoOpConfig, class_position=args.class_position, **settings["config"])
     objectives = {
-        "coop": lambda prompts, seed: peft_vlm.CoOpObjective(prompts, num_workers=args.num_workers),
-        "kgcoop": lambda prompts, seed: peft_vlm.KgCoOpObjective(
-            prompts, weight=args.weight, num_workers=args.num_workers
-        ),
+        "coop": partial(peft_vlm.CoOpObjective, num_workers=args.num_workers),
+        "kgcoop": partial(peft_vlm.KgCoOpObjective, weight=args.weight, num_workers=args.num_workers),
     }
     learners = [
-        TrainerLearner(
-            name,
-            wrap=lambda model: get_peft_model(model, peft_vlm.CoOpConfig(**settings["config"])),
-            objective=objective,
-            training=settings["training"],
-        )
+        TrainerLearner.on_prompts(name, config, objective, settings["training"])
         for name, objective in objectives.items()
     ]
-    task = load_task(args.dataset, args.protocol, template=args.template, shots=args.shots)
-    report = experiment.run([task], [ZeroShot(), *learners], args.seeds)
-    show_results(report, args.output_dir, learner="coop")
+    run_comparison(args, learners, augmentation=settings["augmentation"])
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@ Everything is written below --output_dir: metrics.json, table.md, results.png, a
 reports.
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import CLIPModel
 
 import peft_vlm
 from peft_vlm.cli.console import add_console_flags, start_console
-from peft_vlm.experiments.compare import Experiment, TrainerLearner, ZeroShot, load_task
-from peft_vlm.experiments.report import show_results
+from peft_vlm.experiments.compare import TrainerLearner, chosen_settings, comparison_parser, run_comparison
 from peft_vlm.files import last_part
 from peft_vlm.methods.maple import fold, preset_for
 
@@ -40,47 +38,23 @@ DEMO = {
 }
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ASSETS / "clip_student"), help="CLIP: folder or Hub id")
-    parser.add_argument("--dataset", default=str(ASSETS / "icons"), help="folder, CSV or Hub id with image and label")
-    parser.add_argument("--template", default="a photo of a {}.", help="text around a class name, with one {}")
-    parser.add_argument("--preset", choices=["demo", "base_to_new", "cross_dataset"], default="demo")
-    parser.add_argument("--protocol", choices=["base_to_new", "few_shot"], default="base_to_new")
-    parser.add_argument("--shots", type=int, default=16, help="images per class")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--epochs", type=int, help="instead of the preset's number")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/maple"))
-    add_console_flags(parser)
-    return parser.parse_args()
-
-
 def main() -> None:
     """Run the experiment, print where the results are, and fold the last adapter."""
-    args = parse_arguments()
+    parser = comparison_parser(
+        __doc__,
+        model=ASSETS / "clip_student",
+        dataset=ASSETS / "icons",
+        presets=["demo", "base_to_new", "cross_dataset"],
+        protocol="base_to_new",
+        output_dir="outputs/maple",
+    )
+    add_console_flags(parser)
+    args = parser.parse_args()
     start_console(args)
-    settings: dict[str, Any] = DEMO
-    if args.preset != "demo":
-        preset = preset_for(args.preset)
-        augmentation = {"scale": (0.08, 1.0), "flip_probability": 0.5}
-        settings = {"config": preset.config, "training": preset.training, "augmentation": augmentation}
-    training = settings["training"] | {"use_cpu": args.use_cpu, "dataloader_num_workers": args.num_workers}
-    training |= {} if args.epochs is None else {"num_train_epochs": args.epochs}
-    learner = TrainerLearner(
-        "maple",
-        wrap=lambda model: get_peft_model(model, peft_vlm.MaPLeConfig(**settings["config"])),
-        objective=lambda prompts, seed: peft_vlm.MaPLeObjective(prompts),
-        training=training,
-    )
-    experiment = Experiment.for_clip(
-        args.model, augmentation=settings["augmentation"], output_dir=args.output_dir, use_cpu=args.use_cpu
-    )
-    task = load_task(args.dataset, args.protocol, template=args.template, shots=args.shots)
-    report = experiment.run([task], [ZeroShot(), learner], args.seeds)
-    show_results(report, args.output_dir, learner="maple")
+    settings = chosen_settings(args, DEMO, None if args.preset == "demo" else preset_for(args.preset))
+    config = partial(peft_vlm.MaPLeConfig, **settings["config"])
+    learner = TrainerLearner.on_prompts("maple", config, peft_vlm.MaPLeObjective, settings["training"])
+    run_comparison(args, [learner], augmentation=settings["augmentation"])
     adapter = args.output_dir / last_part(args.dataset) / "maple" / f"seed{args.seeds[-1]}"
     model = PeftModel.from_pretrained(CLIPModel.from_pretrained(args.model), adapter)
     fold(model, args.output_dir / "folded")

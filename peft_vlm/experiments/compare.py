@@ -1,14 +1,16 @@
 """Methods x seeds on a task: train, evaluate, compare; with full fine-tuning and a linear probe as baselines."""
 
+import argparse
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PrinterCallback, set_seed
 
@@ -21,10 +23,11 @@ from peft_vlm.distributed import is_main_process, local_index, progress_bar
 from peft_vlm.errors import PeftVLMError, check_list
 from peft_vlm.evaluation.classify import evaluate_classifier
 from peft_vlm.evaluation.metrics import harmonic_mean
-from peft_vlm.experiments.report import PeakMemory
+from peft_vlm.experiments.report import PeakMemory, show_results
 from peft_vlm.files import last_part, write_json
 from peft_vlm.models.towers import image_features, text_features, text_length_of, towers_of
 from peft_vlm.objective import Batch, Objective, ObjectiveOutput
+from peft_vlm.registry import Preset
 from peft_vlm.text.class_features import PromptObjective
 from peft_vlm.text.prompts import ClassPrompts, check_same_vocabulary, tokenize_classes
 from peft_vlm.training.arguments import VLMTrainingArguments
@@ -276,6 +279,29 @@ class TrainerLearner:
     after: Callable[[nn.Module, int], None] | None = None
     uses_seed: bool = True
 
+    @classmethod
+    def on_prompts(
+        cls,
+        name: str,
+        config: Callable[[], PeftConfig],
+        objective: Callable[[ClassPrompts], Objective],
+        training: dict[str, Any],
+    ) -> "TrainerLearner":
+        """An adapter that is trained from class prompts alone.
+
+        Args:
+            name: Name in the report.
+            config: Makes the configuration of a new adapter.
+            objective: Makes the objective.
+            training: Keyword arguments of `VLMTrainingArguments`.
+        """
+        return cls(
+            name,
+            wrap=lambda model: get_peft_model(model, config()),
+            objective=lambda prompts, seed: objective(prompts),
+            training=training,
+        )
+
     def fit(self, model: nn.Module, prompts: MakePrompts, split: Split, *, seed: int, folder: Path) -> Fitted:
         """Train; the adapter and its reports stay in `folder`."""
         model = self.wrap(model)
@@ -498,3 +524,66 @@ def _append(columns: dict[str, Any], row: dict[str, Any]) -> None:
             columns[key] = value
         elif value is not None:
             columns.setdefault(key, []).append(value)
+
+
+def comparison_parser(
+    description: str | None, *, model: Path, dataset: Path, presets: Sequence[str], protocol: str, output_dir: str
+) -> argparse.ArgumentParser:
+    """The flags of a script that compares methods on one dataset; it adds its own.
+
+    Args:
+        description: Text of `--help`.
+        model: Default of `--model`.
+        dataset: Default of `--dataset`.
+        presets: Choices of `--preset`, the default first.
+        protocol: Default of `--protocol`.
+        output_dir: Default of `--output_dir`.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(model), help="CLIP: folder or Hub id")
+    parser.add_argument("--dataset", default=str(dataset), help="folder, CSV or Hub id with image and label")
+    parser.add_argument("--template", default="a photo of a {}.", help="text around a class name, with one {}")
+    parser.add_argument("--preset", choices=presets, default=presets[0])
+    parser.add_argument("--protocol", choices=["base_to_new", "few_shot"], default=protocol)
+    parser.add_argument("--shots", type=int, default=16, help="images per class")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--epochs", type=int, help="instead of the preset's number")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
+    parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
+    parser.add_argument("--output_dir", type=Path, default=Path(output_dir))
+    return parser
+
+
+def chosen_settings(args: argparse.Namespace, own: Mapping[str, Any], official: Preset | None) -> dict[str, Any]:
+    """Settings of an adapter, a training and the augmentation: those of a script, or official ones.
+
+    Args:
+        args: Flags of `comparison_parser`; some replace settings of the training.
+        own: The script's `config`, `training` and `augmentation`.
+        official: Official configuration; None for the script's own.
+
+    Returns:
+        The three by name, and whatever else the script has.
+    """
+    settings = {key: dict(value) for key, value in own.items()}
+    if official is not None:
+        settings = {"config": dict(official.config), "training": dict(official.training)}
+        settings["augmentation"] = {"scale": (0.08, 1.0), "flip_probability": 0.5}
+    settings["training"] |= {"use_cpu": args.use_cpu, "dataloader_num_workers": args.num_workers}
+    settings["training"] |= {} if args.epochs is None else {"num_train_epochs": args.epochs}
+    return settings
+
+
+def run_comparison(args: argparse.Namespace, learners: Sequence[Learner], *, augmentation: dict[str, Any]) -> None:
+    """Compare methods with zero-shot on the dataset of the flags, and print where the results are.
+
+    Args:
+        args: Flags of `comparison_parser`.
+        learners: Rows of the table; the printed example uses the last one.
+        augmentation: Keyword arguments of `TrainTransform`.
+    """
+    options: dict[str, Any] = {"augmentation": augmentation, "output_dir": args.output_dir, "use_cpu": args.use_cpu}
+    experiment = Experiment.for_clip(args.model, **options)
+    task = load_task(args.dataset, args.protocol, template=args.template, shots=args.shots)
+    report = experiment.run([task], [ZeroShot(), *learners], args.seeds)
+    show_results(report, args.output_dir, learner=learners[-1].name)

@@ -65,11 +65,7 @@ class ClassificationObjective(PromptObjective):
         cache_batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        if len(prompts.templates) != 1:
-            raise ValueError(
-                f"Expected class prompts with one template, got {len(prompts.templates)}: {prompts.templates!r}. "
-                "What is trained takes the place of an ensemble."
-            )
+        prompts.check_one_template("What is trained takes the place of an ensemble.")
         check_choice("image_cache", image_cache, ("auto", "ram", "none"))
         check_views(num_views, image_cache)
         super().__init__(prompts)

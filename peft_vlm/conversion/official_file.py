@@ -134,9 +134,7 @@ def _content(path: Path) -> Any:
             f"Expected a complete checkpoint, got {str(path)!r} with {path.stat().st_size} bytes, which cannot be "
             f"read ({_first_line(error)}). Copy or download it again."
         ) from error
-    except (
-        Exception
-    ) as error:  # torch.load refuses what is not a tensor by an error of the module that it must not use
+    except Exception as error:  # what is no tensor, torch.load refuses by errors of the pickle module, which is unsafe
         raise AdapterError(
             f"Expected tensors and plain values in {str(path)!r}, got other objects, which are not loaded because "
             f"they could run code: {_first_line(error)} Where you trust the file, save its tensors as "

@@ -49,8 +49,7 @@ class FullFineTuningObjective(PromptObjective):
     """
 
     def __init__(self, prompts: ClassPrompts) -> None:
-        if len(prompts.templates) != 1:
-            raise ValueError(f"Expected class prompts with one template, got {len(prompts.templates)}.")
+        prompts.check_one_template("Both towers are trained on it.")
         super().__init__(prompts)
 
     def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:

@@ -179,6 +179,36 @@ class ClassPrompts:
             and torch.equal(self.input_ids, other.input_ids)
         )
 
+    def check_one_template(self, advice: str) -> None:
+        """Refuse an ensemble of templates.
+
+        Args:
+            advice: Sentence that says what to do with one.
+
+        Raises:
+            ClassNameError: If there are several templates.
+        """
+        if len(self.templates) != 1:
+            raise ClassNameError(
+                f"Expected class prompts with one template, got {len(self.templates)}: {self.templates!r}. {advice}"
+            )
+
+    def check_same_classes(self, others: "ClassPrompts", *, name: str) -> None:
+        """Refuse prompts of other classes, or of the same ones in another order.
+
+        Args:
+            others: Prompts by which a loss goes beside these.
+            name: Their name as an argument.
+
+        Raises:
+            ClassNameError: If names or order differ.
+        """
+        if others.class_names != self.class_names:
+            raise ClassNameError(
+                f"Expected `{name}` of the {len(self.class_names)} classes of `prompts`, in their order, got "
+                f"{len(others.class_names)}: {list(others.class_names[:5])!r}. Tokenise the same names."
+            )
+
 
 #: Unicode categories of characters that no name may hold: controls, ends of lines and paragraphs, half characters.
 CONTROL = {"Cc", "Zl", "Zp", "Cs"}

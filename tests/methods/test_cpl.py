@@ -188,7 +188,7 @@ def test_what_cannot_have_a_counterfactual_is_refused():
     with pytest.raises(ValueError, match="`momentum` from 0 to 1, got 2"):
         CPLObjective(prompts, momentum=2)
     both = tokenize_classes(tiny_tokenizer(), colour_names(), template=["a {}.", "{}!"], max_length=CONTEXT_LENGTH)
-    with pytest.raises(ClassNameError, match="one text for each of the 6 classes"):
+    with pytest.raises(ClassNameError, match="one template, got 2"):
         CPLObjective(prompts, name_prompts=both)
     with pytest.raises(ClassNameError, match="Tokenise the same names"):
         CPLObjective(prompts, name_prompts=class_prompts(["red", "green"]))

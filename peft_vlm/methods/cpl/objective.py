@@ -181,12 +181,8 @@ class CPLObjective(ClassificationObjective):
         if not 0 <= momentum <= 1:
             raise ValueError(f"Expected `momentum` from 0 to 1, got {shown(momentum)}.")
         name_prompts = name_prompts or prompts
-        if name_prompts.class_names != prompts.class_names or len(name_prompts.templates) != 1:
-            raise ClassNameError(
-                f"Expected `name_prompts` with one text for each of the {len(prompts.class_names)} classes of "
-                f"`prompts`, in their order, got {len(name_prompts.templates)} templates of "
-                f"{list(name_prompts.class_names)[:5]!r}. Tokenise the same names."
-            )
+        prompts.check_same_classes(name_prompts, name="name_prompts")
+        name_prompts.check_one_template("The greedy search goes by one text per class.")
         super().__init__(
             prompts,
             image_cache=image_cache,

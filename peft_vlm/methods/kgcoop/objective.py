@@ -77,12 +77,7 @@ class KgCoOpObjective(ClassificationObjective):
         num_workers: int = 0,
     ) -> None:
         anchor_prompts = anchor_prompts or prompts
-        if anchor_prompts.class_names != prompts.class_names:
-            raise ValueError(
-                f"Expected `anchor_prompts` of the {len(prompts.class_names)} classes of `prompts`, in their order, "
-                f"got {len(anchor_prompts.class_names)}: {list(anchor_prompts.class_names)[:5]!r}. Tokenise the same "
-                "names."
-            )
+        prompts.check_same_classes(anchor_prompts, name="anchor_prompts")
         if weight < 0:
             raise ValueError(f"Expected `weight` of 0 or more, got {weight!r}.")
         super().__init__(

@@ -21,6 +21,25 @@ from peft_vlm.registry import Preset, RunSize, sgd_training
 from peft_vlm.text.class_features import PromptObjective, encode_classes, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
 
+if TYPE_CHECKING:
+    import transformers
+
+    from peft_vlm.methods.promptsrc.aggregation import PromptAggregation
+
+PAPER = Paper(
+    title="Self-regulating Prompts: Foundational Model Adaptation without Forgetting",
+    year=2023,
+    arxiv_id="2307.06948",
+    venue="ICCV 2023",
+    bibtex="""@inproceedings{khattak2023self,
+  title     = {Self-regulating Prompts: Foundational Model Adaptation without Forgetting},
+  author    = {Khattak, Muhammad Uzair and Wasim, Syed Talal and Naseer, Muzammal and Khan, Salman and
+               Yang, Ming-Hsuan and Khan, Fahad Shahbaz},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision},
+  year      = {2023}
+}""",
+)
+
 
 @torch.no_grad()
 def frozen_class_features(
@@ -47,26 +66,6 @@ def frozen_class_features(
         features = divided(len(input_ids), features_of, chunk_size=chunk_size)
     features = features.unflatten(0, (-1, num_classes)).mean(dim=0)
     return nn.functional.normalize(features, dim=-1)
-
-
-if TYPE_CHECKING:
-    import transformers
-
-    from peft_vlm.methods.promptsrc.aggregation import PromptAggregation
-
-PAPER = Paper(
-    title="Self-regulating Prompts: Foundational Model Adaptation without Forgetting",
-    year=2023,
-    arxiv_id="2307.06948",
-    venue="ICCV 2023",
-    bibtex="""@inproceedings{khattak2023self,
-  title     = {Self-regulating Prompts: Foundational Model Adaptation without Forgetting},
-  author    = {Khattak, Muhammad Uzair and Wasim, Syed Talal and Naseer, Muzammal and Khan, Salman and
-               Yang, Ming-Hsuan and Khan, Fahad Shahbaz},
-  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision},
-  year      = {2023}
-}""",
-)
 
 
 class PromptSRCObjective(PromptObjective):
@@ -216,10 +215,8 @@ class PromptSRCObjective(PromptObjective):
             raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
         towers = towers_of(model)
         frozen = self._frozen_image_features(model, batch) if self._needs_frozen_images else None  # (batch, dim)
-        image = frozen
-        if (
-            self._trains_vision or image is None
-        ):  # without prompts on the vision side, frozen features are the features
+        image = frozen  # which, without prompts on the vision side, are the features of the prompted model too
+        if self._trains_vision or image is None:
             image = towers.finish_image(towers.embed_image(batch["pixel_values"]), 0)
         text = self._fixed_text  # (classes, dim)
         if text is None:
@@ -256,16 +253,8 @@ def _check(
     image_cache: str,
 ) -> None:
     """Refuse settings that cannot work."""
-    if len(prompts.templates) != 1:
-        raise ValueError(
-            f"Expected class prompts with one template, got {len(prompts.templates)}: {prompts.templates!r}. "
-            "An ensemble goes into `frozen_prompts`."
-        )
-    if frozen_prompts.class_names != prompts.class_names:
-        raise ValueError(
-            f"Expected `frozen_prompts` of the {len(prompts.class_names)} classes of `prompts`, in their order, got "
-            f"{len(frozen_prompts.class_names)}: {list(frozen_prompts.class_names)[:5]!r}. Tokenise the same names."
-        )
+    prompts.check_one_template("An ensemble goes into `frozen_prompts`.")
+    prompts.check_same_classes(frozen_prompts, name="frozen_prompts")
     for name, weight in weights.items():
         if weight < 0:
             raise ValueError(f"Expected `{name}_weight` of 0 or more, got {weight!r}.")

@@ -19,7 +19,7 @@ from transformers import CLIPModel
 from peft_vlm.data.feature_store import RowStore
 from peft_vlm.data.splits import BalancedBatches
 from peft_vlm.distributed import gather_rows, local_place, part_of
-from peft_vlm.errors import ClassNameError, DataError, UnsupportedModelError, check_choice
+from peft_vlm.errors import DataError, UnsupportedModelError, check_choice
 from peft_vlm.losses import (
     CORRECTIONS,
     FORMS,
@@ -157,24 +157,6 @@ class _ZeroShotTeacher:
         return towers_of(self.model).similarity_logits(images, self.classes.read(classes, images.device))
 
 
-def _check_same_classes(prompts: ClassPrompts, teacher_prompts: ClassPrompts) -> None:
-    """Refuse a teacher whose rows are other classes.
-
-    Args:
-        prompts: Class prompts of the student.
-        teacher_prompts: Class prompts of the teacher.
-
-    Raises:
-        ClassNameError: If names or their order differ.
-    """
-    if teacher_prompts.class_names != prompts.class_names:
-        raise ClassNameError(
-            f"Expected `teacher_prompts` of the {len(prompts.class_names)} classes of `prompts`, in their order, got "
-            f"{len(teacher_prompts.class_names)}, beginning {list(teacher_prompts.class_names[:3])!r}. Tokenise the "
-            "same names."
-        )
-
-
 class RPPObjective(PromptObjective):
     """Hard and soft labels on a few classes per step, so that cost does not grow with the number of classes.
 
@@ -243,7 +225,7 @@ class RPPObjective(PromptObjective):
         _check(self.settings, prompts, teacher, text_chunk_size)
         self.teacher: _ZeroShotTeacher | None = None
         if teacher is not None and soft_weight:
-            _check_same_classes(prompts, teacher_prompts or prompts)
+            prompts.check_same_classes(teacher_prompts or prompts, name="teacher_prompts")
             options: dict[str, Any] = {"storage": storage, "chunk_size": text_chunk_size or _FROZEN_CHUNK}
             self.teacher = _ZeroShotTeacher(teacher, teacher_prompts or prompts, **options)
         self._tokens: CompactPrompts | None = None
@@ -416,11 +398,7 @@ def _check(settings: dict[str, Any], prompts: ClassPrompts, teacher: nn.Module |
     ):
         if value is not None and value < least:
             raise ValueError(f"Expected `{name}` of at least {least}, got {value}.")
-    if len(prompts.templates) != 1:
-        raise ValueError(
-            f"Expected class prompts with one template, got {len(prompts.templates)}: {prompts.templates!r}. An "
-            "ensemble goes into `teacher_prompts`."
-        )
+    prompts.check_one_template("An ensemble goes into `teacher_prompts`.")
 
 
 # Settings of whole runs: ours for the bundled models, and POMP's recipe with our prompts for ImageNet-21K.

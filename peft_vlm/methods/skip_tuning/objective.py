@@ -29,6 +29,20 @@ from peft_vlm.text.prompts import ClassPrompts
 logger = logging.getLogger(__name__)
 
 
+PAPER = Paper(
+    title="Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves",
+    year=2025,
+    arxiv_id="2412.11509",
+    venue="CVPR 2025",
+    bibtex="""@inproceedings{wu2025skip,
+  title     = {Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves},
+  author    = {Wu, Shihan and Zhang, Ji and Zeng, Pengpeng and Gao, Lianli and Song, Jingkuan and Shen, Heng Tao},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2025}
+}""",
+)
+
+
 class SkipTuningBatchSampler(EpochBatchSampler):
     """Batches for one epoch.
 
@@ -152,20 +166,6 @@ def _initial_prototypes(
     return nn.functional.normalize(features.float(), dim=-1)
 
 
-PAPER = Paper(
-    title="Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves",
-    year=2025,
-    arxiv_id="2412.11509",
-    venue="CVPR 2025",
-    bibtex="""@inproceedings{wu2025skip,
-  title     = {Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adapters Themselves},
-  author    = {Wu, Shihan and Zhang, Ji and Zeng, Pengpeng and Gao, Lianli and Song, Jingkuan and Shen, Heng Tao},
-  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year      = {2025}
-}""",
-)
-
-
 class SkipTuningObjective(PromptObjective):
     """Mean cross-entropy of scaled cosines over the classes that CSkip keeps, with LSkip's caches.
 
@@ -226,11 +226,7 @@ class SkipTuningObjective(PromptObjective):
         remainder: str = "keep",
         seed: int = 0,
     ) -> None:
-        if len(prompts.templates) != 1:
-            raise ValueError(
-                f"Expected class prompts with one template, got {len(prompts.templates)}: {prompts.templates!r}. "
-                "An ensemble of templates has no single prompt to train; evaluate with it instead."
-            )
+        prompts.check_one_template("An ensemble has no single prompt to train; evaluate with it instead.")
         check_choice("redraw_tail", redraw_tail, ("never", "epoch", "step"))
         check_choice("image_cache", image_cache, ("auto", "ram", "disk", "none"))
         check_views(num_views, image_cache)

@@ -203,15 +203,28 @@ def divided(count: int, function: Callable[[Tensor], Tensor], *, chunk_size: int
         function: Rows of some items by their numbers.
         chunk_size: Items per call.
     """
-    part = torch.arange(count)[_slice(count)]
-    work = part if len(part) else torch.zeros(1, dtype=torch.long)  # all processes take part in the exchange
-    rows = torch.cat([function(chunk) for chunk in work.split(chunk_size)])
-    return gather_rows(rows[: len(part)])
-
-
-def _slice(count: int) -> slice:
     part = part_of(count, index=0 if _apart else process_index(), parts=num_processes())
-    return slice(part.start, part.stop)
+    chunks = equal_passes(part, total=count, parts=num_processes(), size=chunk_size)
+    return gather_rows(torch.cat([function(chunk) for chunk in chunks])[: len(part)])
+
+
+def equal_passes(part: range, *, total: int, parts: int, size: int) -> list[Tensor]:
+    """A process's part of some items in chunks, as many on every process: layers with divided weights run together.
+
+    A process that is an item short has a smaller chunk, or its last item once more.
+
+    Args:
+        part: Numbers of this process's items, by `part_of`.
+        total: Number of items of all processes, at least one.
+        parts: Number of processes.
+        size: Items per chunk at most.
+    """
+    if parts == 1:
+        return list(torch.arange(total).split(size))
+    passes = -(-len(part_of(total, index=parts - 1, parts=parts)) // size)  # the last part is never the shorter one
+    items = torch.tensor(part or [0])
+    items = torch.cat([items, items[-1:].expand(max(0, passes - len(items)))])
+    return list(items.tensor_split(passes))
 
 
 def part_of(total: int, *, index: int, parts: int) -> range:

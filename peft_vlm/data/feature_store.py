@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from peft_vlm.data.dataset import ImageClassificationDataset, collate
 from peft_vlm.distributed import (
     all_agree,
+    equal_passes,
     from_main,
     gather_rows,
     local_place,
@@ -145,9 +146,12 @@ def divided_pass(dataset: Any, *, batch_size: int, num_workers: int = 0) -> Data
     """
     index, parts = local_place()
     wait_for_everyone()  # none may still read what is about to be overwritten
-    rows = part_of(len(dataset), index=index, parts=parts) or range(1)  # `allocate` needs every process
-    part = dataset if parts == 1 else Subset(dataset, rows)
-    return DataLoader(part, batch_size=batch_size, collate_fn=dataset.collate, num_workers=num_workers)
+    options: dict[str, Any] = {"collate_fn": dataset.collate, "num_workers": num_workers}
+    if parts == 1:
+        return DataLoader(dataset, batch_size=batch_size, **options)
+    rows = part_of(len(dataset), index=index, parts=parts)
+    passes = equal_passes(rows, total=len(dataset), parts=parts, size=batch_size)
+    return DataLoader(dataset, batch_sampler=[rows.tolist() for rows in passes], **options)
 
 
 #: Pixels of a batch -> a row of features per image.
@@ -334,8 +338,10 @@ def all_image_features(
     """
     device = device_of(model)
     part = part_of(len(dataset), index=process_index(), parts=num_processes()) if divide else range(len(dataset))
+    parts = num_processes() if divide else 1
+    passes = equal_passes(part, total=len(dataset), parts=parts, size=batch_size)
     loader = DataLoader(
-        Subset(dataset, part or range(1)), batch_size=batch_size, collate_fn=collate, num_workers=num_workers
+        dataset, batch_sampler=[rows.tolist() for rows in passes], collate_fn=collate, num_workers=num_workers
     )
     progress = progress_bar(loader, desc="Image features", leave=False, disable=len(loader) < 10)
     chunks = [image_features(model, batch["pixel_values"].to(device)).float() for batch in progress]

@@ -279,7 +279,11 @@ def run_training(
     finally:
         if bar is not None and bar.training_bar is not None:  # or it would be drawn below the message of an error
             bar.training_bar.close()
-    return parts.evaluate() if settings.evaluate and args.process_index == 0 else {}
+    is_main = args.process_index == 0
+    # A model that writes text is measured as it is, and one with divided layers runs on all processes together.
+    takes_part = is_main or (args.has_sharded_layers and not plan.is_clip_like)
+    scores = parts.evaluate() if settings.evaluate and takes_part else {}
+    return scores if is_main else {}
 
 
 def _check_new_classes(settings: RunSettings) -> None:

@@ -58,7 +58,7 @@ class LanguageLayers:
             raise _ReachedError
 
         # The pass ends by an exception, so that neither the layers above nor the output head are computed.
-        handle = self.layers[start].register_forward_pre_hook(reached, with_kwargs=True)
+        handle = self.layers[start].register_forward_pre_hook(reached, with_kwargs=True, prepend=True)
         try:
             run()
         except _ReachedError:

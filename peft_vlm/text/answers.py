@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from peft_vlm.distributed import divided
+from peft_vlm.distributed import divided, from_all
 from peft_vlm.errors import ClassNameError, DataError, UnsupportedModelError, check_list
+from peft_vlm.models.sharding import has_sharded_layers
 from peft_vlm.models.towers import CACHE_NAME, unwrap
 from peft_vlm.text.class_features import evaluation_mode
 
@@ -378,6 +379,13 @@ def candidate_scores(
             vocabulary = question.next_logits.shape[1]
             chunk_size = MEMORY // (question.bytes_per_answer + longest * vocabulary * LOGIT_BYTES)
         rows, per_pass = candidates.token_ids, max(1, chunk_size // len(question.next_logits))
+        if has_sharded_layers(model):
+            if divide:
+                raise DataError(
+                    "Expected `divide=False` for a model whose layers are divided among the processes, got "
+                    "True: each must call a layer as often as the others, and parts may need more or fewer calls."
+                )
+            per_pass = min(from_all(per_pass))  # equally many passes everywhere, whatever the questions' lengths
         if not divide:
             return _scores(question, rows, per_pass=per_pass)
 

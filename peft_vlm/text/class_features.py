@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from peft_vlm.distributed import divided, num_processes
 from peft_vlm.errors import AdapterError
+from peft_vlm.models.sharding import most_of_all
 from peft_vlm.models.towers import Towers, device_of, image_features, side_of, towers_of
 from peft_vlm.objective import Batch, Objective
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots, slots_of
@@ -160,8 +162,15 @@ def conditioned_scores(
     shifts = layer.shifts(image_features)  # (one per image, or one for all; samples; width)
     scored = vectors.reshape(len(shifts), 1, -1, vectors.shape[-1]).expand(-1, shifts.shape[1], -1, -1)
     together = _shifts_per_pass(towers, parts[0].flatten(0, 1))
-    passes = zip(scored.flatten(0, 1).split(together), shifts.flatten(0, 1).split(together), strict=True)
+    rows = [scored.flatten(0, 1), shifts.flatten(0, 1)]  # a row per image and sample
+    own = len(rows[0])
+    missing = most_of_all(model, own) - own
+    if missing:
+        rows = [torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) for part in rows]
+    passes = zip(*(part.split(together) for part in rows), strict=True)
     logits = torch.cat([torch.cat([scores(*inputs, part) for part in parts], dim=-1) for inputs in passes])
+    if missing:
+        logits = logits[:own] + 0.0 * logits[own:].sum()  # their backward pass gathers weights as that of the others
     return mean_over_samples(logits.unflatten(0, shifts.shape[:2]).transpose(0, 1)).reshape(*vectors.shape[:2], -1)
 
 
@@ -399,9 +408,12 @@ def _text_parts(model: nn.Module) -> list[nn.Module]:
 
 
 def _text_tensors(model: nn.Module) -> list[Tensor]:
-    """Tensors with values; weights that accelerate has offloaded are on `meta` between two calls, and do not train."""
+    """Tensors with values; weights that accelerate has offloaded are on `meta` between two calls, and do not train.
+
+    Of a weight that is divided among processes, the part that this one holds.
+    """
     tensors = [tensor for part in _text_parts(model) for tensor in (*part.parameters(), *part.buffers())]
-    return [tensor for tensor in tensors if not tensor.is_meta]
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors if not t.is_meta]
 
 
 def _adapter_states(model: nn.Module) -> tuple[tuple[object, ...], ...]:

@@ -39,13 +39,28 @@ REFUSED = {
     "eval_do_concat_batches": "metrics need the logits of all images; `batch_eval_metrics` takes them batch by batch",
     "save_on_each_node": "the main process writes checkpoints, to a place that all nodes see",
     "enable_jit_checkpoint": "SIGTERM and Ctrl-C write a checkpoint by themselves",
-    "parallelism_config": "class features and caches need the whole model in each process; use DDP",
-    "fsdp_config": "a run cannot use FSDP; use DDP",
+    "parallelism_config": "class features and caches need whole layers in each process; use DDP, or `fsdp=True`",
+    "fsdp_config": "`fsdp=True` divides the frozen transformer layers, and nothing about it can be chosen",
 }
 #: Values of these that mean the same as their default, as the base class leaves them or another spelling.
 _SAME = {"include_num_input_tokens_seen": (False, "no"), "fsdp_config": ({},), "label_names": (["labels"], None)}
 #: Settings of accelerate's data loaders, which divide what is divided here already.
 REFUSED_BY_LOADERS = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
+
+#: Settings of FSDP in a launcher's file that would be read by nothing: values that mean nothing, and what to do.
+FSDP_SETTINGS = {
+    "FSDP_VERSION": (("2",), "layers are divided by FSDP2"),
+    "FSDP_RESHARD_AFTER_FORWARD": (("true", "false"), "FSDP2 knows these two"),
+    "FSDP_OFFLOAD_PARAMS": (("false",), "weights stay on the GPUs; use more of them, or a quantised base model"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (("false",), "every process reads the weights, and keeps its part"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "pass `--gradient_checkpointing` to the script"),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (("false",), "pass `--gradient_checkpointing` to the script"),
+    "FSDP_AUTO_WRAP_POLICY": (("transformer_based_wrap",), "each transformer layer is a unit"),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": (("", "none"), "each transformer layer is a unit, whatever its class"),
+    "FSDP_IGNORED_MODULES": (("", "none"), "trainable parameters stay whole, and nothing else can be chosen"),
+}
+
+_ACCELERATE_FSDP, _FSDP = "ACCELERATE_USE_FSDP", "PEFT_VLM_USE_FSDP"
 
 INTEGER, NUMBER = Integral, Real
 #: Type of a number, and its smallest and largest value; `None` is allowed where it is the default.
@@ -128,12 +143,7 @@ class VLMTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-            raise ValueError(
-                "Expected a run without FSDP, which divides the tensors that caches, class features and evaluation "
-                "read outside the wrapped module. Use DDP (examples/accelerate/ddp.yaml) with `bf16=True` and "
-                "`gradient_checkpointing=True`, or a quantised base model."
-            )
+        self._take_fsdp()
         launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if launcher in ("fp16", "bf16") and not (self.fp16 or self.bf16):
             setattr(self, launcher, True)  # what computes must also be what is checked and reported
@@ -159,8 +169,40 @@ class VLMTrainingArguments(TrainingArguments):
                 "published when it is finished and evaluated."
             )
 
+    def _take_fsdp(self) -> None:
+        """Take FSDP over from transformers and accelerate, which would wrap the whole model, scalars included.
+
+        The trainer divides the frozen layers itself, and accelerate runs DDP for the trainable parameters.
+        """
+        if os.environ.get(_ACCELERATE_FSDP, "false").lower() in ("true", "1"):
+            os.environ[_FSDP] = os.environ.pop(_ACCELERATE_FSDP)  # for the next arguments, and hidden from accelerate
+        by_launcher = _FSDP in os.environ
+        self.has_sharded_layers = bool(self.fsdp) or by_launcher
+        reshards = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
+        self.reshard_after_forward = reshards or not by_launcher
+        if not self.has_sharded_layers:
+            return
+        if self.fsdp not in (None, "", True, "true", "full_shard", "full_shard auto_wrap"):
+            raise ValueError(
+                f"Expected `fsdp` to be True, got {shown(self.fsdp)}: frozen transformer layers are divided, and "
+                "nothing else can be chosen."
+            )
+        if self.torch_compile:
+            raise ValueError("Expected no `torch_compile` with `fsdp`, where compiled steps were not tried, got True.")
+        for name, (allowed, advice) in FSDP_SETTINGS.items() if by_launcher else ():
+            value = os.environ.get(name, allowed[0])
+            if value.lower() not in allowed:
+                setting = f"{name.lower()}: {allowed[0]}"
+                raise ValueError(f"Expected `{setting}` in the launcher's file, got {shown(value)}: {advice}.")
+        self.fsdp = None
+
     def _check_processes(self) -> None:
         """Refuse processes that a launcher started together and that would train apart, each on its own."""
+        if self.has_sharded_layers and self.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                "Expected several processes to divide the frozen layers among (`fsdp`), got one. Start them with "
+                "`torchrun` or `accelerate launch --config_file examples/accelerate/fsdp2.yaml`."
+            )
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started > 1 and self.parallel_mode != ParallelMode.DISTRIBUTED:
             raise ValueError(

@@ -368,7 +368,8 @@ class RunReport(TrainerCallback):
         self._say_once(
             f"Training in {num_processes()} process{'es' if num_processes() > 1 else ''} on {args.device.type}: "
             f"{together} images per step ({size} per process, {args.gradient_accumulation_steps} accumulated), "
-            f"{state.max_steps - state.global_step} steps to go."
+            f"{state.max_steps - state.global_step} steps to go"
+            f"{', frozen layers divided among the processes' * args.has_sharded_layers}."
         )
         self.trainer.losses.start_run()
         self._start = time.monotonic()

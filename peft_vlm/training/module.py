@@ -4,8 +4,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from peft_vlm.distributed import left_out, num_processes, share_of
+from peft_vlm.models.sharding import shard_frozen_layers, sharded_names
 from peft_vlm.models.towers import unwrap
 from peft_vlm.objective import Batch, Objective
 from peft_vlm.training.inputs import FILLER
@@ -57,6 +59,17 @@ class TrainingModule(nn.Module):
         counts = (output.labels >= 0) & (share > 0)
         correct = counts & (output.logits.detach().argmax(dim=-1) == output.labels)
         return outputs | {"correct": correct.sum(), "labelled": counts.sum()}
+
+    def sharded(self, args: Any) -> "TrainingModule":
+        """Divide the frozen layers among the processes, if the run says so, and hide them from DDP; this module.
+
+        Args:
+            args: Settings of the run.
+        """
+        if args.has_sharded_layers:
+            shard_frozen_layers(self.model, args.device, reshard_after_forward=args.reshard_after_forward)
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, sharded_names(self))
+        return self
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute layer activations in the backward pass, in both towers."""

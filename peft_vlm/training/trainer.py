@@ -145,7 +145,7 @@ class VLMTrainer(Trainer):
         self.images: RunImages | None = None
         self.first_step, self.steps_per_epoch = 0, 1
         super().__init__(
-            model=TrainingModule(model, objective),
+            model=TrainingModule(model, objective).sharded(args),  # or the base class puts all of it on the device
             args=args,
             data_collator=train_dataset.collate,
             train_dataset=train_dataset,

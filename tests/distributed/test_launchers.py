@@ -20,7 +20,7 @@ def test_every_launcher_file_says_what_it_starts() -> None:
     """A key that accelerate does not know is refused only when a training is started."""
     from accelerate.commands.config.config_args import load_config_from_file
 
-    assert len(FILES) == 4
+    assert len(FILES) == 5
     for path in FILES:
         config = load_config_from_file(str(path))
         assert f"\nnum_processes: {config.num_processes}\n" in path.read_text()

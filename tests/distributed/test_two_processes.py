@@ -1,13 +1,18 @@
-"""Two processes with batches of N train what one process trains with batches of 2N, for every method."""
+"""Two processes with batches of N train what one process trains with batches of 2N, for every method.
+
+With DDP each process has the whole model; with FSDP the frozen layers are divided among them.
+"""
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from peft_vlm.distributed import process_index
@@ -53,7 +58,7 @@ class Watch:
         return hook
 
 
-def train_all(folder: str, batch_size: int) -> None:
+def train_all(folder: str, batch_size: int, **arguments: Any) -> None:
     """Train every method, one after the other, then evaluate on 13 images where it has classes.
 
     In steps of 8, 17 images leave one for the last step, fewer than processes; 23 leave seven, which divide unevenly.
@@ -63,10 +68,12 @@ def train_all(folder: str, batch_size: int) -> None:
     for number, (name, (method, settings)) in enumerate(ALL.items()):
         place, watch = Path(folder) / name, Watch()
         options = {"settings": None if method in QUESTION_RUNS else settings, "data": {"count": (17, 23)[number % 2]}}
-        trainer = train(
-            place, method, save_strategy="no", per_device_train_batch_size=batch_size, change=watch, **options
-        )
+        arguments |= {"save_strategy": "no", "per_device_train_batch_size": batch_size}
+        trainer = train(place, method, change=watch, **options, **arguments)
         rank = trainer.args.process_index
+        frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
+        facts = {"frozen": len(frozen), "divided": sum(isinstance(p, DTensor) for p in frozen)}
+        (place / f"sharding-{rank}.json").write_text(json.dumps(facts))
         (place / f"counts-{rank}.json").write_text(json.dumps(watch.counts))
         if method not in QUESTION_RUNS:
             trainer.eval_dataset = trainer.train_dataset.select(range(13))
@@ -97,12 +104,21 @@ def noting(function: Any, name: str, calls: list[str]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Runs of all methods in one process with batches of 8, and in two with batches of 4."""
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    forked.run(one / "log.txt", train_all, str(one), 8)
-    forked.run_group(two, train_all, str(two), 4)
-    return one, two
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of all methods in one process with batches of 8."""
+    folder = tmp_path_factory.mktemp("one")
+    forked.run(folder / "log.txt", train_all, str(folder), 8)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def folders(
+    request: pytest.FixtureRequest, one_process: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """The same runs in two processes with batches of 4."""
+    two = tmp_path_factory.mktemp(request.param)
+    forked.run_group(two, train_all, str(two), 4, **({"fsdp": True} if request.param == "fsdp" else {}))
+    return one_process, two
 
 
 def history(folder: Path) -> list[dict[str, float]]:
@@ -174,6 +190,15 @@ def test_caches_are_built_once_and_divided(folders: tuple[Path, Path]) -> None:
     assert compared >= 8
 
 
+def test_the_frozen_layers_are_divided_under_fsdp(folders: tuple[Path, Path], request: pytest.FixtureRequest) -> None:
+    """A run that divides nothing has the right losses, too."""
+    is_fsdp = "fsdp" in request.node.callspec.id
+    for name in ALL:
+        for rank in (0, 1):
+            found = json.loads((folders[1] / name / f"sharding-{rank}.json").read_text())
+            assert (found["divided"] > 0.5 * found["frozen"]) == is_fsdp, (name, found)
+
+
 def test_only_one_process_writes(folders: tuple[Path, Path]) -> None:
     """Two writers of one file leave half of each."""
     one, two = folders
@@ -188,3 +213,30 @@ def test_only_one_process_writes(folders: tuple[Path, Path]) -> None:
         others = {path.name for path in (two / name).rglob("*") if not path.stem.endswith("-1")}
         assert own == others, name
         assert not list(Path("/dev/shm").glob("peft_vlm_cache_*"))
+
+
+def print_differences() -> None:
+    """Print the largest differences of losses and final tensors from one process, with whole and divided layers."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = [Path(folder, name) for name in ("one", "ddp", "fsdp")]
+        for place in places:
+            place.mkdir()
+        forked.run(places[0] / "log.txt", train_all, str(places[0]), 8)
+        forked.run_group(places[1], train_all, str(places[1]), 4)
+        forked.run_group(places[2], train_all, str(places[2]), 4, fsdp=True)
+        print(
+            "| run | tensors divided | loss, DDP | loss, FSDP | final tensor, DDP | final tensor, FSDP |\n"
+            + "|---" * 6
+            + "|"
+        )
+        for name in ALL:
+            steps = [[e["loss"] for e in history(place / name) if "loss" in e] for place in places]
+            finals = [load_file(place / name / "final-0.safetensors") for place in places]
+            losses = [max(abs(a - b) for a, b in zip(steps[0], other, strict=True)) for other in steps[1:]]
+            tensors = [max((finals[0][key] - other[key]).abs().max().item() for key in other) for other in finals[1:]]
+            facts = json.loads((places[2] / name / "sharding-0.json").read_text())
+            print(f"| {name} | {facts['divided']} of {facts['frozen']} |", *(f"{v:.0e} |" for v in losses + tensors))
+
+
+if __name__ == "__main__":
+    print_differences()

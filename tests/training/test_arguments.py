@@ -31,7 +31,7 @@ hub_private_repo hub_model_id hub_strategy hub_revision load_best_model_at_end m
 greater_is_better ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed
 use_cpu dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
 dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters
-ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout deepspeed debug
+ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout deepspeed debug fsdp
 skip_memory_metrics resume_from_checkpoint
 """.split()
 #: Read by the scripts that make a trainer, as transformers says of them, or by its launcher.
@@ -57,7 +57,6 @@ REFUSED: dict[str, Any] = {
     "save_on_each_node": True,
     "enable_jit_checkpoint": True,
     "train_sampling_strategy": "group_by_length",
-    "fsdp": "full_shard",
     "fsdp_config": {"limit_all_gathers": True},
     "include_for_metrics": ["inputs"],
     "accelerator_config": {"split_batches": True},
@@ -104,7 +103,7 @@ def test_every_argument_of_transformers_counts_or_is_refused() -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_nothing_reads_is_refused_by_name(tmp_path: Path, name: str) -> None:
     """The run would be reported with a setting that changed nothing."""
-    named = rf"`{name}`|FSDP|'inputs' in `include_for_metrics`|`split_batches` in `accelerator_config`"
+    named = rf"`{name}`|'inputs' in `include_for_metrics`|`split_batches` in `accelerator_config`"
     with pytest.raises(ValueError, match=f"^Expected .*({named})"):
         arguments(tmp_path, **{name: REFUSED[name]})
 

@@ -55,13 +55,6 @@ def test_precision_of_the_launcher_is_that_of_the_run(tmp_path: Path, monkeypatc
         train(tmp_path, "coop", max_steps=1)
 
 
-def test_fsdp_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would fail in the middle of a run, on divided tensors."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"without FSDP.*ddp\.yaml"):
-        train(tmp_path, "coop", max_steps=1)
-
-
 @pytest.mark.parametrize("method", RUNS)
 def test_losses_in_bf16_are_near_those_in_float32(folder: Path, method: str) -> None:
     """bfloat16 has 8 bits: scaled logits move by a few hundredths, which is 5 percent of a loss."""

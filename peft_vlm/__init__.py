@@ -8,7 +8,6 @@ registered at the first import of PEFT, or of a part of this package that needs 
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -125,8 +124,7 @@ def __dir__() -> list[str]:
 
 def _register() -> None:
     """Make PEFT know the methods, and its `push_to_hub` our cards."""
-    if _FINDER in sys.meta_path:
-        sys.meta_path.remove(_FINDER)
+    _FINDER.is_registered = True
     # PEFT asks every model for this property, which transformers 5.23 has renamed: nothing that a user could change
     warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
     importlib.import_module(f"{__name__}.methods")
@@ -140,11 +138,13 @@ def _extend_pipelines() -> None:
     importlib.import_module(f"{__name__}.hub.pipelines").extend_pipelines()
 
 
-class _ExtendPipelines(MetaPathFinder, Loader):
-    """Extends transformers' pipelines when they are imported: they load adapters by name without importing us."""
+class _Finder(MetaPathFinder):
+    """Sees the first import of PEFT, or of a part that needs it, and that of transformers' pipelines.
 
-    def __init__(self) -> None:
-        self._loader: Any = None
+    Looking a module up loads nothing yet; what is to be done, its loader does.
+    """
+
+    is_registered = False
 
     def find_spec(
         self,
@@ -152,53 +152,19 @@ class _ExtendPipelines(MetaPathFinder, Loader):
         path: Any,  # a folder without `__init__` has no sequence
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        if fullname != _PIPELINES:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None:
-            spec.loader, self._loader = self, spec.loader
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Leave it to the loader of the module.
-
-        Args:
-            spec: Of the module.
-        """
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Run the module and extend it.
-
-        Args:
-            module: `transformers.pipelines`.
-        """
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        _extend_pipelines()
-
-
-class _RegisterFirst(MetaPathFinder):
-    """Sees the first import of PEFT or of a part that needs it. Looking a module up loads nothing yet."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
         package, _, rest = fullname.partition(".")
-        if fullname != "peft" and (package != __name__ or rest.partition(".")[0] in _LIGHT):
+        needs_peft = fullname == "peft" or (package == __name__ and rest.partition(".")[0] not in _LIGHT)
+        if fullname != _PIPELINES and (self.is_registered or not needs_peft):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _LoadAfterRegistering(spec.loader)
+            spec.loader = _Loader(spec.loader)
         return spec
 
 
-class _LoadAfterRegistering(Loader):
-    """Registers the methods before the module of a spec exists, so that nothing is imported half.
+class _Loader(Loader):
+    """Registers the methods before a module exists, so that none is imported half; extends pipelines after theirs.
 
     Args:
         loader: The module's own loader.
@@ -214,27 +180,31 @@ class _LoadAfterRegistering(Loader):
         Args:
             spec: Of the module to load.
         """
-        _register()
-        module = sys.modules.get(spec.name)
-        if module is None:
-            spec.loader = self._loader
-            return self._loader.create_module(spec)
-        self._spec = module.__spec__
-        return module
+        if spec.name != _PIPELINES:  # they load adapters by name without importing this package
+            _register()
+            if (module := sys.modules.get(spec.name)) is not None:
+                self._spec = module.__spec__
+                return module
+        return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Leave a module as it is that the registration has loaded.
+        """Run a module, unless the registration has loaded it; pipelines learn the adapters.
 
         Args:
             module: The module.
         """
-        module.__spec__ = self._spec
+        if self._spec is not None:
+            module.__spec__ = self._spec
+            return
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        if module.__name__ == _PIPELINES:
+            _extend_pipelines()
 
 
-_FINDER = _RegisterFirst()
-if _PIPELINES not in sys.modules:
-    sys.meta_path.insert(0, _ExtendPipelines())
+_FINDER = _Finder()
+sys.meta_path.insert(0, _FINDER)
 if "peft" in sys.modules:
     _register()
-else:
-    sys.meta_path.insert(0, _FINDER)

@@ -16,8 +16,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from PIL import Image
 from torch import Tensor, nn
 
-from peft_vlm.adapters.adapter_files import AdapterSource, Shape, check_header
-from peft_vlm.adapters.foreign import check_foreign_config, check_foreign_weights, foreign_shapes
+from peft_vlm.adapters.adapter_files import (
+    MODULE_NAME,
+    AdapterSource,
+    Shape,
+    check_foreign_config,
+    check_foreign_weights,
+    check_header,
+)
 from peft_vlm.errors import AdapterError, PeftVLMWarning, shown
 from peft_vlm.files import (
     CLASSES_NAME,
@@ -37,8 +43,6 @@ FORMAT_VERSION = 1
 
 MAX_LISTED_CLASSES = 2000
 """Longest class list inside `adapter_config.json`; longer ones stand in `class_names.txt` beside it."""
-
-MODULE_NAME = re.compile(r"\w+(\.\w+)*")
 
 PEFT_FIELDS = {
     **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), str | None),
@@ -385,15 +389,11 @@ def check_weights(source: AdapterSource, config: PeftConfig) -> None:
         source: Where the adapter lies.
         config: Its configuration.
     """
-    if isinstance(config, VLMConfig):
-        shapes = config.file_shapes()
-        for name in config.modules_to_save or ():
-            shapes[rf"(.*\.)?{re.escape(name)}\..*"] = ...
-    else:
-        shapes = foreign_shapes(config)
-    check_header(source.weights(), shapes)
     if not isinstance(config, VLMConfig):
         check_foreign_weights(source.weights(), config)
+        return
+    saved = {rf"(.*\.)?{re.escape(name)}\..*": ... for name in config.modules_to_save or ()}
+    check_header(source.weights(), config.file_shapes() | saved)
 
 
 def _in_words(kind: Any) -> str:

@@ -97,7 +97,10 @@ def save_figure(figure: Any, path: str | Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
         content = io.BytesIO()
-        figure.savefig(content, format="png")
+        # `savefig` would draw everything a second time, without a result, for the sake of the layout.
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine("none")
+        figure.canvas.print_png(content)
     write_bytes(Path(path), content.getvalue())
 
 

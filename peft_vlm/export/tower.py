@@ -56,7 +56,7 @@ def copy_tower(model: nn.Module) -> tuple[dict[str, Any], plain_towers.ImageTowe
     shape |= {"activation": config.hidden_act, "eps": config.layer_norm_eps}
     shape["slots"] = slots
     shape["tokens"] = {index: len(prompt) for index, prompt in tokens.items() if prompt is not None}
-    with torch.device("meta"):
+    with torch.device("meta"):  # its tensors are assigned below
         tower = plain_towers.ImageTower(shape)
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     tower.load_state_dict(copies, assign=True)
@@ -161,7 +161,7 @@ def _copy_pixel_prompt(layer: nn.Module, size: tuple[int, int]) -> tuple[dict[st
 
 def _shrinking(size: int, target: int) -> Tensor:
     """Matrix (target, size) of the bicubic antialiased resize of one side: its result for each unit vector."""
-    unit = torch.eye(size)[None, None]
+    unit = torch.eye(size)[None, None]  # an image whose rows are unit vectors
     return interpolate(unit, size=(target, size), mode="bicubic", align_corners=False, antialias=True)[0, 0]
 
 

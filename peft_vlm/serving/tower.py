@@ -42,6 +42,7 @@ class _Attention(nn.Module):
             tokens: Keys and values, (batch, tokens, width).
         """
         parts = (("q_proj", queries), ("k_proj", tokens), ("v_proj", tokens))
+        # each (batch, heads, tokens, width / heads)
         q, k, v = (self._project(*part).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         return self.out_proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -150,7 +151,7 @@ class PixelPrompt(nn.Module):
         Args:
             pixel_values: (batch, 3, rows, cols), normalised.
         """
-        images = pixel_values * self.std + self.mean
+        images = pixel_values * self.std + self.mean  # in [0, 1]
         if self.window is not None:
             top, left, rows, cols = self.window
             images = (self.shrink_rows @ images @ self.shrink_cols).clamp(0, 1)
@@ -188,7 +189,7 @@ class ImageTower(nn.Module):
         Args:
             pixel_values: (batch, 3, rows, cols), normalised.
         """
-        hidden = self.patches(self.pixel_prompt(pixel_values)).flatten(2).transpose(1, 2)
+        hidden = self.patches(self.pixel_prompt(pixel_values)).flatten(2).transpose(1, 2)  # (batch, patches, width)
         batch = hidden.shape[0]
         if self.class_token is not None:
             hidden = torch.cat([self.class_token.expand(batch, 1, -1), hidden], dim=1)
@@ -200,6 +201,7 @@ class ImageTower(nn.Module):
             if str(index) in self.tokens:
                 prompt = self.tokens[str(index)]
                 hidden = torch.cat([hidden[:, : -len(prompt)], prompt.expand(batch, -1, -1)], dim=1)
+            # behind the last layer nobody reads anything but the class token
             hidden = layer(hidden, first_only=self.pool is None and index == len(self.layers) - 1)
         if self.pool is not None:
             return self.head(self.pool(self.post_norm(hidden)))

@@ -75,6 +75,7 @@ class AttributeSearch:
             rows.append(towers.similarity_logits(image_features, towers.finish_text(towers.embed_text(ids), ids, 0)))
         for context in self.contexts:  # those of the other adapters were frozen for their passes
             context.requires_grad_(True)
+        # (combinations, 1, 1) and (combinations, batch, classes)
         return (self.weights.softmax(dim=0)[:, None, None] * torch.stack(rows)).sum(dim=0)
 
     def step(self, train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor]) -> tuple[float, float]:
@@ -90,7 +91,7 @@ class AttributeSearch:
         losses = []
         for (features, labels), optimizer in ((train, self.optimizer), (validation, self.weight_optimizer)):
             loss = nn.functional.cross_entropy(self.logits(features), labels)
-            for parameter in (*self.contexts, self.weights):
+            for parameter in (*self.contexts, self.weights):  # each loss moves the tensors of one optimizer only
                 parameter.grad = None
             loss.backward()
             optimizer.step()

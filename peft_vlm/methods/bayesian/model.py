@@ -100,7 +100,7 @@ class SampledContext(ShiftedContext):
         log_variance = None if config.residual_std is None else 2 * math.log(config.residual_std)
         if config.conditional:
             networks = [_Network(self.dim, like.shape[-1]) for _ in self._networks]
-            if log_variance is not None:
+            if log_variance is not None:  # the last bias moves the variance of every image alike
                 networks[1].get_parameter("bias3").data += log_variance
             for name, network in zip(self._networks, networks, strict=True):
                 own_module(self, name)[adapter_name] = network if like.is_meta else network.to(like)
@@ -125,10 +125,11 @@ class SampledContext(ShiftedContext):
         """
         name = self.current_adapter
         if not self.sees_image:
+            # (1, width): one row for all images
             mean, log_variance = (own_module(self, part)[name][None].float() for part in self._vectors)
             return mean, log_variance
         assert image_features is not None, "its context sees the image"
-        with torch.autocast(image_features.device.type, enabled=False):
+        with torch.autocast(image_features.device.type, enabled=False):  # `shifts` takes the exponential of it
             unit = nn.functional.normalize(image_features.float(), dim=-1)
             networks = (own_module(self, part)[name] for part in self._networks)
             mean, log_variance = (network(unit.to(network.weight1.dtype)).float() for network in networks)
@@ -146,6 +147,7 @@ class SampledContext(ShiftedContext):
         noise = self.sampling[self.current_adapter or ""].noise
         if self.training:
             noise = torch.randn(noise.shape)  # on the CPU: a seed gives the same draws on every device
+        # m + eps * exp(v / 2): (shifted, 1, width) and (samples, width) give (shifted, samples, width)
         return mean[:, None] + noise.to(mean) * (0.5 * log_variance).exp()[:, None]
 
 

@@ -122,9 +122,11 @@ class BayesianObjective(ClassificationObjective):
         if not isinstance(layer, SampledContext):
             raise AdapterError("Expected an active Bayesian adapter, got none. Wrap the model with `BayesianConfig`.")
         features = self._image_features(model, batch)
+        # (batch, classes): logarithms of probabilities that are averaged over the samples
         logits = conditioned_logits(model, self.prompts, features)
         terms = {
             "cross_entropy": nn.functional.cross_entropy(logits, batch["labels"]),
+            # of each image's distribution, or of the one that all images share
             "kl": self.kl_weight * standard_normal_kl(*layer.posterior(features)),
         }
         return ObjectiveOutput(terms, logits, batch["labels"])

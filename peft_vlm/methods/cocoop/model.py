@@ -69,8 +69,8 @@ class ImageContext(ShiftedContext):
         networks = self.adapter_layer_names[1:]
         weight1, bias1, weight2, bias2 = (own_module(self, part)[self.current_adapter] for part in networks)
         unit = nn.functional.normalize(image_features.to(weight1.dtype), dim=-1)
-        hidden = nn.functional.linear(unit, weight1, bias1).relu()
-        return nn.functional.linear(hidden, weight2, bias2)[:, None]
+        hidden = nn.functional.linear(unit, weight1, bias1).relu()  # (images, dim / 16)
+        return nn.functional.linear(hidden, weight2, bias2)[:, None]  # one shift for all context vectors
 
 
 class CoCoOpModel(ContextTuner):

@@ -55,7 +55,7 @@ class CoCoOpObjective(ClassificationObjective):
             `cross_entropy`, and the logits.
         """
         features = self._image_features(model, batch)
-        logits = conditioned_logits(model, self.prompts, features)
+        logits = conditioned_logits(model, self.prompts, features)  # (batch, classes), a text pass per image
         terms = {"cross_entropy": nn.functional.cross_entropy(logits, batch["labels"])}
         return ObjectiveOutput(terms, logits, batch["labels"])
 

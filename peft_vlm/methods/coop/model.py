@@ -48,7 +48,7 @@ class CoOpContext(EncodedContext, OwnContexts):
         super().add_adapter(adapter_name, config)
         slots, ids = config.slots, config.class_token_ids or []
         self.class_rows[adapter_name] = {self._key(row, slots.placeholder_id): i for i, row in enumerate(ids)}
-        if ids:
+        if ids:  # (classes, slots, width): every class starts from random vectors of its own
             shared = self.prompts[adapter_name]
             start = self._random(len(ids) * slots.num_tokens, shared)
             self.prompts[adapter_name] = nn.Parameter(start.detach().view(len(ids), *shared.shape))
@@ -75,6 +75,7 @@ class CoOpContext(EncodedContext, OwnContexts):
         assert slots is not None, "an adapter with contexts is active"
         known, embedded = self.class_rows[name], self.base_layer(input_ids)
         contexts = self.context(name).to(embedded.dtype)  # (classes, slots, width)
+        # the placeholders of the context are no part of what tells classes apart
         rows = [known.get(self._key(row, slots.placeholder_id)) for row in input_ids.tolist()]
         if None in rows:
             raise ClassNameError(

@@ -61,12 +61,13 @@ def greedy_target(
     chosen = torch.zeros_like(features, dtype=torch.bool)
     searching = torch.ones(len(features), dtype=torch.bool, device=features.device)
     for _ in range(dim):
+        # (classes, dim): product with the negative text and squared length, were this one number exchanged
         dots = (edited * negative_texts).sum(dim=-1, keepdim=True) + (negatives - edited) * negative_texts
         squares = edited.square().sum(dim=-1, keepdim=True) + negatives.square() - edited.square()
         scores = (dots / squares.clamp(min=1e-12).sqrt()).masked_fill(chosen, -torch.inf)
         score, best = scores.max(dim=-1)
         best = torch.where(score > 0, best, dim - 1)
-        rows = searching.nonzero()[:, 0]
+        rows = searching.nonzero()[:, 0]  # a class whose search has ended keeps what it has
         chosen[rows, best[rows]] = True
         edited = torch.where(chosen, negatives, edited)
         margin = (edited * (negative_texts - own_texts)).sum(dim=-1)
@@ -98,6 +99,7 @@ def nearest_classes(
         raise ValueError("Expected images of two classes or more, got those of one: a counterfactual needs another.")
     has_image = torch.tensor(list(seen), device=texts.device)
     unit = nn.functional.normalize(texts, dim=-1)
+    # (classes, classes): neither a class without images nor the class itself can be the negative
     similar = (unit @ unit.T).masked_fill(~has_image[None], -torch.inf).fill_diagonal_(-torch.inf)
     nearest = similar.argmax(dim=-1)
     if table is None:
@@ -270,6 +272,7 @@ class CPLObjective(ClassificationObjective):
         """
         assert self.mask is not None, "`adapt_to` comes first"
         assert self.target is not None, "`prepare` comes first"
+        # (batch, dim): at the official momentum the search decides what is exchanged, the trained part how far
         mixed = self.momentum * self.target[labels] + (1 - self.momentum) * self.mask[labels]
         return mixed.clamp(0.0, 1.0)
 

@@ -66,7 +66,7 @@ class _Coupled(LearnedTokens):
         if name is None:
             return None
         weight, bias = (part[name] for part in self.projections)
-        text = self.sources[0].own_context(name).to(weight.dtype)
+        text = self.sources[0].own_context(name).to(weight.dtype)  # (tokens, width of the text tower)
         return nn.functional.linear(text, weight, bias).to(like.dtype)
 
 

@@ -66,6 +66,7 @@ class StoredClassText(DelegatingLayer):
             )
         count = 0 if input_ids is None else len(input_ids)
         dtype = next(self.base_layer.parameters()).dtype
+        # a row per text and no column: what the projection takes for a request
         request = torch.empty(count, 0, dtype=dtype, device=device_of(self.base_layer))
         return BaseModelOutputWithPooling(pooler_output=request)
 
@@ -96,7 +97,7 @@ class StoredClasses(PromptLayer, StoredFeaturesLayer):
             adapter_name: Key of the vectors.
             config: A `PromptKDConfig`.
         """
-        vectors = torch.full((config.num_classes, config.class_dim), math.nan)
+        vectors = torch.full((config.num_classes, config.class_dim), math.nan)  # until a file or a teacher fills them
         if not config.init_weights:
             vectors = nn.functional.normalize(torch.randn(vectors.shape), dim=-1)
         self.vectors[adapter_name] = vectors.to(self.get_base_layer().weight.device)
@@ -161,7 +162,7 @@ class StoredClasses(PromptLayer, StoredFeaturesLayer):
                 f"The adapter has {len(vectors)} class vectors and {'no' if names is None else len(names)} class "
                 "names. Store both together with `set_class_vectors(class_names, vectors)`."
             )
-        return vectors.float()[self.rows_of(class_names, names)]
+        return vectors.float()[self.rows_of(class_names, names)]  # in the order of the names that were asked for
 
     def rows_of(self, class_names: Sequence[str], stored: Sequence[str]) -> list[int]:
         """Positions of classes by name, as `places_of` finds them.

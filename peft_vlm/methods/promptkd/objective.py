@@ -121,6 +121,7 @@ class Agreement:
         chosen = teacher.argmax(dim=-1)
         same = student.detach().argmax(dim=-1) == chosen
         group = (~self.seen.to(chosen.device)[chosen]).long()  # 0 seen, 1 unseen
+        # (groups, 2): images of the group that student and teacher agree on, and all of it
         rows = [torch.stack([(same & (group == g)).sum(), (group == g).sum()]) for g in (0, 1)]
         self.counts = self.counts.to(chosen.device) + sum_over_processes(torch.stack(rows))
 
@@ -486,9 +487,11 @@ def _align_projector(
     with torch.enable_grad(), apart():
         for number in progress_bar(range(passes), desc="Aligning the projector", leave=False):
             losses = []
+            # the rows of a view lie below those of the view before it
             order = torch.randperm(images, generator=generator) + number % views * images
             for index in order.split(batch_size):
                 batch = rows[index].to(device)
+                # columns: features of the teachers, then those of the student
                 loss = loss_of(projector.project(batch[:, -width:]), batch[:, :-width])
                 optimizer.zero_grad()
                 loss.backward()

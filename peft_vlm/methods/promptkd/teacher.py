@@ -113,6 +113,7 @@ class Teacher:
                 )
             return pixels
         if transform is not None:
+            # each (3, 1, 1); back to pixels in [0, 1], then as the teacher has them
             mean, std = (pixels.new_tensor(value)[:, None, None] for value in _statistics(transform))
             own_mean, own_std = (
                 pixels.new_tensor(value)[:, None, None] for value in mean_and_std_of(self.image_processor)
@@ -147,6 +148,7 @@ class Teachers:
         """
         for teacher in self.members:
             teacher.to(device)
+        # they read the same token ids
         sizes = [(teacher.name, teacher.vocab_size) for teacher in self.members if teacher.prompts is None]
         if len({size for _, size in sizes}) > 1:
             raise ClassNameError(
@@ -173,13 +175,14 @@ class Teachers:
         Args:
             features: What `features` gave.
         """
+        # the columns of each teacher, whose spaces may differ in size
         parts = features.split([classes.shape[-1] for classes in self.classes], dim=-1)
         with torch.autocast(features.device.type, enabled=False):
             logits = [
                 towers_of(teacher.model).similarity_logits(part, classes)
                 for teacher, part, classes in zip(self.members, parts, self.classes, strict=True)
             ]
-            return average_teachers(torch.stack(logits), weighting=self.weighting)
+            return average_teachers(torch.stack(logits), weighting=self.weighting)  # (teachers, batch, classes)
 
 
 def _own_precision(model: nn.Module) -> torch.autocast:

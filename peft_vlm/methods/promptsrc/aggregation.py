@@ -80,7 +80,7 @@ class PromptAggregation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add the epoch that this step ends; a run that ends within an epoch counts that epoch as it is."""
-        epoch = state.epoch or 0.0
+        epoch = state.epoch or 0.0  # a whole number after the last step of an epoch, up to rounding
         if abs(epoch - round(epoch)) < 1e-6 or state.global_step >= state.max_steps:
             self.add(_number(epoch), num_epochs=state.num_train_epochs)
 
@@ -108,10 +108,11 @@ class PromptAggregation(TrainerCallback):
         """
         if epoch <= self.num_seen:
             return
+        # the weight of this epoch among those so far: a running mean needs no knowledge of how the run ends
         log_weights = gaussian_log_weights(num_epochs, mean=self.mean, std=self.std)[:epoch]
         share = float(torch.exp(log_weights[-1] - torch.logsumexp(log_weights, dim=0)))
         for name, parameter in self.trained().items():
-            value = parameter.detach().double()
+            value = parameter.detach().double()  # float32 would lose epochs of small weight
             average = self.averages.get(name)
             self.averages[name] = value if average is None else average.to(value).lerp(value, share)
         self.num_seen = epoch

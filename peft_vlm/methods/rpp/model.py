@@ -48,6 +48,7 @@ def _start_from_words(model: nn.Module, adapter_name: str, config: TextContextCo
         for part in (*PROJECTIONS, "shared"):
             prompts = layer.container(part)
             if adapter_name in prompts:
+                # a prompt that slots carry is the words' state; of the others a norm reads no more than the direction
                 start = state.cpu() if layer.carries(part, adapter_name) else _at_most(WORD_STD, state.cpu())
                 noise = 0 if config.init_weights else INIT_STD * torch.randn(state.shape)
                 prompts[adapter_name].copy_(start + noise)
@@ -77,7 +78,7 @@ def word_states(model: nn.Module, word_ids: tuple[int, ...], *, depth: int) -> l
         ids = torch.tensor([[towers.start_token_id, *word_ids]], device=device_of(model))
         hidden = towers.embed_text(ids)
         for number in range(depth):
-            states.append(hidden[0, 1:])
+            states.append(hidden[0, 1:])  # (words, width), behind the start token
             hidden = towers.run_text(hidden, number, number + 1)
     return states
 
@@ -147,11 +148,12 @@ def start_shared_prompts(model: nn.Module, adapter: str | Path) -> None:
         _check_shapes(tower, prompts, targets)
         if not prompts:
             continue
-        if tower == "text":
+        if tower == "text":  # learned tokens get positions added, RPP's prompts have them inside
             positions = towers.text_positions
             prompts[0] = prompts[0].to(positions) - positions[1 : 1 + len(prompts[0])]
         else:
             norm = towers.model.get_submodule(towers.vision_norm_paths[0])
+            # back through the norm's shift and scale; its centring has no inverse
             prompts[0] = (prompts[0].to(norm.weight) - norm.bias) / norm.weight
             inexact.append("first vision tokens pass a norm that RPP's do not")
         for target, prompt in zip(targets, prompts, strict=True):

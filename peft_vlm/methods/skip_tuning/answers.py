@@ -83,7 +83,7 @@ class AnswerStates:
                 size = hidden.element_size() * hidden[0].numel() * len(dataset)
                 check_room(size, "ram", name="hidden states of questions")
             for row, index in enumerate(batch["index"].tolist()):
-                length = int(batch["attention_mask"][row].sum())
+                length = int(batch["attention_mask"][row].sum())  # the collator pads on the right
                 kept = {STATES: hidden[row, :length].clone()}
                 kept |= {name: batch[name][row, :length] for name in _token_columns(batch)}
                 if "image_grid_thw" in batch:
@@ -100,6 +100,7 @@ class AnswerStates:
         columns: dict[int, dict[str, Tensor]] = {}
         for part in from_all({row: {k: v for k, v in c.items() if k != STATES} for row, c in mine.items()}):
             columns |= part  # of further machines too, which hold the same
+        # one table with the tokens of all questions one below another, of which each process writes its own rows
         lengths = torch.tensor([len(columns[row]["input_ids"]) for row in range(total)])
         ends = lengths.cumsum(0).tolist()
         starts = [0, *ends[:-1]]
@@ -148,7 +149,7 @@ class AnswerStates:
             expected = model(**inputs, use_cache=False).logits
             with self.language.entered_with(self.start, hidden):
                 actual = self.language.reader(**self.language.text_inputs(inputs), use_cache=False).logits
-        told = batch["attention_mask"].bool()
+        told = batch["attention_mask"].bool()  # (batch, tokens): nobody reads what stands behind a question
         difference = (actual - expected)[told].abs().max() / expected[told].abs().max()
         if not difference <= TOLERANCE:
             raise UnsupportedModelError(

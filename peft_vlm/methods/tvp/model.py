@@ -118,6 +118,7 @@ class TVPModel(VLMTuner):
         Args:
             target: The patch embedding, or a vision model over packed patches.
         """
+        # packed: the processor has cut the images, and patches of all of them come as rows of one matrix
         packed = patch_embedding_of(self.model).kind == "packed"
         return (PackedPixelPrompt if packed else PixelPrompt)(target, prefix=self.prefix)
 

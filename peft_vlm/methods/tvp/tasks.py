@@ -109,6 +109,7 @@ class AnswerTask:
             batch: Columns of `QuestionCollator`.
         """
         with record_visual_tokens(model) as recorded:
+            # (answer tokens of the batch, vocabulary), and the token that is right in each row
             logits, targets = answer_logits(model, model_inputs(batch), answers_of(batch))
         return TaskOutput(nn.functional.cross_entropy(logits, targets), logits, targets, recorded.tokens)
 
@@ -170,7 +171,7 @@ class ClassTask:
         """
         if self._class_features is None:
             raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
-        features, labels = self.encode(model, batch), batch["labels"]
+        features, labels = self.encode(model, batch), batch["labels"]  # (batch, dim), one token per image
         logits = towers_of(model).similarity_logits(features, self._class_features)
         return TaskOutput(nn.functional.cross_entropy(logits, labels), logits, labels, features)
 
@@ -263,7 +264,7 @@ def share_prompt(source: PeftModel, model: nn.Module, *, processor: Any = None) 
     settings = {key: getattr(source.peft_config[name], key) for key in KEPT_FIELDS}
     config = TVPConfig(**settings) if processor is None else TVPConfig.for_processor(processor, **settings)
     shared = get_peft_model(model, config, adapter_name=name)
-    prompt_layer_of(shared).prompts[name] = layer.prompts[name]
+    prompt_layer_of(shared).prompts[name] = layer.prompts[name]  # the same `Parameter`, no copy
     return shared
 
 
@@ -361,7 +362,7 @@ class ClipGuide:
                 "`tokenize_for_model(clip, tokenizer, dataset.class_names, template='this is a photo of a {}')`."
             )
         processor = self.processor
-        if processor is None:
+        if processor is None:  # it gets the pixels of the model in training
             config = source.active_peft_config
             processor = CLIPImageProcessorPil(image_mean=list(config.image_mean), image_std=list(config.image_std))
         self._shared = share_once(self._shared, source, self.model, processor=processor)
@@ -395,5 +396,5 @@ class ClipGuide:
                 "processor to both `ClipGuide(..., processor=...)` and `QuestionCollator(..., clip_processor=...)`."
             )
         towers = towers_of(self._shared)
-        images = towers.finish_image(towers.embed_image(pixels), 0)
+        images = towers.finish_image(towers.embed_image(pixels), 0)  # frozen, yet with a gradient to the prompt
         return towers.similarity_logits(images, self._class_features)

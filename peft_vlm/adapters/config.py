@@ -15,6 +15,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from peft_vlm.adapters.adapter_files import (
     MODULE_NAME,
@@ -474,7 +475,7 @@ def base_digest(model: nn.Module) -> str | None:
         None where values are elsewhere: on `meta`, or divided among processes.
     """
     matrices = [p for p in model.parameters() if p.ndim > 1 and p.is_floating_point()]
-    if not matrices or any(p.is_meta or not p.numel() for p in matrices):
+    if not matrices or any(p.is_meta or isinstance(p, DTensor) or not p.numel() for p in matrices):
         return None
     # Four values each: a merged adapter or a fine-tuning changes some of them, and a large model is not read.
     values = torch.cat([p.detach().reshape(-1)[:4].float().cpu() for p in matrices])

@@ -25,6 +25,7 @@ from peft_vlm.evaluation.transfer import (
 )
 from peft_vlm.files import TRANSFER_NAME, write_json
 from peft_vlm.hub.card import write_card
+from peft_vlm.models.sharding import has_sharded_layers
 from peft_vlm.objective import Objective
 from peft_vlm.serving.escape import markdown
 from peft_vlm.text.answers import Candidates, tokenize_candidates
@@ -144,8 +145,11 @@ class TransferExperiment:
         for variant, seed in progress_bar(jobs, desc="prompts", unit="run"):
             folder = self.output_dir / variant.name / f"seed{seed}"
             settings = self.fit(variant, seed, folder)
-            if main:
+            report = None
+            # Layers that are divided among the processes run on all of them together.
+            if main or any(has_sharded_layers(member.model) for member in self.models.values()):
                 report = self.measure(variant, seed, folder, settings)
+            if main and report is not None:
                 report.save(folder / TRANSFER_NAME)
                 write_card(folder)
                 reports[variant.name].append(report)
@@ -273,7 +277,7 @@ def _columns(reports: Sequence[TransferReport]) -> dict[str, Any]:
 
 
 def _move(model: nn.Module, device: torch.device) -> None:
-    """Move a model, unless it is there: quantised ones may refuse to be moved at all."""
-    if next(model.parameters()).device != device:
+    """Move a model, unless it is there or divided: quantised ones may refuse to be moved at all."""
+    if next(model.parameters()).device != device and not has_sharded_layers(model):
         model.to(device)
         torch.cuda.empty_cache()  # does nothing without a GPU

@@ -31,6 +31,8 @@ def shard_frozen_layers(model: nn.Module, device: torch.device, *, reshard_after
     """
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for layer in _transformer_layers(unwrap(model)):
+        if isinstance(layer, FSDPModule):
+            continue  # of an earlier run
         whole = {p for p in layer.parameters() if p.requires_grad or not p.is_floating_point()}
         if len(whole) < len(list(layer.parameters())):
             fully_shard(layer, mesh=mesh, ignored_params=whole, reshard_after_forward=reshard_after_forward)

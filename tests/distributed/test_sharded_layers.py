@@ -227,16 +227,33 @@ def test_one_process_has_nobody_to_divide_with(tmp_path: Path) -> None:
         VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, fsdp="offload")
 
 
+def launched(*words: str) -> str:
+    """Run a script in two CPU processes by the launcher's file; what it printed as messages."""
+    file = ROOT / "examples" / "accelerate" / "fsdp2.yaml"
+    options = ["--config_file", str(file), "--num_processes", "2", "--mixed_precision", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
 @pytest.mark.slow
 def test_the_launchers_file_divides_the_layers(tmp_path: Path) -> None:
     """Accelerate itself would wrap the whole model on GPUs, and nothing on a CPU."""
-    file = ROOT / "examples" / "accelerate" / "fsdp2.yaml"
-    words = ["--config_file", str(file), "--num_processes", "2", "--mixed_precision", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "tests.short_run", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, "--method", "coop"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "6 steps to go, frozen layers divided among the processes." in result.stderr
+    printed = launched("-m", "tests.short_run", str(tmp_path), "--method", "coop")
+    assert "6 steps to go, frozen layers divided among the processes." in printed
+
+
+@pytest.mark.slow
+def test_a_prompt_is_trained_twice_and_measured_on_a_divided_model(tmp_path: Path) -> None:
+    """The example trains one model with several settings, and the main process measures it."""
+    words = ["--models", "examples/assets/mllm_llava", "examples/assets/mllm_idefics3", "--variants", "tvp", "no_tse"]
+    words += ["--seeds", "1", "--epochs", "1", "--shots", "1", "--test_images", "4", "--use_cpu"]
+    printed = launched("examples/train_tvp.py", *words, "--output_dir", str(tmp_path))
+    assert "frozen layers divided among the processes." in printed
+    variants = json.loads((tmp_path / "metrics.json").read_text())["variants"]
+    assert [len(variant["models"]) for variant in variants.values()] == [2, 2]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from peft_vlm.evaluation.mllm import generate_answers
 from peft_vlm.models.repository import hub_options
 from peft_vlm.models.towers import device_of
 from peft_vlm.serving.escape import one_line
-from peft_vlm.text.answers import candidate_scores, tokenize_candidates
+from peft_vlm.text.answers import candidate_scores
 
 #: Rows and columns of the images that are shown.
 SIDE = 224
@@ -195,9 +195,7 @@ def _answer(
             return Answer(name, text=generate_answers(model, rows)[0] or "(nothing)")
         item = QuestionItem(image=image, question=question, answer=None, labels=-1, index=0)
         inputs = {key: column.to(device_of(model)) for key, column in question_inputs(collator([item])).items()}
-        candidates = tokenize_candidates(
-            collator.tokenizer, classes, answer_format=collator.answer_format, include_end=True
-        )
+        candidates = collator.candidates(classes, include_end=True)
         shares = candidate_scores(model, inputs, candidates)[0].softmax(dim=-1)
         best = shares.topk(min(SHOWN_LABELS, len(classes)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)

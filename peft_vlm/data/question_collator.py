@@ -18,7 +18,14 @@ from peft_vlm.data.questions import QuestionItem
 from peft_vlm.data.shrink import ShrinkingProcessor
 from peft_vlm.errors import DataError, UnsupportedModelError
 from peft_vlm.models.towers import unwrap
-from peft_vlm.text.answers import answer_token_ids, check_right_padding, last_positions, resolve_end_token
+from peft_vlm.text.answers import (
+    Candidates,
+    answer_token_ids,
+    check_right_padding,
+    last_positions,
+    resolve_end_token,
+    tokenize_candidates,
+)
 
 #: Columns of a batch that are no inputs of the model.
 NOT_INPUTS = ("labels", "index", "token_labels", "clip_pixel_values")
@@ -251,6 +258,16 @@ class QuestionCollator:
             images = [item["image"] for item in items]
             batch["clip_pixel_values"] = self.clip_processor(images, return_tensors="pt")["pixel_values"]
         return batch
+
+    def candidates(self, names: Sequence[str], *, include_end: bool) -> Candidates:
+        """Answers to choose from, tokenised as the answers of a batch are.
+
+        Args:
+            names: Answers, such as class names.
+            include_end: As for `tokenize_candidates`.
+        """
+        options = {"answer_format": self.answer_format, "end_token": self.end_token}
+        return tokenize_candidates(self.tokenizer, names, include_end=include_end, **options)
 
     def _with_answers(self, questions: dict[str, Tensor], answers: list[list[int]]) -> dict[str, Tensor]:
         if self.encoder_decoder:

@@ -28,7 +28,7 @@ from peft_vlm.distributed import progress_bar
 from peft_vlm.errors import ClassNameError, DataError, check_list
 from peft_vlm.evaluation.classify import EvalResult
 from peft_vlm.models.towers import device_of, unwrap
-from peft_vlm.text.answers import Candidates, candidate_scores, tokenize_candidates
+from peft_vlm.text.answers import Candidates, candidate_scores
 from peft_vlm.text.class_features import evaluation_mode
 
 ARTICLES = frozenset({"a", "an", "the"})
@@ -234,13 +234,7 @@ def classify_answers(
     if not dataset.labels or min(dataset.labels) < 0:
         raise DataError("Expected questions with labels, got some without. Pass `class_names` and labels or answers.")
     if candidates is None:
-        candidates = tokenize_candidates(
-            collator.tokenizer,
-            dataset.class_names,
-            answer_format=collator.answer_format,
-            include_end=include_end,
-            end_token=collator.end_token,
-        )
+        candidates = collator.candidates(dataset.class_names, include_end=include_end)
     if candidates.names != dataset.class_names:
         raise ClassNameError(
             f"Expected candidates for the dataset's {len(dataset.class_names)} class names, beginning "

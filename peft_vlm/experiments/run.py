@@ -46,7 +46,6 @@ from peft_vlm.models.towers import FAMILIES
 from peft_vlm.objective import Objective
 from peft_vlm.registry import METHODS, Preset, RunSize
 from peft_vlm.settings import OFFICIAL, RUN_PROTOCOLS, EvaluationArguments, RunSettings
-from peft_vlm.text.answers import tokenize_candidates
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import check_same_vocabulary, tokenize_for_model
 from peft_vlm.training.arguments import VLMTrainingArguments
@@ -467,13 +466,8 @@ def _answerer(plan: RunPlan) -> _Parts:
         prompts = tokenize_for_model(clip.model, clip.tokenizer, train.class_names, template=template)
         offered["tse_clip"] = guide(clip.model, prompts, processor=clip.image_processor)
         train = train.with_collator(member.training_collator)
-    candidates = tokenize_candidates(
-        member.collator.tokenizer,
-        train.class_names,
-        answer_format=member.collator.answer_format,
-        include_end=True,  # one class name may be the beginning of another
-        end_token=member.collator.end_token,
-    )
+    # with the end of an answer: one class name may be the beginning of another
+    candidates = member.collator.candidates(train.class_names, include_end=True)
     objective = _objective(METHODS[settings.method].answer_objective, plan, candidates, offered)
     model = new_adapter(member.model, settings.method, member.collator.processor.image_processor, plan.config, {})
 

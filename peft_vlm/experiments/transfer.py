@@ -28,7 +28,7 @@ from peft_vlm.hub.card import write_card
 from peft_vlm.models.sharding import has_sharded_layers
 from peft_vlm.objective import Objective
 from peft_vlm.serving.escape import markdown
-from peft_vlm.text.answers import Candidates, tokenize_candidates
+from peft_vlm.text.answers import Candidates
 from peft_vlm.training import VLMTrainer, VLMTrainingArguments
 
 #: Training images that `prompted_images.png` shows, with and without the prompt.
@@ -169,13 +169,7 @@ class TransferExperiment:
         """
         first, *others = self._sources(variant)
         questions = self.train(seed).with_collator(first.training_collator or first.collator)
-        candidates = tokenize_candidates(
-            first.collator.tokenizer,
-            questions.class_names,
-            answer_format=first.collator.answer_format,
-            include_end=self.include_end,
-            end_token=first.collator.end_token,
-        )
+        candidates = first.collator.candidates(questions.class_names, include_end=self.include_end)
         objective = self.objective(variant, questions, candidates, others)
         homes = [(member.model, next(member.model.parameters()).device) for member in (first, *others)]
         model: Any = self.wrap(first)

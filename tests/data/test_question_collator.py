@@ -126,6 +126,18 @@ def test_a_newline_can_end_the_answer() -> None:
     assert labels[labels != -100].tolist() == ids("red")
 
 
+def test_candidates_are_tokenised_as_the_answers_of_a_batch() -> None:
+    """Scores of other tokens than those that were trained would favour whatever they happen to be."""
+    dataset = colour_questions()
+    collator = QuestionCollator(llava_processor(), answer_format="{}.", end_token="a")
+    labels = collator(items(dataset)[:1])["token_labels"][0]
+    candidates = collator.candidates(dataset.class_names, include_end=True)
+    assert candidates.names == dataset.class_names
+    assert candidates.token_ids[dataset.labels[0]] == tuple(labels[labels >= 0].tolist())
+    shorter = collator.candidates(dataset.class_names, include_end=False)
+    assert shorter.token_ids[0] == candidates.token_ids[0][:-1]
+
+
 def test_an_encoder_decoder_gets_the_answer_apart() -> None:
     """The question goes to the encoder; the loss is on everything the decoder writes."""
     collator = QuestionCollator(llava_processor(), encoder_decoder=True)

@@ -143,14 +143,10 @@ class Comparison:
         """The classes to begin with: those of the first adapter that records any."""
         return next((c.class_names for c in self.adapters.values() if c.class_names), ())
 
-    def chosen_at_first(self, limit: int = 6) -> list[str]:
-        """Names of the adapters that are shown at first: those of the same class list, a few of them.
-
-        Args:
-            limit: Most adapters.
-        """
+    def chosen_at_first(self) -> list[str]:
+        """Names of the adapters that are shown at first: those of the same class list, six of them at most."""
         same = [name for name, c in self.adapters.items() if c.class_names == (self.class_names or None)]
-        return (same or list(self.adapters))[:limit]
+        return (same or list(self.adapters))[:6]
 
     def answers(
         self,

@@ -213,6 +213,6 @@ def _print_report(report: dict[str, Any]) -> None:
     print_line(f"  Every tensor by name: {Path(report['written']) / CONVERSION_NAME}")
 
 
-def _some(names: Sequence[str], limit: int = 3) -> str:
+def _some(names: Sequence[str]) -> str:
     """The first few names."""
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -100,20 +100,17 @@ class _LinearProbe(nn.Module):
         """Logits of projected image features that are not normalised."""
         return self.linear(features)
 
-    def fit(
-        self, features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"], *, max_steps: int = 300
-    ) -> float:
-        """Fit to convergence.
+    def fit(self, features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"]) -> float:
+        """Fit to convergence, in 300 iterations at most.
 
         Args:
             features: Projected image features, not normalised.
             labels: Class of each image.
-            max_steps: Iterations at most.
 
         Returns:
             The final objective value.
         """
-        optimizer = torch.optim.LBFGS(self.parameters(), max_iter=max_steps, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(self.parameters(), max_iter=300, line_search_fn="strong_wolfe")
         penalty = 0.5 / (self.inverse_regularisation * len(features))
 
         def closure() -> Tensor:

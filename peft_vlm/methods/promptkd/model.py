@@ -346,32 +346,3 @@ def store_classes(
     config = layer.adapter_configs[name]
     config.teacher_name_or_path, config.teacher_logit_scale = teacher_name, teacher_logit_scale
     config.student_logit_scale = towers_of(model).logit_scale
-
-
-def check_stored(model: nn.Module, class_names: Sequence[str], teacher_name: str) -> None:
-    """Refuse an adapter with other classes; warn where its vectors came from another teacher.
-
-    Args:
-        model: `PeftModel` with an active PromptKD adapter.
-        class_names: Classes of the training at hand.
-        teacher_name: Its first teacher.
-
-    Raises:
-        ClassNameError: If the adapter stores other classes.
-    """
-    layer = stored_classes(model)
-    config = layer.adapter_configs[layer.active_adapters[0]]
-    names, first = config.class_names, teacher_name
-    if config.num_classes and names is not None and tuple(names) != tuple(class_names):
-        raise ClassNameError(
-            f"The adapter stores {len(names)} classes, beginning {names[:3]!r}; the objective has "
-            f"{len(class_names)}, beginning {list(class_names[:3])!r}. Go on with the "
-            "stored classes, change them with `keep_classes` and `add_classes`, or start a new adapter."
-        )
-    if config.num_classes and config.teacher_name_or_path not in (None, first):
-        warnings.warn(
-            f"The adapter was distilled from {config.teacher_name_or_path!r} and goes on with {first!r}, whose "
-            "class vectors replace the stored ones.",
-            PeftVLMWarning,
-            stacklevel=4,
-        )

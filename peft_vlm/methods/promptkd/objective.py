@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import RowStore, ViewCache, should_store
 from peft_vlm.distributed import apart, progress_bar, sum_over_processes
-from peft_vlm.errors import ClassNameError, PeftVLMError, check_choice, check_list
+from peft_vlm.errors import ClassNameError, PeftVLMError, PeftVLMWarning, check_choice, check_list
 from peft_vlm.losses import REDUCTIONS, TEACHER_WEIGHTINGS, distillation_loss
 from peft_vlm.methods.promptkd.classes import stored_classes
-from peft_vlm.methods.promptkd.model import Projector, check_stored, store_classes
+from peft_vlm.methods.promptkd.model import Projector, store_classes
 from peft_vlm.methods.promptkd.teacher import Teacher, Teachers
 from peft_vlm.models.towers import Towers, image_features, towers_of, unwrap
 from peft_vlm.objective import Batch, Objective, ObjectiveOutput, Paper, check_other_model
@@ -48,32 +49,20 @@ _CHOICES = {
 }
 
 
-def _check_settings(
-    names: Mapping[str, str], caches: Mapping[str, str | int], numbers: Mapping[str, float | int]
-) -> None:
-    """Refuse settings that are not among their choices, out of range, or do not go together.
-
-    Args:
-        names: `reduction` and `teacher_weighting`.
-        caches: `teacher_cache`, `student_cache` and `align_steps`.
-        numbers: Settings that must be positive.
-
-    Raises:
-        ValueError: Naming the setting, its value and what is possible.
-    """
-    for name, value in {**names, **caches}.items():
-        if name in _CHOICES:
-            check_choice(name, value, _CHOICES[name])
-    for name, value in numbers.items():
-        if value <= 0:
-            raise ValueError(f"Expected `{name}` above 0, got {value!r}.")
-    steps = caches["align_steps"]
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that are not among their choices, out of range, or do not go together."""
+    for name, known in _CHOICES.items():
+        check_choice(name, settings[name], known)
+    for name in ("temperature", "weight", "num_views"):
+        if settings[name] <= 0:
+            raise ValueError(f"Expected `{name}` above 0, got {settings[name]!r}.")
+    steps = settings["align_steps"]
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"Expected `align_steps` of 0 or more, got {steps!r}.")
-    if caches["teacher_cache"] != "views" and (caches["student_cache"] != "none" or steps):
+    if settings["teacher_cache"] != "views" and (settings["student_cache"] != "none" or steps):
         raise ValueError(
-            f"Expected `teacher_cache`='views' with `student_cache`={caches['student_cache']!r}, `align_steps`="
-            f"{steps!r}, got 'none'. Both read stored features of the teacher."
+            f"Expected `teacher_cache`='views' with `student_cache`={settings['student_cache']!r}, `align_steps`="
+            f"{steps!r}, got {settings['teacher_cache']!r}. Both read stored features of the teacher."
         )
 
 
@@ -208,11 +197,10 @@ class PromptKDObjective(Objective):
         seen_classes: Sequence[str] | None = None,
         transductive: bool = True,
     ) -> None:
-        _check_settings(
-            {"reduction": reduction, "teacher_weighting": teacher_weighting},
-            {"teacher_cache": teacher_cache, "student_cache": student_cache, "align_steps": align_steps},
-            {"temperature": temperature, "weight": weight, "num_views": num_views},
-        )
+        given: dict[str, Any] = {"temperature": temperature, "weight": weight, "reduction": reduction}
+        given |= {"teacher_weighting": teacher_weighting, "teacher_cache": teacher_cache, "num_views": num_views}
+        given |= {"student_cache": student_cache, "align_steps": align_steps}
+        _check_settings(given)
         self.prompts, self.temperature, self.weight, self.reduction = prompts, temperature, weight, reduction
         members = _as_teachers(teacher)
         self.teachers = Teachers(members, weighting=teacher_weighting)
@@ -253,7 +241,7 @@ class PromptKDObjective(Objective):
             check_other_model(member.model, model)
             member.check_pixels(model)
         self.teachers.prepare(self.prompts, next(model.parameters()).device)
-        check_stored(model, self.prompts.class_names, self.teachers.members[0].name)
+        _check_stored(model, self.prompts.class_names, self.teachers.members[0].name)
         if self.student_cache == "views" and any(
             p.requires_grad and _group_of(name) == "vision" for name, p in model.named_parameters()
         ):
@@ -448,6 +436,10 @@ def projector_of(model: nn.Module) -> Projector:
     return layer
 
 
+#: Images per step of the alignment.
+_ALIGN_BATCH = 32
+
+
 def _align_projector(
     projector: Projector,
     loss_of: Callable[[Float[Tensor, "batch width"], Float[Tensor, "batch teacher_dim"]], Tensor],
@@ -455,7 +447,6 @@ def _align_projector(
     *,
     steps: int,
     learning_rate: float | int,
-    batch_size: int = 32,
 ) -> float:
     """Train the projector alone on stored features: seconds, where the student's tower would take minutes.
 
@@ -469,7 +460,6 @@ def _align_projector(
         steps: Optimizer steps at least; the last pass over the images is finished. Pass p uses view p modulo their
             number.
         learning_rate: Initial rate.
-        batch_size: Images per step.
 
     Returns:
         Mean loss of the last pass.
@@ -480,7 +470,7 @@ def _align_projector(
     optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9, weight_decay=5e-4)
     views = cache.num_views or 1
     generator, images = torch.Generator().manual_seed(0), len(rows) // views
-    passes = math.ceil(steps / math.ceil(images / batch_size))
+    passes = math.ceil(steps / math.ceil(images / _ALIGN_BATCH))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=passes)
     training, device, losses = projector.training, parameters[0].device, [0.0]
     projector.train()
@@ -489,7 +479,7 @@ def _align_projector(
             losses = []
             # the rows of a view lie below those of the view before it
             order = torch.randperm(images, generator=generator) + number % views * images
-            for index in order.split(batch_size):
+            for index in order.split(_ALIGN_BATCH):
                 batch = rows[index].to(device)
                 # columns: features of the teachers, then those of the student
                 loss = loss_of(projector.project(batch[:, -width:]), batch[:, :-width])
@@ -501,6 +491,26 @@ def _align_projector(
     optimizer.zero_grad()
     projector.train(training)
     return sum(losses) / len(losses)
+
+
+def _check_stored(model: nn.Module, class_names: Sequence[str], teacher_name: str) -> None:
+    """Refuse an adapter with other classes; warn where its vectors came from another teacher."""
+    layer = stored_classes(model)
+    config = layer.adapter_configs[layer.active_adapters[0]]
+    names, first = config.class_names, teacher_name
+    if config.num_classes and names is not None and tuple(names) != tuple(class_names):
+        raise ClassNameError(
+            f"The adapter stores {len(names)} classes, beginning {names[:3]!r}; the objective has "
+            f"{len(class_names)}, beginning {list(class_names[:3])!r}. Go on with the "
+            "stored classes, change them with `keep_classes` and `add_classes`, or start a new adapter."
+        )
+    if config.num_classes and config.teacher_name_or_path not in (None, first):
+        warnings.warn(
+            f"The adapter was distilled from {config.teacher_name_or_path!r} and goes on with {first!r}, whose "
+            "class vectors replace the stored ones.",
+            PeftVLMWarning,
+            stacklevel=4,
+        )
 
 
 # Hyper-parameters of the official runs, by protocol; `class_dim` comes from the teacher.

@@ -119,23 +119,20 @@ class SkipTuningBatchSampler(EpochBatchSampler):
             yield batch
 
 
-def _text_hidden_states(
-    towers: Towers, input_ids: Int[Tensor, "prompts tokens"], *, start: int, chunk_size: int = 256
-) -> Float[Tensor, "prompts tokens width"]:
-    """What enters text layer `start` for every class prompt; valid for the whole run, as nothing below it is trained.
+_CHUNK = 256
+"""Class prompts in a pass without autograd."""
 
-    Args:
-        towers: Towers of the model.
-        input_ids: Tokenised class prompts.
-        start: First tuned text layer.
-        chunk_size: Prompts per forward pass.
-    """
+
+def _text_hidden_states(
+    towers: Towers, input_ids: Int[Tensor, "prompts tokens"], *, start: int
+) -> Float[Tensor, "prompts tokens width"]:
+    """What enters text layer `start` for every class prompt, all run long: nothing below that layer is trained."""
 
     def states_of(rows: Int[Tensor, " rows"]) -> Tensor:
         return towers.run_text(towers.embed_text(input_ids[rows]), 0, start)
 
     with torch.no_grad():
-        return divided(len(input_ids), states_of, chunk_size=chunk_size)
+        return divided(len(input_ids), states_of, chunk_size=_CHUNK)
 
 
 def _initial_prototypes(
@@ -145,24 +142,14 @@ def _initial_prototypes(
     input_ids: Int[Tensor, "prompts tokens"],
     *,
     start: int,
-    chunk_size: int = 256,
 ) -> Float[Tensor, "prompts dim"]:
-    """Unit-norm text features of the untouched base model, from the cached states of its lower layers, in float32.
-
-    Args:
-        model: `PeftModel` whose adapter is switched off for this pass.
-        towers: Its towers.
-        hidden: Output of `_text_hidden_states`.
-        input_ids: Tokenised class prompts.
-        start: First tuned text layer.
-        chunk_size: Prompts per forward pass.
-    """
+    """Unit-norm text features of the untouched base model, in float32, from the states that enter layer `start`."""
 
     def features_of(rows: Int[Tensor, " rows"]) -> Tensor:
         return towers.finish_text(hidden[rows], input_ids[rows], start)
 
     with torch.no_grad(), model.disable_adapter():
-        features = divided(len(hidden), features_of, chunk_size=chunk_size)
+        features = divided(len(hidden), features_of, chunk_size=_CHUNK)
     return nn.functional.normalize(features.float(), dim=-1)
 
 

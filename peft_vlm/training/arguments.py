@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
 from peft_vlm.errors import check_choice, shown
+from peft_vlm.training.deepspeed import check_deepspeed
 
 #: Settings with a choice of words.
 CHOICES = {
@@ -155,6 +156,8 @@ class VLMTrainingArguments(TrainingArguments):
         super().__post_init__()
         self._check_processes()
         _check_unread(self)
+        if self.deepspeed_plugin is not None:
+            check_deepspeed(self)
         self._n_gpu = min(self.n_gpu, 1)  # several visible GPUs without a launcher would mean torch.nn.DataParallel
         for name, choices in CHOICES.items():
             check_choice(name, getattr(self, name), choices)

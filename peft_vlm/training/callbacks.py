@@ -110,6 +110,7 @@ class ObjectiveCallback(TrainerCallback):
         module = self.trainer.model
         with self.trainer.interrupt.between_steps(state.global_step), self.trainer.accelerator.autocast():
             module.objective.prepare(module.model, self.trainer.images)
+            self._keep_weights()
         self._has_begun, epoch = False, state.epoch or 0.0
         if round(epoch) > 0 and abs(epoch - round(epoch)) < 1e-6:
             metrics = module.objective.epoch_end()
@@ -132,6 +133,12 @@ class ObjectiveCallback(TrainerCallback):
         images.skip_batches(done * args.gradient_accumulation_steps)
         with self.trainer.interrupt.between_steps(state.global_step), self.trainer.accelerator.autocast():
             module.objective.epoch_start(module.model, images, epoch)
+            self._keep_weights()
+
+    def _keep_weights(self) -> None:
+        """Copy the trained weights, which an objective may have aligned, to DeepSpeed's optimizer: it has its own."""
+        if self.trainer.is_deepspeed_enabled:
+            self.trainer.model_wrapped.optimizer.refresh_fp32_params()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -286,8 +293,12 @@ class FiniteSteps(TrainerCallback):
         parameters = [p for p in self.trainer.model.parameters() if p.grad is not None]
         good = torch.stack([outputs["loss"] for outputs, _ in batches]).isfinite().all()
         has_scaler = self.trainer.accelerator.scaler is not None
-        if parameters and not has_scaler:
-            good = good & torch.stack([p.grad.detach().float().sum() for p in parameters]).isfinite().all()
+        seen = [p.grad for p in parameters]
+        if self.trainer.is_deepspeed_enabled:  # it has made the update, or left it out, and dropped the gradients
+            seen = [p for p in self.trainer.model.parameters() if p.requires_grad]
+            good = good & (not self.trainer.accelerator.optimizer_step_was_skipped)
+        if seen and not has_scaler:
+            good = good & torch.stack([tensor.detach().float().sum() for tensor in seen]).isfinite().all()
         self._skipped = not all_agree(bool(good))
         self.trainer.losses.end_step(skipped=self._skipped)
         if not self._skipped:

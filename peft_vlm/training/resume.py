@@ -25,6 +25,7 @@ from peft_vlm.errors import CheckpointError, PeftVLMError, PeftVLMWarning, shown
 from peft_vlm.objective import Objective
 from peft_vlm.settings import RETIRED_SETTINGS
 from peft_vlm.training.checkpoints import read_manifest, step_of
+from peft_vlm.training.deepspeed import check_resume
 from peft_vlm.training.reports import was_finished
 
 logger = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ def check_changes(
         problems += [f"computes otherwise: {', '.join(kind)}"] if kind else []
         problems += [f"has other rates from here on: {', '.join(shown_rates)}"] if shown_rates else []
     if not has_optimizer:
-        problems.append(f"begins with a new optimizer and schedule: the checkpoint has no {OPTIMIZER_NAME}")
+        problems.append("begins with a new optimizer and schedule: the checkpoint has none that this run can load")
     if problems:
         message = f"The run goes on from {checkpoint.name}, but {'; and it '.join(problems)}."
         warnings.warn(message, PeftVLMWarning, stacklevel=3)
@@ -426,6 +427,8 @@ class RunRecord:
             has_reports=was_finished(trainer, step_of(checkpoint)),
         )
         self.has_new_optimizer = before.get("identity", {}).get("optimizer", self.optimizer) != self.optimizer
+        if trainer.is_deepspeed_enabled:
+            check_resume(checkpoint, has_new_optimizer=self.has_new_optimizer)
         self._has_new_schedule = before.get("rates", facts["rates"]) != facts["rates"]
 
     def note_rates(self, optimizer: Any) -> None:
@@ -439,6 +442,6 @@ class RunRecord:
     def use_own_rates(self) -> None:
         """Give the restored optimizer and schedule the rates of this run again."""
         trainer = self.trainer
-        if trainer.first_step and not trainer.is_deepspeed_enabled:
+        if trainer.first_step:
             options = {"is_other_length": self._has_new_schedule}
             use_own_rates(trainer.optimizer, trainer.lr_scheduler, self._rates, **options)

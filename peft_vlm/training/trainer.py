@@ -37,6 +37,7 @@ from peft_vlm.training.checkpoints import (
     save_weights,
     step_of,
 )
+from peft_vlm.training.deepspeed import start_deepspeed
 from peft_vlm.training.inputs import (
     check_arguments,
     check_evaluation,
@@ -195,6 +196,8 @@ class VLMTrainer(Trainer):
     def _train(self, resume_from_checkpoint: str | bool | None, *options: Any) -> TrainOutput:
         """Train in the run's folder, which nobody else writes to."""
         checkpoint, self.first_step = None, 0
+        if self.is_deepspeed_enabled:
+            start_deepspeed(self)
         self.record.start()
         if is_main_process():  # of a run that was killed
             shutil.rmtree(Path(self.args.output_dir) / PARTIAL_NAME, ignore_errors=True)

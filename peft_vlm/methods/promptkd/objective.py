@@ -483,8 +483,9 @@ def _align_projector(
                 batch = rows[index].to(device)
                 # columns: features of the teachers, then those of the student
                 loss = loss_of(projector.project(batch[:, -width:]), batch[:, :-width])
-                optimizer.zero_grad()
-                loss.backward()
+                # `backward` would call the hooks of DDP and DeepSpeed, which wait for a step of theirs
+                for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                    parameter.grad = gradient
                 optimizer.step()
                 losses.append(float(loss.detach()))
             schedule.step()

@@ -1,9 +1,9 @@
 """Images per second that workers decode and augment, and what a cache of decoded images saves.
 
 Photo-sized JPEG files (500 x 375 by default, random smooth colours with noise) go through `ImageClassificationDataset`
-with `TrainTransform` (224 px, bicubic) and a data loader with persistent workers; then the same images decoded once,
-as uint8 rows of one memory-mapped array, which all workers read. Compare with the images per second of a step in
-docs/scaling.md. No GPU.
+with `TrainTransform` (224 px, bicubic) and a data loader with persistent workers; then the same with
+`decoded_images`, which keeps them as 8-bit RGB in a memory-mapped file that all workers share. Compare with the images
+per second of a step in docs/scaling.md. No GPU.
 
     OMP_NUM_THREADS=1 python benchmarks/input_pipeline.py --json result.json
 """
@@ -12,7 +12,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil
 
 from peft_vlm.data import ImageClassificationDataset, TrainTransform
-
-
-class DecodedImages(Sequence):
-    """Rows of a source with their images decoded once, into a memory-mapped uint8 array of one size.
-
-    Args:
-        source: Rows with files under `image`, all of one size.
-        file: Place of the array.
-    """
-
-    def __init__(self, source: Sequence[dict[str, Any]], file: Path) -> None:
-        self.source = source
-        first = np.asarray(Image.open(source[0]["image"]).convert("RGB"))
-        self.pixels = np.lib.format.open_memmap(file, "w+", np.uint8, (len(source), *first.shape))
-        for number, row in enumerate(source):
-            self.pixels[number] = np.asarray(Image.open(row["image"]).convert("RGB"))
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.source[index] | {"image": self.pixels[index]}
+from peft_vlm.data.feature_store import keep_decoded
 
 
 def write_images(folder: Path, count: int, size: tuple[int, int]) -> list[dict[str, Any]]:
@@ -66,16 +45,18 @@ def write_images(folder: Path, count: int, size: tuple[int, int]) -> list[dict[s
     return rows
 
 
-def images_per_second(source: Any, *, workers: int, epochs: int, batch_size: int) -> float:
-    """Images of whole epochs after a first one, which starts the workers.
+def images_per_second(source: Any, storage: str, *, workers: int, epochs: int, batch_size: int) -> float:
+    """Images of whole epochs after a first one, which starts the workers and decodes what is kept.
 
     Args:
         source: Rows of images and labels.
+        storage: Where decoded images are kept, or `"none"`.
         workers: Processes that read; 0 for this one.
         epochs: Epochs that are timed; the fastest counts, since other jobs may share the machine.
         batch_size: Images per batch.
     """
     dataset = ImageClassificationDataset(source, ["even", "odd"], transform=TrainTransform(CLIPImageProcessorPil()))
+    dataset = keep_decoded(dataset, storage, reads_once=False)
     loader = DataLoader(
         dataset, batch_size, num_workers=workers, collate_fn=dataset.collate, persistent_workers=workers > 0
     )
@@ -101,13 +82,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--step", type=float, default=600.0, help="images per second of the step to be fed")
+    parser.add_argument("--storage", choices=("ram", "disk"), default="disk", help="of the decoded images")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = write_images(Path(folder), options.images, tuple(options.size))
-        decoded = DecodedImages(rows, Path(folder) / "decoded.npy")
         same = {"workers": options.workers, "epochs": options.epochs, "batch_size": options.batch}
-        plain, cached = images_per_second(rows, **same), images_per_second(decoded, **same)
+        plain, cached = (images_per_second(rows, storage, **same) for storage in ("none", options.storage))
     result = {
         "images_per_second": plain,
         "cached_images_per_second": cached,
@@ -116,7 +97,8 @@ def main() -> None:
         "workers_for_the_step": options.step / (plain / max(1, options.workers)),
         "cached_workers_for_the_step": options.step / (cached / max(1, options.workers)),
         "step_images_per_second": options.step,
-        "bytes_per_image": decoded.pixels[0].nbytes,
+        "storage": options.storage,
+        "bytes_per_image": 3 * options.size[0] * options.size[1],
         "size": list(options.size),
         "torch": torch.__version__,
     }

@@ -268,6 +268,7 @@ class ImageClassificationDataset(Dataset):
         self._rows: Sequence[int] = range(len(self.labels))
         #: What is done about images that cannot be read; subsets share it.
         self.unreadable = UnreadableImages(len(self.labels))
+        self.decoded: Any = None  # `feature_store.DecodedImages`, which views and subsets share
         # In shared memory, because workers that live on between epochs hold a copy of the dataset.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -336,8 +337,13 @@ class ImageClassificationDataset(Dataset):
             DataError: If the image cannot be read; the message names position, row of the source, and file.
         """
         row = self._rows[index]
+        if self.decoded is not None and (found := self.decoded.read(row)) is not None:
+            return found
         where = f"image {index}" if row == index else f"image {index} (row {row} of the source)"
-        return read_image(self.source[row][self.image_column], where=where, value_range=self.value_range)
+        image = read_image(self.source[row][self.image_column], where=where, value_range=self.value_range)
+        if self.decoded is not None:
+            self.decoded.write(row, image)
+        return image
 
     def path_of(self, index: int) -> str:
         """The file of an image, as the source names it; empty where it has none.
@@ -349,6 +355,10 @@ class ImageClassificationDataset(Dataset):
         if isinstance(cell, dict):
             cell = cell.get("path")
         return str(cell if isinstance(cell, str | Path) else getattr(cell, "filename", None) or "")
+
+    def source_rows(self) -> list[int]:
+        """Rows of the source that have a position here, each once, in their order."""
+        return sorted(set(self._rows))
 
     def some_images(self, count: int) -> list[Any]:
         """Images as the source holds them, not opened: evenly spaced, all if there are no more.

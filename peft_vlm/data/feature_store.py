@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from peft_vlm.data.dataset import ImageClassificationDataset, collate
+from peft_vlm.data.images import num_pixels
 from peft_vlm.distributed import (
     all_agree,
     equal_passes,
@@ -134,6 +137,77 @@ class RowStore:
                 f"Expected stored {self.name}, got none: an empty feature cache. Call `epoch_start` before training."
             )
         return self.rows[index.cpu()].to(device)
+
+
+class DecodedImages:
+    """Images of a dataset in 8-bit RGB, each decoded once, by whichever worker reads it first.
+
+    Workers and the processes of a machine share the bytes, so memory does not grow with their number. All processes
+    of a training make one together.
+
+    Args:
+        images: Dataset; the headers of its images are read here, which says how much room they take.
+        storage: `"ram"`, or `"disk"` for a memory-mapped file.
+
+    Raises:
+        DataError: If there is less room than that.
+    """
+
+    def __init__(self, images: ImageClassificationDataset, storage: str) -> None:
+        rows = images.source_rows()
+        sizes = torch.tensor([3 * num_pixels(images.source[row][images.image_column]) for row in rows])
+        self._store = RowStore(storage, name="decoded images")
+        self._store.allocate((max(1, int(sizes.sum())),), torch.uint8)
+        assert self._store.rows is not None, "`allocate` makes them"
+        self._bytes = self._store.rows if storage == "disk" else self._store.rows.share_memory_()
+        self._starts = torch.full((len(images.source),), -1).index_copy(0, torch.tensor(rows), sizes.cumsum(0) - sizes)
+        self._sizes = torch.zeros(len(images.source), dtype=torch.long).index_copy(0, torch.tensor(rows), sizes)
+        self._heights = torch.zeros(len(images.source), dtype=torch.int32).share_memory_()
+
+    def read(self, row: int) -> Image.Image | None:
+        """The image of a row of the source; None where it is not there yet.
+
+        Args:
+            row: Row of the source.
+        """
+        height, start = int(self._heights[row]), int(self._starts[row])
+        if not height:
+            return None
+        pixels = self._bytes[start : start + int(self._sizes[row])].view(height, -1, 3)
+        return Image.fromarray(pixels.numpy())
+
+    def write(self, row: int, image: Image.Image) -> None:
+        """Keep the image of a row of the source, unless its header had announced another size.
+
+        Args:
+            row: Row of the source.
+            image: As `read_image` gives it.
+        """
+        pixels = torch.from_numpy(np.array(image)).flatten()
+        if len(pixels) == self._sizes[row]:
+            start = int(self._starts[row])
+            self._bytes[start : start + len(pixels)] = pixels
+            self._heights[row] = image.size[1]  # last: from now on other workers read the bytes
+
+
+def keep_decoded(images: Any, storage: str, *, reads_once: bool) -> Any:
+    """Let images keep what they decode for the epochs to come; the same images.
+
+    Args:
+        images: Images of a run.
+        storage: `"ram"`, `"disk"`, or `"none"`.
+        reads_once: Whether the run stores features of pixels that never change, and reads each image once.
+
+    Raises:
+        DataError: If nothing would be read twice from there.
+    """
+    if storage == "none":
+        return images
+    if reads_once or not isinstance(images, ImageClassificationDataset):
+        why = "the objective stores features, and reads each image once" if reads_once else "a stream has no positions"
+        raise DataError(f"Expected `decoded_images='none'`, got {storage!r}: {why}.")
+    images.decoded = DecodedImages(images, storage)
+    return images
 
 
 def divided_pass(dataset: Any, *, batch_size: int, num_workers: int = 0) -> DataLoader:

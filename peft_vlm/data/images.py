@@ -145,6 +145,20 @@ def top_of(value: Any) -> tuple[float, float] | None:
     return white, (top if image.mode[0] in "IF" else 257 * top)  # of 16-bit colours the upper half is read
 
 
+def num_pixels(value: Any) -> int:
+    """Pixels of an image by its header, which is read without decoding the image.
+
+    Args:
+        value: What `read_image` opens. An image that cannot be read has none here, and is named when it is needed.
+    """
+    try:
+        with _reading("image"):
+            image = _open(value)
+            return image.size[0] * image.size[1]
+    except DataError:
+        return 0
+
+
 def _source_name(value: Any) -> str:
     if isinstance(value, str | Path):
         return f"file {str(value)!r}"

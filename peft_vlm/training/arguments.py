@@ -17,6 +17,7 @@ CHOICES = {
     "lr_schedule": ("epoch_cosine", "transformers"),
     "non_finite": ("error", "skip"),
     "unreadable_images": ("error", "skip"),
+    "decoded_images": ("none", "ram", "disk"),
     "resume_changes": ("error", "warn"),
     "train_sampling_strategy": ("random",),  # objectives and processes share the batches, see `batches.py`
 }
@@ -107,6 +108,9 @@ class VLMTrainingArguments(TrainingArguments):
         warmup_learning_rate: Constant rate of the warm-up epochs, the same for every parameter group.
         non_finite: A step with a loss or gradient that is not finite: `"error"` names its images and stops, `"skip"`
             leaves the update out and counts it.
+        decoded_images: Training images are decoded once and kept as 8-bit RGB, in memory (`"ram"`) or in a
+            memory-mapped file (`"disk"`) that all workers share; worth it for large photos. `"none"`: each epoch
+            decodes them. The pixels are the same.
         unreadable_images: Training images that cannot be read: `"error"` stops, `"skip"` takes the next image of the
             class in their place and counts them.
         resume_changes: A resume as another run, with other classes, images, transform, settings of the method or
@@ -125,6 +129,7 @@ class VLMTrainingArguments(TrainingArguments):
 
     hub_strategy: str = field(default="end", metadata={"help": "'end', 'checkpoint' or 'all_checkpoints'."})
     non_finite: str = field(default="error", metadata={"help": "Non-finite steps: 'error' or 'skip'."})
+    decoded_images: str = field(default="none", metadata={"help": "Keep decoded images: 'none', 'ram' or 'disk'."})
     unreadable_images: str = field(default="error", metadata={"help": "Damaged images: 'error' or 'skip'."})
 
     resume_changes: str = field(default="error", metadata={"help": "A resume as another run: 'error' or 'warn'."})

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from peft_vlm.data.dataset import RunImages
+from peft_vlm.data.feature_store import keep_decoded
 from peft_vlm.distributed import from_main, is_main_process
 from peft_vlm.errors import PeftVLMError
 from peft_vlm.files import SUMMARY_NAME, installed_version, last_part, locked_folder
@@ -218,7 +219,9 @@ class VLMTrainer(Trainer):
         return output._replace(training_loss=output.metrics.get("train_loss", math.nan))
 
     def _view(self) -> RunImages:
-        return self.train_dataset.for_run(skip_unreadable=self.args.unreadable_images == "skip")
+        images = self.train_dataset.for_run(skip_unreadable=self.args.unreadable_images == "skip")
+        reads_once = not self.objective.needs_pixels and images.has_fixed_pixels
+        return keep_decoded(images, self.args.decoded_images, reads_once=reads_once)
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[Any, ...]:
         """The base class's values, of which the schedule needs the updates per epoch.

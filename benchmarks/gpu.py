@@ -34,10 +34,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from measuring import random_clip, random_prompts
+from peft_vlm.data.dataset import ImageClassificationDataset
 
 METHODS = (
     "full",
-    *("coop", "atprompt", "kgcoop", "pre", "cocoop", "bayesian", "promptsrc", "maple"),
+    *("coop", "atprompt", "kgcoop", "pre", "cocoop", "cpl", "bayesian", "promptsrc", "maple"),
     *("promptkd", "skip_tuning", "rpp", "tvp", "clip_lora"),
 )
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,29 +47,16 @@ LIMIT = 100
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class RandomImages(torch.utils.data.Dataset):
-    """Noise with labels, as a dataset of the trainer."""
+class RandomImages(ImageClassificationDataset):
+    """Noise with labels, made once."""
 
     def __init__(self, count: int, size: int) -> None:
-        self.class_names = tuple(f"class {index}" for index in range(NUM_CLASSES))
-        self.labels = [index % NUM_CLASSES for index in range(count)]
+        rows = [{"image": None, "label": index % NUM_CLASSES} for index in range(count)]
+        super().__init__(rows, [f"class {index}" for index in range(NUM_CLASSES)])
         self.pixels = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-        self.transform, self.has_fixed_pixels = None, False
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Any:
         return {"pixel_values": self.pixels[index], "labels": self.labels[index], "index": index}
-
-    def collate(self, items: Any) -> Any:
-        """A batch."""
-        from peft_vlm.data.dataset import collate
-
-        return collate(items)
-
-    def repeat_views(self, num_views: int | None) -> None:
-        """Nothing is random."""
 
 
 def small_clip() -> Any:
@@ -90,6 +78,9 @@ class FullFineTuning:
 
     def __init__(self, prompts: Any) -> None:
         self.prompts = prompts
+
+    def adapt_to(self, model: nn.Module, dataset: Any) -> None:
+        """Nothing."""
 
     def prepare(self, model: nn.Module, dataset: Any) -> None:
         """Train everything."""
@@ -130,6 +121,7 @@ def build(method: str, clip: Any, teacher: Any, prompts: Any) -> tuple[nn.Module
         "pre": {"num_text_tokens": 4, "network": "lstm"},
         "kgcoop": {"num_text_tokens": 4},
         "cocoop": {"num_text_tokens": 4, "context_init": None},
+        "cpl": {"num_text_tokens": 4, "context_init": None},
         "bayesian": {"num_text_tokens": 4, "context_init": None, "num_samples": 4},
         "promptsrc": deep,
         "maple": {"depth": depth, "context_init": None},
@@ -145,6 +137,7 @@ def build(method: str, clip: Any, teacher: Any, prompts: Any) -> tuple[nn.Module
         "pre": {"image_cache": "none"},
         "kgcoop": {"image_cache": "none"},
         "cocoop": {"image_cache": "none"},
+        "cpl": {"image_cache": "none"},
         "promptsrc": {"image_cache": "none"},
         "promptkd": {"teacher": teacher},
         "skip_tuning": {"image_cache": "none"},
@@ -184,6 +177,7 @@ def measured(method: str, precision: str, options: argparse.Namespace, *, is_com
     batch = {
         key: value.to(device) for key, value in dataset.collate([dataset[i] for i in range(options.batch)]).items()
     }
+    objective.adapt_to(model, dataset)
     module = TrainingModule(model, objective)
     optimizer = objective.optimizer(model, learning_rate=1e-3) or torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr=1e-3, momentum=0.9

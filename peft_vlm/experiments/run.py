@@ -554,21 +554,14 @@ def _objective(target: Callable[..., Any] | None, plan: RunPlan, classes: Any, o
 
 def _report(settings: RunSettings, args: VLMTrainingArguments) -> dict[str, float]:
     """Evaluate the saved adapter and the base model alone; the adapter's folder gets both reports."""
+    same = (*DATA_SETTINGS, "model", "dataset_config", "dataset_revision", "holdout")
     evaluation = EvaluationArguments(
+        **{name: getattr(settings, name) for name in same},
         protocol=RUN_PROTOCOLS[settings.protocol],
         dataset=[settings.dataset],
-        data_root=settings.data_root,
         output_dir=args.output_dir,
         adapter=args.output_dir,
-        model=settings.model,
         split=[settings.test_split],
-        image_column=settings.image_column,
-        label_column=settings.label_column,
-        class_names=settings.class_names,
-        value_range=settings.value_range,
-        dataset_config=settings.dataset_config,
-        dataset_revision=settings.dataset_revision,
-        holdout=settings.holdout,
         shots=settings.shots or None,
         seed=args.seed,
         device=str(args.device),

@@ -140,7 +140,9 @@ def _facts(folder: AdapterFolder, base: str) -> dict[str, Any]:
         "prompt_image": PROMPT_IMAGE_NAME if folder.prompt_image else "",
         "classes": _classes(folder.config),
         "data_facts": _data_facts(folder),
-        "settings": _setting_cells(folder),
+        "settings": [
+            (code_span(name), code_span(_portable(str(value)), 120)) for name, value in _settings_of(folder).items()
+        ],
         "limits": _limits(folder, base),
         "environment": _environment(folder),
         "method": f"[{about.paper.title}]({about.paper.url}), {about.paper.venue}.",
@@ -224,10 +226,6 @@ def _settings_of(folder: AdapterFolder) -> dict[str, Any]:
     steps = settings.get("max_steps")
     settings.pop("num_train_epochs" if isinstance(steps, int) and steps > 0 else "max_steps", None)
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def _setting_cells(folder: AdapterFolder) -> list[tuple[str, str]]:
-    return [(code_span(name), code_span(_portable(str(value)), 120)) for name, value in _settings_of(folder).items()]
 
 
 def _summary(folder: AdapterFolder, base: str) -> str:

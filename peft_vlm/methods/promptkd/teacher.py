@@ -114,10 +114,8 @@ class Teacher:
             return pixels
         if transform is not None:
             # each (3, 1, 1); back to pixels in [0, 1], then as the teacher has them
-            mean, std = (pixels.new_tensor(value)[:, None, None] for value in _statistics(transform))
-            own_mean, own_std = (
-                pixels.new_tensor(value)[:, None, None] for value in mean_and_std_of(self.image_processor)
-            )
+            statistics = (transform.image_mean, transform.image_std, *mean_and_std_of(self.image_processor))
+            mean, std, own_mean, own_std = (pixels.new_tensor(values)[:, None, None] for values in statistics)
             pixels = (pixels * std + mean - own_mean) / own_std
         if size == pixels.shape[-1]:
             return pixels
@@ -188,10 +186,6 @@ class Teachers:
 def _own_precision(model: nn.Module) -> torch.autocast:
     """No autocast: a teacher runs in the type of its weights."""
     return torch.autocast(next(model.parameters()).device.type, enabled=False)
-
-
-def _statistics(transform: Any) -> tuple[Sequence[float], Sequence[float]]:
-    return transform.image_mean, transform.image_std
 
 
 def _name_of(model: nn.Module) -> str:

@@ -85,7 +85,7 @@ class AnswerStates:
             for row, index in enumerate(batch["index"].tolist()):
                 length = int(batch["attention_mask"][row].sum())  # the collator pads on the right
                 kept = {STATES: hidden[row, :length].clone()}
-                kept |= {name: batch[name][row, :length] for name in _token_columns(batch)}
+                kept |= {name: batch[name][row, :length] for name in (*TOKEN_COLUMNS, "token_labels") if name in batch}
                 if "image_grid_thw" in batch:
                     kept["image_grid_thw"] = batch["image_grid_thw"][row]
                 self.rows[index] = kept
@@ -157,10 +157,6 @@ class AnswerStates:
                 f"logits that differ by {float(difference):.1%} of the largest: `{type(model).__name__}` hands images "
                 "to them too. Use `state_cache='none'`."
             )
-
-
-def _token_columns(batch: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in (*TOKEN_COLUMNS, "token_labels") if name in batch]
 
 
 def _padded(rows: list[Tensor], name: str) -> Tensor:

@@ -220,16 +220,6 @@ def _recomputes(module: nn.Module) -> bool:
     return isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
 
 
-def _on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """A batch with its tensors on a device.
-
-    Args:
-        batch: What a collator made.
-        device: Where they are wanted.
-    """
-    return {name: column.to(device) for name, column in batch.items()}
-
-
 def batch_at(dataset: Any, positions: Sequence[int], device: torch.device) -> dict[str, Tensor]:
     """The batch of some positions of a dataset.
 
@@ -238,7 +228,8 @@ def batch_at(dataset: Any, positions: Sequence[int], device: torch.device) -> di
         positions: Positions.
         device: Where the batch is wanted.
     """
-    return _on_device(dataset.collate([dataset[position] for position in positions]), device)
+    batch = dataset.collate([dataset[position] for position in positions])
+    return {name: column.to(device) for name, column in batch.items()}
 
 
 KEPT_FIELDS = ("canvas_size", "border", "shape", "patch_size", "shrink", "clamp")

@@ -7,6 +7,7 @@ method run, frozen layers below the lowest trained tensor keep nothing, and reco
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,13 +27,14 @@ from transformers import (
 from peft_vlm.data.question_collator import QuestionCollator
 from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.errors import PeftVLMError, UnsupportedModelError
-from peft_vlm.experiments.run import new_adapter, plan_of
+from peft_vlm.experiments.run import RunPlan, new_adapter, plan_of
 from peft_vlm.models.language_layers import language_layers_of
 from peft_vlm.models.repository import hub_options
 from peft_vlm.models.towers import FAMILIES, Towers, check_base_config, towers_of, unwrap
 from peft_vlm.models.vision import encode_visual_tokens, input_size_of
+from peft_vlm.registry import METHODS
 from peft_vlm.settings import RunSettings
-from peft_vlm.text.class_features import StoredFeaturesLayer, conditioned_context
+from peft_vlm.text.class_features import PromptObjective, StoredFeaturesLayer, conditioned_context
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots, tokenize_for_model
 
 #: Characters per token where no tokenizer is at hand, and tokens of a chat around question and answer.
@@ -258,6 +260,7 @@ def dry_run(settings: RunSettings, arguments: Callable[[dict[str, Any]], Any]) -
     if plan.is_clip_like:
         assert settings.template is not None
         prompts, notes = _class_prompts(model, settings.model, plan.pool.class_names, settings.template)
+        prompts = _selected(prompts, _texts_per_step(plan, len(prompts.class_names)))
         run = _towers_step(prompts, batch)
     else:
         *inputs, notes = _question_inputs(settings.model, model, plan.pool, settings.question, batch)
@@ -418,6 +421,39 @@ def _class_prompts(
     ids[:, 0] = min(text.vocab_size - 2, text.bos_token_id or 0)
     note = f"No tokenizer of {source!r} on this computer: prompts of one token per {CHARACTERS} characters."
     return ClassPrompts(tuple(names), ("{}",), ids), [note]
+
+
+def _texts_per_step(plan: RunPlan, num_classes: int) -> int:
+    """Class prompts that a step of the method's objective runs.
+
+    Args:
+        plan: The run.
+        num_classes: All classes.
+    """
+    objective: Any = METHODS[plan.settings.method].objective
+    if not (isinstance(objective, type) and issubclass(objective, PromptObjective)):
+        return num_classes
+    settings = {name: parameter.default for name, parameter in signature(objective).parameters.items()}
+    settings |= {"seed": plan.args.seed} | plan.objective
+    batch_size = plan.args.per_device_train_batch_size
+    return objective.texts_per_step(num_classes, batch_size=batch_size, settings=settings)
+
+
+def _selected(prompts: ClassPrompts, count: int) -> ClassPrompts:
+    """Some class prompts in place of all, of every length; the longest one among them, which the others are padded to.
+
+    Args:
+        prompts: All.
+        count: How many.
+    """
+    if count >= len(prompts.class_names):
+        return prompts
+    ends = (prompts.input_ids != prompts.input_ids[:, -1:]).sum(dim=1)  # behind its end a prompt repeats one token
+    order = ends.argsort(stable=True)
+    rows = order[torch.linspace(0, len(order) - 1, count).round().long()] if count > 1 else order[-1:]
+    names = tuple(prompts.class_names[row] for row in rows.tolist())
+    lengths = prompts.name_lengths and tuple(prompts.name_lengths[row] for row in rows.tolist())
+    return ClassPrompts(names, prompts.templates, prompts.input_ids[rows], lengths)
 
 
 def _question_inputs(

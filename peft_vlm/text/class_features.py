@@ -2,9 +2,10 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -480,6 +481,17 @@ class PromptObjective(Objective):
     def __init__(self, prompts: ClassPrompts) -> None:
         self.prompts = prompts
         self._class_features = ClassFeatureCache()
+
+    @classmethod
+    def texts_per_step(cls, num_classes: int, *, batch_size: int, settings: Mapping[str, Any]) -> int:
+        """Class prompts whose activations a training step keeps at a time, for an estimate of its memory.
+
+        Args:
+            num_classes: All classes.
+            batch_size: Images.
+            settings: Those of the constructor, by name.
+        """
+        return num_classes
 
     def predict(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
         """Logits over all classes by the full model on pixels; class features are computed once per state of the

@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from peft_vlm import RPPObjective, SkipTuningObjective
 from peft_vlm.cli import main
 from peft_vlm.cli.train import arguments_maker
 from peft_vlm.experiments.dry_run import DryRun, dry_run
 from peft_vlm.experiments.run import run_training
 from peft_vlm.settings import RunSettings
+from tests.cases import class_prompts
 from tests.source_tree import ROOT
 
 ASSETS = ROOT / "examples" / "assets"
@@ -92,12 +94,13 @@ def both(settings: RunSettings, folder: Path) -> tuple[DryRun, Measured]:
 
 
 NO_TSE = {"objective": ["tse_weight=0"]}
-TAUGHT = {"teacher": str(ASSETS / "clip_teacher")}
+TAUGHT: dict[str, object] = {"teacher": str(ASSETS / "clip_teacher")}
 CASES: list[tuple[str, str, dict[str, object]]] = [
     ("clip_student", "coop", {}),
     ("clip_student", "promptsrc", {}),
     ("clip_student", "promptkd", TAUGHT | {"transductive": True}),
     ("clip_student", "tvp", NO_TSE),
+    ("clip_student", "skip_tuning", {}),  # selects some of the classes
     ("mllm_llava", "tvp", NO_TSE),
     ("mllm_idefics3", "tvp", NO_TSE),
 ]
@@ -105,7 +108,8 @@ SLOW = [
     ("clip_student", "maple", {}),
     ("clip_student", "clip_lora", {}),
     ("clip_student", "rpp", TAUGHT),
-    ("clip_student", "skip_tuning", {}),  # counts all class prompts, of which it selects some: 10 % too much
+    ("clip_student", "rpp", TAUGHT | {"objective": ["num_sampled_classes=24"]}),
+    ("clip_student", "skip_tuning", {"objective": ["top_ratio=10", "batch_composition=one_class"], "shots": 8}),
     ("mllm_llava", "skip_tuning", {}),
     ("mllm_paligemma", "tvp", NO_TSE),
 ]
@@ -124,9 +128,22 @@ def test_dry_run_is_within_15_percent_of_a_measured_step(
     assert totals["peak"] == pytest.approx(
         measured.fixed + measured.peak + (teacher if "teacher" in more else 0), rel=TOLERANCE
     )
-    if method != "skip_tuning":
-        assert totals["activations"] == pytest.approx(measured.peak, rel=TOLERANCE)
+    assert totals["activations"] == pytest.approx(measured.peak, rel=TOLERANCE)
     assert sum(layer.trainable for layer in counted.layers) == measured.trained
+
+
+def test_sampled_classes_and_chunks_of_them_are_counted_as_the_step_runs_them() -> None:
+    """A thousand drawn classes of 21,841 are what a card must hold, and one chunk of them where it recomputes."""
+    settings = {"num_sampled_classes": 1000, "text_chunk_size": None}
+    texts = RPPObjective.texts_per_step
+    assert texts(21_841, batch_size=32, settings=settings) == 1031
+    assert texts(500, batch_size=32, settings=settings) == 500
+    assert texts(21_841, batch_size=32, settings=settings | {"text_chunk_size": 100}) == 100
+    skip = {"top_ratio": 0.5, "max_top": 50, "tail_scale": 0.3, "seed": 0, "batch_composition": "random"}
+    objective = SkipTuningObjective(class_prompts([f"class {number}" for number in range(300)]))
+    chosen = int((objective.tail_uniform < objective.keep_probability).sum())
+    assert SkipTuningObjective.texts_per_step(300, batch_size=4, settings=skip) == chosen < 200
+    assert SkipTuningObjective.texts_per_step(300, batch_size=64, settings=skip) == chosen + 14
 
 
 def test_recomputed_layers_keep_their_input_alone() -> None:

@@ -7,7 +7,7 @@ Revisiting Prompt Pretraining of Vision-Language Models, 2024, arXiv 2409.06166;
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -231,6 +231,18 @@ class RPPObjective(PromptObjective):
         self._tokens: CompactPrompts | None = None
         self._fixed_text: RowStore | None = None
         self._epoch = 0
+
+    @classmethod
+    def texts_per_step(cls, num_classes: int, *, batch_size: int, settings: Mapping[str, Any]) -> int:
+        """The images' own classes and the sampled ones; those of a chunk, where a size of chunks is set.
+
+        Args:
+            num_classes: All classes.
+            batch_size: Images.
+            settings: Those of the constructor, by name.
+        """
+        count = min(num_classes, settings["num_sampled_classes"] - 1 + batch_size)
+        return min(count, settings["text_chunk_size"] or count)
 
     def config_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""

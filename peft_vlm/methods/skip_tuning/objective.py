@@ -6,7 +6,7 @@ Skip Tuning: Pre-trained Vision-Language Models are Effective and Efficient Adap
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +245,21 @@ class SkipTuningObjective(PromptObjective):
         self.tail_uniform = torch.rand(num_classes, generator=self.generator)
         self._text: tuple[Tensor, Tensor, Tensor] | None = None
         self._starts = (0, 0)
+
+    @classmethod
+    def texts_per_step(cls, num_classes: int, *, batch_size: int, settings: Mapping[str, Any]) -> int:
+        """The classes that CSkip keeps: the most similar ones, the tail as it is drawn first, and those of the images.
+
+        Args:
+            num_classes: All classes.
+            batch_size: Images.
+            settings: Those of the constructor, by name.
+        """
+        num_top = num_top_classes(num_classes, top_ratio=settings["top_ratio"], max_top=settings["max_top"])
+        probability = rank_keep_probability(num_classes, num_top, tail_scale=settings["tail_scale"])
+        drawn = torch.rand(num_classes, generator=torch.Generator().manual_seed(settings["seed"])) < probability
+        others = 0 if settings["batch_composition"] == "one_class" else max(0, batch_size - num_top)
+        return min(num_classes, int(drawn.sum()) + others)
 
     def config_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""

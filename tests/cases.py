@@ -2,7 +2,7 @@
 the promises about adapters alone once per adapter type.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -438,3 +438,18 @@ def base_model(**settings: Any) -> nn.Module:
 def processor() -> CLIPProcessor:
     """Tokenizer and image processor of the tiny CLIP."""
     return CLIPProcessor(image_processor=clip_processor(), tokenizer=tiny_tokenizer())
+
+
+def kept_for_backward(compute: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of a loss, which then runs; each storage counts once."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = compute()
+    total = sum(sizes.values())
+    loss.backward()
+    return total

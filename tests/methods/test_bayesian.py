@@ -18,7 +18,7 @@ from peft_vlm.models.towers import image_features, towers_of
 from peft_vlm.text import ClassFeatureCache, conditioned_logits, encode_classes, tokenize_classes
 from peft_vlm.text.class_features import mean_over_samples
 from tests.cases import CASES as ALL_CASES
-from tests.cases import class_prompts, images, perturb, pixels, prepared, processor
+from tests.cases import class_prompts, images, kept_for_backward, perturb, pixels, prepared, processor
 from tests.tiny import CONTEXT_LENGTH, colour_names, tiny_clip, tiny_tokenizer
 
 (CASE,) = [case for case in ALL_CASES if case.method == "bayesian"]
@@ -222,17 +222,8 @@ def test_the_backward_pass_keeps_one_text_pass_whatever_batch_and_samples(condit
     kept = []
     for count, samples in ((2, 2), (8, 2), (2, 8)):
         model, dataset = adapted(conditional=conditional, num_samples=samples).train(), images()
-        objective = prepared(CASE, model, dataset)
-        sizes: dict[int, int] = {}
-
-        def keep(tensor, sizes=sizes):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = objective(model, collate([dataset[i] for i in range(count)])).loss
-        kept.append(sum(sizes.values()))
-        loss.backward()
+        objective, batch = prepared(CASE, model, dataset), collate([dataset[i] for i in range(count)])
+        kept.append(kept_for_backward(lambda objective=objective, model=model, b=batch: objective(model, b).loss))
     one_pass = 6 * 10 * 32 * 4  # bytes of one hidden state of the class prompts; a pass keeps dozens
     assert kept[1] - kept[0] < 6 * 2 * one_pass / 2
     assert kept[2] - kept[0] < 6 * 2 * one_pass / 2

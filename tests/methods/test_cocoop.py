@@ -14,7 +14,7 @@ from peft_vlm.models import packed_texts
 from peft_vlm.models.towers import image_features, towers_of
 from peft_vlm.text import ClassFeatureCache, class_features, conditioned_logits, encode_classes, tokenize_classes
 from tests.cases import CASES as ALL_CASES
-from tests.cases import class_prompts, images, perturb, pixels, prepared, processor
+from tests.cases import class_prompts, images, kept_for_backward, perturb, pixels, prepared, processor
 from tests.tiny import CONTEXT_LENGTH, colour_names, tiny_clip, tiny_tokenizer
 
 (CASE,) = [case for case in ALL_CASES if case.method == "cocoop"]
@@ -63,18 +63,8 @@ def test_the_backward_pass_keeps_one_text_pass_whatever_the_batch():
     """What autograd keeps per image would be a text tower's activations for every class."""
     model, dataset = adapted().train(), images()
     objective = prepared(CASE, model, dataset)
-    kept = []
-    for count in (2, 8):
-        sizes: dict[int, int] = {}
-
-        def keep(tensor, sizes=sizes):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = objective(model, collate([dataset[i] for i in range(count)])).loss
-        kept.append(sum(sizes.values()))
-        loss.backward()
+    batches = [collate([dataset[i] for i in range(count)]) for count in (2, 8)]
+    kept = [kept_for_backward(lambda batch=batch: objective(model, batch).loss) for batch in batches]
     features = 4 * 6 * 16 * 8  # bytes of the class features of an image, a few times
     assert kept[1] - kept[0] < 6 * features
 

@@ -4,6 +4,7 @@ All errors are `ValueError`s, so that callers who know nothing of us still catch
 """
 
 import difflib
+import math
 import reprlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -72,6 +73,39 @@ def check_choice(name: str, value: object, choices: Collection[str | None]) -> N
         close = difflib.get_close_matches(str(value), words, n=1)
         advice = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"Expected `{name}` to be one of {allowed!r}, got {value!r}.{advice}")
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    least: float | int | None = None,
+    above: float | int | None = None,
+    most: float | int | None = None,
+) -> None:
+    """Refuse what is no number, not finite, or outside of a range.
+
+    Args:
+        name: Name of the setting, for the message.
+        value: Its value, of any type.
+        least: Smallest allowed value.
+        above: Value that it must be larger than.
+        most: Largest allowed value, beside `least`.
+
+    Raises:
+        ValueError: If it is refused.
+    """
+    if isinstance(value, int | float) and math.isfinite(value):
+        is_high_enough = (least is None or value >= least) and (above is None or value > above)
+        if is_high_enough and (most is None or value <= most):
+            return
+    if above is not None:
+        wanted = f"above {above}"
+    elif least is None:
+        wanted = "to be finite"
+    else:
+        wanted = f"of {least} or more" if most is None else f"from {least} to {most}"
+    raise ValueError(f"Expected `{name}` {wanted}, got {shown(value)}.")
 
 
 #: Longest class name or template. No text tower reads as much, and a tokenizer takes seconds for a million letters.

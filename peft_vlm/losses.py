@@ -133,7 +133,7 @@ def rank_keep_probability(num_classes: int, num_top: int, *, tail_scale: float) 
     Deviation: With a single tail rank the official normalisation divides 0 by 0 and never keeps the class; here it has
     probability 1, the value of the first tail rank.
     """
-    if tail_scale <= 0:
+    if not 0 < tail_scale < math.inf:
         raise ValueError(f"Expected `tail_scale` > 0, got {tail_scale!r}.")
     num_tail = num_classes - num_top
     probability = torch.ones(num_classes, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from peft_vlm.errors import check_choice
+from peft_vlm.errors import check_choice, check_number
 
 
 def test_a_value_outside_the_choices_is_named_with_all_of_them() -> None:
@@ -22,3 +22,25 @@ def test_allowed_values_pass() -> None:
     """None is a choice where the caller lists it."""
     check_choice("mode", "a", {"a": 1, "b": 2})
     check_choice("mode", None, (None, "a"))
+
+
+@pytest.mark.parametrize(
+    ("value", "limits", "wanted"),
+    [
+        (-1, {"least": 0}, "of 0 or more, got -1"),
+        (0, {"above": 0}, "above 0, got 0"),
+        (1.5, {"least": 0, "most": 1}, "from 0 to 1, got 1.5"),
+        (float("nan"), {"least": 0}, "of 0 or more, got nan"),
+        (float("inf"), {"above": 0}, "above 0, got inf"),
+        (float("nan"), {"least": 0, "most": 1}, "from 0 to 1, got nan"),
+        (float("-inf"), {}, "to be finite, got -inf"),
+        ("8", {"least": 0}, "of 0 or more, got '8'"),
+    ],
+)
+def test_a_number_outside_of_its_range_is_named_with_it(value: object, limits: dict[str, float], wanted: str) -> None:
+    """NaN is smaller than nothing: a check that asks for what is too small lets it through."""
+    with pytest.raises(ValueError, match=rf"^Expected `weight` {wanted}\.$"):
+        check_number("weight", value, **limits)
+    for edge in (limits.get("least"), limits.get("most"), 1):
+        if edge is not None:
+            check_number("weight", edge, **limits)

@@ -163,7 +163,7 @@ def test_the_official_templates_are_sixty_different_ones():
     [
         ({"text_weight": -1}, "`text_weight` of 0 or more, got -1"),
         ({"gpa_mean": 3}, "both `gpa_mean` and `gpa_std` > 0, or neither, got 3 and None"),
-        ({"gpa_mean": 3, "gpa_std": 0}, "got 3 and 0"),
+        ({"gpa_mean": 3, "gpa_std": 0}, "`gpa_std` above 0, got 0"),
         ({"image_cache": "ram"}, r"\('auto', 'none'\), got 'ram'"),
     ],
 )

@@ -238,8 +238,8 @@ def test_balanced_batches_show_every_class_equally_often():
         ({"soft_weight": 0, "correction": "log2"}, "got 'log2'"),
         ({"soft_weight": 0, "image_sampling": "weighted"}, "got 'weighted'"),
         ({"soft_weight": 0, "temperature": 0}, "above 0, got 0"),
-        ({"soft_weight": 0, "num_sampled_classes": 1}, "at least 2, got 1"),
-        ({"soft_weight": 0, "text_chunk_size": 0}, "at least 1, got 0"),
+        ({"soft_weight": 0, "num_sampled_classes": 1}, "of 2 or more, got 1"),
+        ({"soft_weight": 0, "text_chunk_size": 0}, "of 1 or more, got 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict, message: str):

@@ -1,5 +1,6 @@
 """Every row of docs/methods/index.md is true."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -77,3 +78,14 @@ def test_new_class_names_are_taken_or_refused(case):
         return
     with pytest.raises(ClassNameError, match="quite"):
         classifier.predict(picture, class_names=names)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_objective_takes_a_number_that_is_not_finite(case: Case, value: float):
+    """Hours later the loss is NaN, or a term has silently won over all others."""
+    parameters = inspect.signature(METHODS[case.method].objective).parameters.values()
+    numbers = [p.name for p in parameters if "float" in str(p.annotation)]
+    both = {"gpa_mean": 1.0, "gpa_std": 1.0} if "gpa_mean" in numbers else {}
+    for name in numbers:
+        with pytest.raises(ValueError, match=f"`{name}`.* got.*{value}"):
+            case.objective(class_prompts(), **(both | {name: value}))

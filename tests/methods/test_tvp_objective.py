@@ -179,7 +179,7 @@ def _siglip_prompts():
 def test_settings_that_cannot_train_are_refused():
     for settings, message in (
         ({"tse_clip": None}, r"Expected a CLIP for TSE with `tse_weight`=0.1"),
-        ({"fca_weight": -1}, "weights of 0 or more, got `fca_weight`=-1"),
+        ({"fca_weight": -1}, "`fca_weight` of 0 or more, got -1"),
         ({"source_mode": "mean"}, r"\('average', 'alternate'\), got 'mean'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from peft_vlm.classification import ClassificationObjective
-from peft_vlm.errors import AdapterError, check_choice, shown
+from peft_vlm.errors import AdapterError, check_choice, check_number
 from peft_vlm.methods.bayesian.model import SampledContext
 from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import Batch, ObjectiveOutput, Paper
@@ -90,8 +90,7 @@ class BayesianObjective(ClassificationObjective):
         cache_batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        if not kl_weight >= 0:
-            raise ValueError(f"Expected `kl_weight` of 0 or more, got {shown(kl_weight)}.")
+        check_number("kl_weight", kl_weight, least=0)
         super().__init__(
             prompts,
             image_cache=image_cache,

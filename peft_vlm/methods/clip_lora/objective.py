@@ -6,7 +6,7 @@ Low-Rank Few-Shot Adaptation of Vision-Language Models, 2024, arXiv 2405.18541.
 from typing import Any
 
 from peft_vlm.classification import ClassificationObjective
-from peft_vlm.errors import check_choice
+from peft_vlm.errors import check_choice, check_number
 from peft_vlm.objective import Paper
 from peft_vlm.registry import Preset, RunSize
 
@@ -66,8 +66,7 @@ def preset_for(protocol: str = "few_shot", *, shots: int) -> Preset:
         ValueError: If there is no shot.
     """
     check_choice("protocol", protocol, ("few_shot",))
-    if shots < 1:
-        raise ValueError(f"Expected `shots` of 1 or more, got {shots!r}.")
+    check_number("shots", shots, least=1)
     training = {"optim": "adamw_torch", "learning_rate": 2e-4, "weight_decay": 0.01, "max_grad_norm": 0.0}
     training |= {"per_device_train_batch_size": 32, "max_steps": 500 * shots, "warmup_epochs": 0}
     training |= {"lr_schedule": "transformers", "lr_scheduler_type": "cosine_with_min_lr"}

@@ -6,7 +6,7 @@ Learning to Prompt for Vision-Language Models, 2022, arXiv 2109.01134.
 from typing import Any
 
 from peft_vlm.classification import ClassificationObjective
-from peft_vlm.errors import check_choice
+from peft_vlm.errors import check_choice, check_number
 from peft_vlm.objective import Paper
 from peft_vlm.registry import Preset, RunSize, sgd_training
 
@@ -61,8 +61,7 @@ def preset_for(context: str = "random", *, shots: int, imagenet: bool = False) -
         ValueError: If there is no shot.
     """
     check_choice("context", context, sorted(CONFIGS))
-    if shots < 1:
-        raise ValueError(f"Expected `shots` of 1 or more, got {shots!r}.")
+    check_number("shots", shots, least=1)
     epochs = 50 if shots == 1 or imagenet else 100 if shots <= 4 else 200
     training = sgd_training(learning_rate=0.002, batch=32, epochs=epochs)
     return Preset(config=dict(CONFIGS[context]), training=training)

@@ -14,7 +14,7 @@ from peft_vlm.classification import ClassificationObjective
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.distributed import divided, num_processes, sum_over_processes
-from peft_vlm.errors import AdapterError, ClassNameError, check_choice, shown
+from peft_vlm.errors import AdapterError, ClassNameError, check_choice, check_number, shown
 from peft_vlm.models.towers import device_of, image_features, text_features, towers_of
 from peft_vlm.objective import Batch, Objective, ObjectiveOutput, Paper
 from peft_vlm.registry import Preset, RunSize, sgd_training
@@ -177,11 +177,9 @@ class CPLObjective(ClassificationObjective):
         cache_batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        for name, weight in (("contrastive_weight", contrastive_weight), ("norm_weight", norm_weight)):
-            if not weight >= 0:
-                raise ValueError(f"Expected `{name}` of 0 or more, got {shown(weight)}.")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"Expected `momentum` from 0 to 1, got {shown(momentum)}.")
+        check_number("contrastive_weight", contrastive_weight, least=0)
+        check_number("norm_weight", norm_weight, least=0)
+        check_number("momentum", momentum, least=0, most=1)
         name_prompts = name_prompts or prompts
         prompts.check_same_classes(name_prompts, name="name_prompts")
         name_prompts.check_one_template("The greedy search goes by one text per class.")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peft_vlm.classification import ClassificationObjective
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streaming import ImageStream
-from peft_vlm.errors import check_choice
+from peft_vlm.errors import check_choice, check_number
 from peft_vlm.objective import Paper
 from peft_vlm.registry import Preset, RunSize, sgd_training
 from peft_vlm.text.class_features import encode_classes
@@ -78,8 +78,7 @@ class KgCoOpObjective(ClassificationObjective):
     ) -> None:
         anchor_prompts = anchor_prompts or prompts
         prompts.check_same_classes(anchor_prompts, name="anchor_prompts")
-        if weight < 0:
-            raise ValueError(f"Expected `weight` of 0 or more, got {weight!r}.")
+        check_number("weight", weight, least=0)
         super().__init__(
             prompts,
             image_cache=image_cache,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import RowStore, ViewCache, should_store
 from peft_vlm.distributed import apart, progress_bar, sum_over_processes
-from peft_vlm.errors import ClassNameError, PeftVLMError, PeftVLMWarning, check_choice, check_list
+from peft_vlm.errors import ClassNameError, PeftVLMError, PeftVLMWarning, check_choice, check_list, check_number
 from peft_vlm.losses import REDUCTIONS, TEACHER_WEIGHTINGS, distillation_loss
 from peft_vlm.methods.promptkd.classes import stored_classes
 from peft_vlm.methods.promptkd.model import Projector, store_classes
@@ -53,9 +53,8 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings that are not among their choices, out of range, or do not go together."""
     for name, known in _CHOICES.items():
         check_choice(name, settings[name], known)
-    for name in ("temperature", "weight", "num_views"):
-        if settings[name] <= 0:
-            raise ValueError(f"Expected `{name}` above 0, got {settings[name]!r}.")
+    for name in ("temperature", "weight", "num_views", "align_learning_rate"):
+        check_number(name, settings[name], above=0)
     steps = settings["align_steps"]
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"Expected `align_steps` of 0 or more, got {steps!r}.")
@@ -200,6 +199,7 @@ class PromptKDObjective(Objective):
         given: dict[str, Any] = {"temperature": temperature, "weight": weight, "reduction": reduction}
         given |= {"teacher_weighting": teacher_weighting, "teacher_cache": teacher_cache, "num_views": num_views}
         given |= {"student_cache": student_cache, "align_steps": align_steps}
+        given |= {"align_learning_rate": align_learning_rate}
         _check_settings(given)
         self.prompts, self.temperature, self.weight, self.reduction = prompts, temperature, weight, reduction
         members = _as_teachers(teacher)

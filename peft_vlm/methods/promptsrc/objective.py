@@ -13,7 +13,7 @@ from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.feature_store import all_image_features
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.distributed import divided
-from peft_vlm.errors import check_choice
+from peft_vlm.errors import check_choice, check_number
 from peft_vlm.losses import distillation_loss, feature_distance
 from peft_vlm.models.towers import towers_of
 from peft_vlm.objective import Batch, ObjectiveOutput, Paper
@@ -253,13 +253,13 @@ def _check(
     prompts.check_one_template("An ensemble goes into `frozen_prompts`.")
     prompts.check_same_classes(frozen_prompts, name="frozen_prompts")
     for name, weight in weights.items():
-        if weight < 0:
-            raise ValueError(f"Expected `{name}_weight` of 0 or more, got {weight!r}.")
+        check_number(f"{name}_weight", weight, least=0)
     mean, std = gpa
-    if (mean is None) != (std is None) or (std is not None and std <= 0):
-        raise ValueError(
-            f"Expected both `gpa_mean` and `gpa_std` > 0, or neither, got {mean!r} and {std!r}. Both count epochs."
-        )
+    if (mean is None) != (std is None):
+        raise ValueError(f"Expected both `gpa_mean` and `gpa_std` > 0, or neither, got {mean!r} and {std!r}.")
+    if mean is not None and std is not None:  # both count epochs
+        check_number("gpa_mean", mean)
+        check_number("gpa_std", std, above=0)
     check_choice("image_cache", image_cache, ("auto", "none"))
 
 

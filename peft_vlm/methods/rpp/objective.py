@@ -19,7 +19,7 @@ from transformers import CLIPModel
 from peft_vlm.data.feature_store import RowStore
 from peft_vlm.data.splits import BalancedBatches
 from peft_vlm.distributed import gather_rows, local_place, part_of
-from peft_vlm.errors import DataError, UnsupportedModelError, check_choice
+from peft_vlm.errors import DataError, UnsupportedModelError, check_choice, check_number
 from peft_vlm.losses import (
     CORRECTIONS,
     FORMS,
@@ -395,21 +395,16 @@ def _check(settings: dict[str, Any], prompts: ClassPrompts, teacher: nn.Module |
     known = {"soft_form": FORMS, "correction": CORRECTIONS, "image_sampling": SAMPLINGS}
     for name, values in known.items():
         check_choice(name, settings[name], values)
-    if not 0 <= settings["soft_weight"] <= 1:
-        raise ValueError(f"Expected `soft_weight` from 0 to 1, got {settings['soft_weight']!r}.")
+    check_number("soft_weight", settings["soft_weight"], least=0, most=1)
     if settings["soft_weight"] and teacher is None:
         raise ValueError(
             f"Expected a teacher for `soft_weight`={settings['soft_weight']!r}, got None. Pass a frozen CLIP, or "
             "`soft_weight=0` for hard labels alone."
         )
-    if settings["temperature"] <= 0:
-        raise ValueError(f"Expected `temperature` above 0, got {settings['temperature']!r}.")
-    for name, value, least in (
-        ("num_sampled_classes", settings["num_sampled_classes"], 2),
-        ("text_chunk_size", chunk_size, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"Expected `{name}` of at least {least}, got {value}.")
+    check_number("temperature", settings["temperature"], above=0)
+    check_number("num_sampled_classes", settings["num_sampled_classes"], least=2)
+    if chunk_size is not None:
+        check_number("text_chunk_size", chunk_size, least=1)
     prompts.check_one_template("An ensemble goes into `teacher_prompts`.")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_vlm.adapters.pixel_prompt import active_name, prompt_layer_of, without_prompt
 from peft_vlm.data.question_collator import check_shrinking
 from peft_vlm.distributed import shared_mean
-from peft_vlm.errors import check_choice
+from peft_vlm.errors import check_choice, check_number
 from peft_vlm.losses import feature_consistency, semantic_enhancement
 from peft_vlm.methods.tvp.tasks import (
     AnswerTask,
@@ -274,10 +274,8 @@ class TVPObjective(Objective):
 def _check_settings(
     fca_weight: float | int, tse_weight: float | int, tse_clip: ClipGuide | None, source_mode: str
 ) -> None:
-    if fca_weight < 0 or tse_weight < 0:
-        raise ValueError(
-            f"Expected weights of 0 or more, got `fca_weight`={fca_weight!r}, `tse_weight`={tse_weight!r}."
-        )
+    check_number("fca_weight", fca_weight, least=0)
+    check_number("tse_weight", tse_weight, least=0)
     if tse_weight and tse_clip is None:
         raise ValueError(
             f"Expected a CLIP for TSE with `tse_weight`={tse_weight!r}, got none. Pass "
@@ -319,8 +317,7 @@ class NormalizedGradient(torch.optim.Optimizer):
         *,
         masks: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> None:
-        if lr < 0:
-            raise ValueError(f"Expected `lr` of 0 or more, got {lr!r}.")
+        check_number("lr", lr, least=0)
         super().__init__(params, {"lr": lr})
         self.masks = dict(masks or {})
         trained = {parameter for group in self.param_groups for parameter in group["params"]}

@@ -13,9 +13,9 @@ import pytest
 from peft_vlm.cli import main
 from peft_vlm.cli.convert import KINDS
 from peft_vlm.cli.export import FORMATS as EXPORT_FLAGS
-from peft_vlm.conversion.formats import known_formats
 from peft_vlm.evaluation.run import SEVERAL, SINGLE
 from peft_vlm.export import FORMATS as EXPORTS
+from peft_vlm.registry import ADAPTERS
 from peft_vlm.settings import PROTOCOLS
 from tests.cli.test_train import save_clip
 from tests.source_tree import PACKAGE, ROOT, python_modules
@@ -202,5 +202,5 @@ def test_public_names_are_there_when_they_are_used() -> None:
 def test_lists_that_the_help_repeats_are_those_of_the_library() -> None:
     """The help lists them without loading what they belong to."""
     assert set(PROTOCOLS) == {*SINGLE, *SEVERAL}
-    assert list(KINDS) == [official.name for official in known_formats()]
+    assert list(KINDS) == sorted(official.name for adapter in ADAPTERS.values() for official in adapter.formats)
     assert set(EXPORT_FLAGS) == set(EXPORTS)

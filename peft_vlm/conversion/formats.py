@@ -12,12 +12,6 @@ from peft_vlm.errors import AdapterError
 from peft_vlm.registry import ADAPTERS, OfficialFormat
 
 
-def known_formats() -> list[OfficialFormat]:
-    """Kinds of official checkpoints that become adapters, by name."""
-    formats = [official for adapter in ADAPTERS.values() for official in adapter.formats]
-    return sorted(formats, key=lambda official: official.name)
-
-
 def recognise(file: OfficialFile) -> OfficialFormat:
     """The kind of a file.
 
@@ -27,8 +21,8 @@ def recognise(file: OfficialFile) -> OfficialFormat:
     Raises:
         AdapterError: If it is of no kind that can be converted.
     """
-    names = ", ".join(official.name for official in known_formats())
-    found = [o for adapter in ADAPTERS.values() for o in adapter.formats if o.recognises(file.tensors)]
+    known = [official for adapter in ADAPTERS.values() for official in adapter.formats]
+    found = [official for official in known if official.recognises(file.tensors)]
     if is_clip(file.tensors):
         raise AdapterError(
             f"{str(file.path)!r} is a complete CLIP and no adapter. `convert_clip` (and `peft-vlm convert` without "
@@ -36,6 +30,7 @@ def recognise(file: OfficialFile) -> OfficialFormat:
         )
     if not found:
         refuse_other_models(file.tensors)
+        names = ", ".join(sorted(official.name for official in known))
         raise AdapterError(
             f"{str(file.path)!r} is of no kind that is known ({names}): its {len(file.tensors)} tensors begin "
             f"with {sorted(file.tensors)[:4]!r}."

@@ -1,7 +1,9 @@
 """Frozen transformer layers divided among the processes of a training by torch's `fully_shard` (FSDP2)."""
 
+import math
+
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -12,30 +14,37 @@ from peft_vlm.errors import UnsupportedModelError
 from peft_vlm.models.towers import unwrap
 
 
-def shard_frozen_layers(model: nn.Module, device: torch.device, *, reshard_after_forward: bool = True) -> None:
+def shard_frozen_layers(model: nn.Module, device: torch.device) -> None:
     """Divide the frozen weights of every transformer layer among all processes.
 
-    A layer gathers its weights when it runs, in the forward and again in the backward pass. Each layer is a unit of
-    its own, not a part of one for the whole model, so that towers, caches and evaluation may call any of them from
-    anywhere. What stays whole in every process: trainable parameters (DDP averages their gradients), embeddings,
-    norms outside of layers, projections, CLIP's scalar `logit_scale`, and quantised weights of integers.
+    A layer gathers its weights when it runs, in the forward and again in the backward pass, and frees them each time:
+    kept ones would be freed on the process alone that saves a checkpoint, which then waits for the others. Each layer
+    is a unit of its own, not a part of one for the whole model, so that towers, caches and evaluation may call any of
+    them from anywhere; it is the layer without what an adapter puts around it and takes off again.
+
+    What stays whole in every process: trainable parameters (DDP averages their gradients), embeddings, norms outside
+    of layers, projections, CLIP's scalar `logit_scale`, and quantised weights of integers.
 
     Args:
         model: Model with its adapter, on the CPU or on `device`.
         device: Where this process computes; the divided weights are put there.
-        reshard_after_forward: Free a layer's gathered weights after its forward pass, and gather them once more in
-            the backward pass; False keeps them in between.
 
     Raises:
-        UnsupportedModelError: If there is nothing to divide.
+        UnsupportedModelError: If there is nothing to divide, or an earlier run has divided what is trained now.
     """
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and isinstance(p, DTensor)]
+    if trained:
+        raise UnsupportedModelError(
+            f"Expected whole trainable parameters, got {len(trained)} that an earlier run has divided, first "
+            f"{trained[0]!r}. Load the base model again."
+        )
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for layer in _transformer_layers(unwrap(model)):
         if isinstance(layer, FSDPModule):
             continue  # of an earlier run
         whole = {p for p in layer.parameters() if p.requires_grad or not p.is_floating_point()}
         if len(whole) < len(list(layer.parameters())):
-            fully_shard(layer, mesh=mesh, ignored_params=whole, reshard_after_forward=reshard_after_forward)
+            fully_shard(layer, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
     if not has_sharded_layers(model):
         raise UnsupportedModelError(
             f"Expected frozen transformer layers to divide among processes, got none in "
@@ -44,9 +53,8 @@ def shard_frozen_layers(model: nn.Module, device: torch.device, *, reshard_after
 
 
 def _transformer_layers(model: nn.Module) -> list[nn.Module]:
-    """The items of lists of layers, each with what an adapter has put around it."""
-    items = [item for m in model.modules() if isinstance(m, nn.ModuleList) for item in m]
-    layers = [item for item in items if any(isinstance(m, GradientCheckpointingLayer) for m in item.modules())]
+    """The layers themselves, inside of what an adapter has put around them."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     inner = {id(m) for layer in layers for m in layer.modules() if m is not layer}
     return [layer for layer in layers if id(layer) not in inner]
 
@@ -68,6 +76,21 @@ def most_of_all(model: nn.Module, count: int) -> int:
         count: Calls that this process needs.
     """
     return max(from_all(count)) if has_sharded_layers(model) else count
+
+
+def equal_chunks(model: nn.Module, rows: Tensor, size: int) -> list[Tensor]:
+    """Return rows in chunks, as many on every process if layers are divided; whoever has too few repeats the last row.
+
+    Args:
+        model: Model that gets a chunk per call.
+        rows: Rows of this process, at least one.
+        size: Rows per chunk at most.
+    """
+    if not has_sharded_layers(model):
+        return list(rows.split(size))
+    passes = most_of_all(model, math.ceil(len(rows) / size))
+    missing = max(0, passes - len(rows))
+    return list(torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]).tensor_split(passes))
 
 
 def sharded_names(model: nn.Module) -> list[str]:

@@ -49,10 +49,10 @@ _SAME = {"include_num_input_tokens_seen": (False, "no"), "fsdp_config": ({},), "
 #: Settings of accelerate's data loaders, which divide what is divided here already.
 REFUSED_BY_LOADERS = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
 
-#: Settings of FSDP in a launcher's file that would be read by nothing: values that mean nothing, and what to do.
+#: Settings of FSDP in a launcher's file: the values that a run here has, or that mean nothing, and what to do.
 FSDP_SETTINGS = {
     "FSDP_VERSION": (("2",), "layers are divided by FSDP2"),
-    "FSDP_RESHARD_AFTER_FORWARD": (("true", "false"), "FSDP2 knows these two"),
+    "FSDP_RESHARD_AFTER_FORWARD": (("true",), "layers without a backward pass, as in evaluation, would stay whole"),
     "FSDP_OFFLOAD_PARAMS": (("false",), "weights stay on the GPUs; use more of them, or a quantised base model"),
     "FSDP_CPU_RAM_EFFICIENT_LOADING": (("false",), "every process reads the weights, and keeps its part"),
     "FSDP_ACTIVATION_CHECKPOINTING": (("false",), "pass `--gradient_checkpointing` to the script"),
@@ -161,6 +161,8 @@ class VLMTrainingArguments(TrainingArguments):
         super().__post_init__()
         self._check_processes()
         _check_unread(self)
+        if self.has_sharded_layers:  # hidden from the base class; for those who copy or read the settings
+            self.fsdp, self.fsdp_config = True, {}
         if self.deepspeed_plugin is not None:
             check_deepspeed(self)
         self._n_gpu = min(self.n_gpu, 1)  # several visible GPUs without a launcher would mean torch.nn.DataParallel
@@ -185,12 +187,12 @@ class VLMTrainingArguments(TrainingArguments):
         if os.environ.get(_ACCELERATE_FSDP, "false").lower() in ("true", "1"):
             os.environ[_FSDP] = os.environ.pop(_ACCELERATE_FSDP)  # for the next arguments, and hidden from accelerate
         by_launcher = _FSDP in os.environ
-        self.has_sharded_layers = bool(self.fsdp) or by_launcher
-        reshards = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
-        self.reshard_after_forward = reshards or not by_launcher
+        value = self.fsdp.lower() if isinstance(self.fsdp, str) else self.fsdp  # a word of the command line
+        self.has_sharded_layers = (bool(value) and value != "false") or by_launcher
         if not self.has_sharded_layers:
+            self.fsdp = None
             return
-        if self.fsdp not in (None, "", True, "true", "full_shard", "full_shard auto_wrap"):
+        if value not in (None, "", "false", True, "true", "full_shard", "full_shard auto_wrap"):
             raise ValueError(
                 f"Expected `fsdp` to be True, got {shown(self.fsdp)}: frozen transformer layers are divided, and "
                 "nothing else can be chosen."

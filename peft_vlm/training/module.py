@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_vlm.distributed import left_out, num_processes, share_of
-from peft_vlm.models.sharding import shard_frozen_layers, sharded_names
+from peft_vlm.errors import UnsupportedModelError
+from peft_vlm.models.sharding import has_sharded_layers, shard_frozen_layers, sharded_names
 from peft_vlm.models.towers import unwrap
 from peft_vlm.objective import Batch, Objective
 from peft_vlm.training.inputs import FILLER
@@ -65,9 +66,17 @@ class TrainingModule(nn.Module):
 
         Args:
             args: Settings of the run.
+
+        Raises:
+            UnsupportedModelError: If an earlier run has divided layers, and this one does not.
         """
+        if not args.has_sharded_layers and has_sharded_layers(self.model):
+            raise UnsupportedModelError(
+                "Expected a whole model, got one whose layers an earlier run has divided among the processes. Train "
+                "it with `fsdp=True` too, or load the base model again."
+            )
         if args.has_sharded_layers:
-            shard_frozen_layers(self.model, args.device, reshard_after_forward=args.reshard_after_forward)
+            shard_frozen_layers(self.model, args.device)
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, sharded_names(self))
         return self
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from peft_vlm.models.sharding import shard_frozen_layers
 from peft_vlm.text import candidate_scores, tokenize_for_model
 from peft_vlm.training.arguments import FSDP_SETTINGS
 from tests import forked
-from tests.cases import images
+from tests.cases import CASES, base_model, class_prompts, images
 from tests.short_run import train
 from tests.source_tree import ROOT
 from tests.tiny import colour_names, colour_rows, noise_image, tiny_clip, tiny_siglip, tiny_tokenizer
@@ -187,6 +188,57 @@ def test_siglip_trains_as_in_one_process(tmp_path: Path) -> None:
         assert actual == pytest.approx(expected, rel=1e-4), name
 
 
+def one_after_the_other(folder: str) -> None:
+    """Several methods on one base model, each as on a model of its own; then what a divided model is refused."""
+
+    def run(method: str, base: nn.Module, *, fsdp: bool = True) -> tuple[nn.Module, list[float]]:
+        (case,) = [case for case in CASES if case.method == method]
+        torch.manual_seed(0)
+        model = get_peft_model(base, case.config())
+        own: dict[str, Any] = {"max_steps": 2, "use_cpu": True, "report_to": "none", "logging_steps": 1}
+        args = VLMTrainingArguments(f"{folder}/{method}", save_strategy="no", disable_tqdm=True, fsdp=fsdp, **own)
+        data = images().select(range(16))
+        objective = case.objective(class_prompts())
+        trainer = VLMTrainer(model, args, train_dataset=data, eval_dataset=data, objective=objective)
+        trainer.train()
+        accuracy = trainer.evaluate()["eval_accuracy"]
+        return model, [*(entry["loss"] for entry in trainer.state.log_history if "loss" in entry), accuracy]
+
+    shared = base_model()
+    for method in ("coop", "promptsrc", "rpp", "clip_lora", "maple", "coop"):
+        model, found = run(method, shared)
+        shared = model.unload()
+        assert len(found) == 3
+        assert found == run(method, base_model())[1], method
+    with pytest.raises(UnsupportedModelError, match=r"Expected a whole model.*`fsdp=True` too"):
+        run("coop", shared, fsdp=False)
+    with pytest.raises(UnsupportedModelError, match=r"Expected whole trainable parameters.*Load the base model again"):
+        run("skip_tuning", model.unload())  # whose trained copies of layers would be divided, too
+
+
+def test_a_divided_model_takes_one_adapter_after_the_other(tmp_path: Path) -> None:
+    """An adapter around a layer, divided with it, once left weights that nothing gathers; a training of divided
+    weights ended in a file that could not be written.
+    """
+    forked.run_group(tmp_path, one_after_the_other, str(tmp_path))
+
+
+def how_it_is_said(folder: str) -> None:
+    """Words of a command line, and settings that are copied with a change."""
+    options: dict[str, Any] = {"use_cpu": True, "report_to": "none"}
+    for value, is_on in {"True": True, "true": True, "full_shard": True, "False": False, "false": False}.items():
+        args = VLMTrainingArguments(folder, fsdp=value, **options)
+        assert args.has_sharded_layers is is_on, value
+        assert replace(args, seed=1).has_sharded_layers is is_on, value
+    with pytest.raises(ValueError, match="nothing about it can be chosen"):
+        VLMTrainingArguments(folder, fsdp=True, fsdp_config={"min_num_params": 5}, **options)
+
+
+def test_fsdp_is_switched_on_by_what_transformers_takes(tmp_path: Path) -> None:
+    """`--fsdp True` was refused for not being True; a copy of the settings trained with whole models."""
+    forked.run_group(tmp_path, how_it_is_said, str(tmp_path))
+
+
 def what_is_refused() -> None:
     """Runs that could not be right, each with its message."""
     options: dict[str, Any] = {"use_cpu": True, "report_to": "none", "fsdp": True}
@@ -214,7 +266,7 @@ def test_settings_of_the_launcher_that_nothing_reads_are_refused(
 ) -> None:
     """A file of another project asks for offloading, a wrapping policy, ...: the run would be without them."""
     monkeypatch.setenv("PEFT_VLM_USE_FSDP", "true")
-    monkeypatch.setenv(name, "1" if name == "FSDP_VERSION" else "something")
+    monkeypatch.setenv(name, {"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "false"}.get(name, "something"))
     with pytest.raises(ValueError, match=rf"Expected `{name.lower()}: .*` in the launcher's file, got '"):
         VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
 

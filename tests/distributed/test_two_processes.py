@@ -29,6 +29,8 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "skip_tuning on disk": ("skip_tuning", {"image_cache": "disk"}),
     "skip_tuning without cache": ("skip_tuning", {"image_cache": "none"}),
     "promptkd without cache": ("promptkd", {}),
+    "rpp in chunks": ("rpp", {"text_chunk_size": 1}),  # which classes, and so how many, differs between processes
+    "skip_tuning in chunks without cache": ("skip_tuning", {"image_cache": "none", "cache_batch_size": 3}),
     "promptkd official": ("promptkd", {"reduction": "official", "align_steps": 4, "teacher_cache": "views"}),
 }
 ALL: dict[str, tuple[str, dict[str, Any]]] = {method: (method, MEMORY.get(method, {})) for method in RUNS} | FURTHER

@@ -18,7 +18,7 @@ from transformers import CLIPModel
 
 from peft_vlm.data.feature_store import RowStore
 from peft_vlm.data.splits import BalancedBatches
-from peft_vlm.distributed import gather_rows, local_place, part_of
+from peft_vlm.distributed import equal_passes, gather_rows, local_place, part_of
 from peft_vlm.errors import DataError, UnsupportedModelError, check_choice, check_number
 from peft_vlm.losses import (
     CORRECTIONS,
@@ -29,6 +29,7 @@ from peft_vlm.losses import (
     sampled_logits,
     soft_label_loss,
 )
+from peft_vlm.models.sharding import equal_chunks
 from peft_vlm.models.towers import Towers, side_of, towers_of
 from peft_vlm.objective import Batch, EpochBatchSampler, ObjectiveOutput, Paper, check_other_model
 from peft_vlm.registry import Preset, RunSize
@@ -69,9 +70,9 @@ def _stream_class_features(model: nn.Module, prompts: ClassPrompts, *, storage: 
     store = RowStore(storage, name="class features")
     count = len(prompts.class_names)
     index, parts = local_place()
-    part = part_of(count, index=index, parts=parts) or range(1)  # every process takes part in `allocate`
-    for rows in torch.tensor(part).split(chunk_size):
-        features = encode_classes(model, _some_classes(prompts, rows))
+    part = part_of(count, index=index, parts=parts)
+    for rows in equal_passes(part, total=count, parts=parts, size=chunk_size):
+        features = encode_classes(model, _some_classes(prompts, rows), chunk_size=max(_FROZEN_CHUNK, chunk_size))
         store.allocate((count, features.shape[-1]), torch.float32)
         store.write(rows, features)
     store.complete()
@@ -377,7 +378,7 @@ class RPPObjective(PromptObjective):
         if size is None:
             passes = math.ceil(towers.text_activation_bytes(int(lengths.sum())) / MAX_TEXT_BYTES)
             size = math.ceil(len(classes) / passes)
-        chunks = classes.cpu()[order].split(size)
+        chunks = equal_chunks(towers.model, classes.cpu()[order], size)
 
         def encode(ids: Tensor) -> Tensor:
             return towers.finish_text(towers.embed_text(ids), ids, 0)
@@ -387,7 +388,10 @@ class RPPObjective(PromptObjective):
             ids = self._tokens.rows(chunk).to(classes.device)
             # One chunk needs no second forward pass in the backward one.
             parts.append(encode(ids) if len(chunks) == 1 else checkpoint(encode, ids, use_reentrant=False))
-        return torch.cat(parts)[order.argsort().to(classes.device)]
+        features = torch.cat(parts)
+        if len(features) > len(order):  # the backward pass of what fills up gathers weights as that of the others
+            features = features[: len(order)] + 0.0 * features[len(order) :].sum()
+        return features[order.argsort().to(classes.device)]
 
 
 def _check(settings: dict[str, Any], prompts: ClassPrompts, teacher: nn.Module | None, chunk_size: int | None) -> None:

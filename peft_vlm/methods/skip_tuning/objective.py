@@ -20,6 +20,7 @@ from peft_vlm.data.streaming import ImageStream
 from peft_vlm.distributed import divided, gather_rows
 from peft_vlm.errors import DataError, check_choice
 from peft_vlm.losses import num_top_classes, rank_classes, rank_keep_probability, selected_classes
+from peft_vlm.models.sharding import equal_chunks
 from peft_vlm.models.towers import Towers, device_of, side_of, towers_of
 from peft_vlm.objective import Batch, EpochBatchSampler, ObjectiveOutput, Paper
 from peft_vlm.registry import Preset, RunSize
@@ -393,14 +394,11 @@ class SkipTuningObjective(PromptObjective):
         """What enters the first tuned vision layer, from the cache or computed without autograd."""
         if self.cache is not None:
             return self.cache.read(batch["index"].to(batch["labels"].device))
-        towers = towers_of(model)
+        towers, pixels = towers_of(model), batch["pixel_values"]
+        chunks = equal_chunks(model, pixels, self.cache_batch_size)
         with torch.no_grad():
-            return torch.cat(
-                [
-                    towers.run_vision(towers.embed_image(pixels), 0, self._starts[0])
-                    for pixels in batch["pixel_values"].split(self.cache_batch_size)
-                ]
-            )
+            hidden = [towers.run_vision(towers.embed_image(chunk), 0, self._starts[0]) for chunk in chunks]
+        return torch.cat(hidden)[: len(pixels)]
 
     def _draw_tail(self, epoch: int | None = None) -> None:
         """Draw anew; per epoch from (seed, epoch), so that a resumed run draws the same."""

@@ -23,10 +23,6 @@ EXAMPLES = """
 """
 
 
-#: Letters of a value that are shown; `--json` shows all.
-MAX_SHOWN = 2000
-
-
 def register(commands: Any) -> None:
     """Add the command to the program."""
     summary = "what is installed, the settings of a method, what an adapter is"

@@ -1,6 +1,5 @@
 """Labelled images with class names from a folder, a table, or the Hub; what a source cannot answer is an error."""
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +35,6 @@ from peft_vlm.serving.images import find_images
 if TYPE_CHECKING:
     import datasets
 
-logger = logging.getLogger(__name__)
 
 #: Path, id, `datasets.Dataset`, or mapping of splits; everything else gets a message that says what to do.
 Source = Any

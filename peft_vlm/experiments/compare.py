@@ -1,7 +1,6 @@
 """Methods x seeds on a task: train, evaluate, compare; with full fine-tuning and a linear probe as baselines."""
 
 import argparse
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,57 +72,34 @@ class FullFineTuningObjective(PromptObjective):
         return {"text_tokens": self.prompts.input_ids.shape[1]}
 
 
-class _LinearProbe(nn.Module):
-    """Multinomial logistic regression on frozen image features, fitted by L-BFGS, as in CLIP's linear-probe
-    evaluation.
+#: scikit-learn's `C` in CLIP's example code; the penalty on the weights W is |W|^2 / (2 C n) beside the mean loss.
+_PROBE_C = 0.316
 
-    It knows nothing of class names, so it has no answer for new classes.
 
-    Args:
-        dim: Size of the image features.
-        num_classes: Number of classes.
-        inverse_regularisation: scikit-learn's `C`; the penalty on the weights is ||W||^2 / (2 C n) beside the mean
-            loss. 0.316 is the value of CLIP's example code.
+def _linear_probe(
+    features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"], *, num_classes: int
+) -> nn.Linear:
+    """Multinomial logistic regression on projected image features, not normalised, as in CLIP's evaluation.
+
+    Fitted to convergence by L-BFGS. It knows nothing of class names, so it has no answer for new classes.
 
     References:
         Learning Transferable Visual Models From Natural Language Supervision, 2021, arXiv 2103.00020, Sec. 3.2.
     """
+    probe = nn.Linear(features.shape[1], num_classes)
+    nn.init.zeros_(probe.weight)
+    nn.init.zeros_(probe.bias)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+    penalty = 0.5 / (_PROBE_C * len(features))
 
-    def __init__(self, dim: int, num_classes: int, *, inverse_regularisation: float = 0.316) -> None:
-        super().__init__()
-        self.linear = nn.Linear(dim, num_classes)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        self.inverse_regularisation = inverse_regularisation
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(probe(features), labels) + penalty * probe.weight.square().sum()
+        loss.backward()
+        return loss
 
-    def forward(self, features: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
-        """Logits of projected image features that are not normalised."""
-        return self.linear(features)
-
-    def fit(self, features: Float[Tensor, "images dim"], labels: Int[Tensor, " images"]) -> float:
-        """Fit to convergence, in 300 iterations at most.
-
-        Args:
-            features: Projected image features, not normalised.
-            labels: Class of each image.
-
-        Returns:
-            The final objective value.
-        """
-        optimizer = torch.optim.LBFGS(self.parameters(), max_iter=300, line_search_fn="strong_wolfe")
-        penalty = 0.5 / (self.inverse_regularisation * len(features))
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(self.linear(features), labels)
-            loss = loss + penalty * self.linear.weight.square().sum()
-            loss.backward()
-            return loss
-
-        return float(optimizer.step(closure).detach())
-
-
-logger = logging.getLogger(__name__)
+    optimizer.step(closure)
+    return probe
 
 
 @dataclass(frozen=True)
@@ -236,8 +212,8 @@ class LinearProbeLearner:
         """Extract features once and fit."""
         model.eval()
         features = all_image_features(model, split.train.with_transform(self.transform))
-        probe = _LinearProbe(features.shape[1], len(split.train.class_names))
-        probe.fit(features.clone(), torch.tensor(split.train.labels))
+        labels = torch.tensor(split.train.labels)
+        probe = _linear_probe(features.clone(), labels, num_classes=len(split.train.class_names))
 
         def accuracy(dataset: ImageClassificationDataset, names: ClassPrompts) -> float | None:
             if names.class_names != split.train.class_names:

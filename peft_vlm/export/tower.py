@@ -43,6 +43,7 @@ def copy_tower(model: nn.Module) -> tuple[dict[str, Any], plain_towers.ImageTowe
             f"{config.hidden_act!r}."
         )
     if isinstance(embeddings, VisionTokens | VisionSlots):
+        # keys of `tokens` say where they enter: "input" behind the patches, a number at the input of that layer
         tokens["input"], embeddings = _tokens_after_patches(embeddings), embeddings.base_layer
     size = (config.image_size, config.image_size)
     pixel_shape, state = _copy_pixel_prompt(embeddings.patch_embedding, size)
@@ -86,6 +87,7 @@ def _layers(
         if isinstance(inner, DeepTokens):
             tokens[str(index)], inner = inner.active_prompt(inner.layer_norm1.weight), inner.base_layer
         elif isinstance(inner, ProjectionPrompts):
+            # rows of queries, keys and values that stand in place of projected tokens, each (slots, width)
             tokens[str(index)], rows = inner.input_prompt, inner.fixed_rows()
             state |= {f"layers.{index}.attention.slots.{name}": tensor for name, tensor in rows.items()}
             slots[str(index)] = {name: len(tensor) for name, tensor in rows.items()}
@@ -127,7 +129,7 @@ def _attention_pool(head: Any) -> dict[str, Tensor]:
     """SigLIP's pooling head; PyTorch's attention keeps the three input projections in one matrix."""
     state = {"pool.probe": head.probe}
     for kind in ("weight", "bias"):
-        parts = getattr(head.attention, f"in_proj_{kind}").chunk(3)
+        parts = getattr(head.attention, f"in_proj_{kind}").chunk(3)  # rows for queries, keys, values
         for name, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
             state[f"pool.attention.{name}.{kind}"] = part
     state |= _named("pool.attention.out_proj", head.attention.out_proj)
@@ -153,7 +155,7 @@ def _copy_pixel_prompt(layer: nn.Module, size: tuple[int, int]) -> tuple[dict[st
     window = None
     if settings.shrink == "model" and settings.border:
         (top, rows), (left, cols) = (window_of(side, settings) for side in size)
-        window = [top, left, rows, cols]
+        window = [top, left, rows, cols]  # shrinking is linear in the image: a matrix per side does it
         state |= {"shrink_rows": _shrinking(size[0], rows), "shrink_cols": _shrinking(size[1], cols).T}
     shape = {"image_size": list(size), "window": window, "clamp": settings.clamp}
     return shape, {f"pixel_prompt.{key}": tensor for key, tensor in state.items()}

@@ -58,7 +58,7 @@ class Projector(PromptLayer):
         for depth in range(config.projector_depth):
             linear = nn.Linear(width, config.class_dim, device=device, dtype=torch.float32)
             getattr(self, self._linear[depth])[adapter_name] = linear
-            width = config.class_dim
+            width = config.class_dim  # hidden layers are as wide as the teacher's space
             if depth + 1 < config.projector_depth and config.projector_norm != "none":
                 kind = nn.BatchNorm1d if config.projector_norm == "batchnorm" else nn.LayerNorm
                 norm = kind(width, device=device, dtype=torch.float32).train(self.training)
@@ -75,6 +75,7 @@ class Projector(PromptLayer):
 
     def plain(self) -> nn.Module:
         """Projection and projector as one sequence."""
+        # the student's own projection comes first; the rest is what `project` runs
         name, layers = self.current_adapter, [copy.deepcopy(self.base_layer)]
         if name is not None:
             for depth, names in enumerate(self._linear):
@@ -187,7 +188,7 @@ class PromptKDModel(VLMTuner):
         parts = [re.escape(path) for path in heads]
         if config.vision_depth:
             parts.append(learned_token_pattern(self.model, text_depth=0, vision_depth=config.vision_depth))
-        if config.tune_vision:
+        if config.tune_vision:  # copies of all leaves of the tower's layers, and of the norms around them
             leaves = "|".join(re.escape(leaf) for leaf in LEAVES_OF_A_LAYER)
             parts.append(rf"{re.escape(towers.layers_paths['vision'])}\.\d+\.({leaves})")
             parts += [re.escape(path) for path in towers.vision_norm_paths]
@@ -272,7 +273,7 @@ class PromptKDModel(VLMTuner):
                 f"Expected a teacher with class vectors of {config.class_dim} numbers, got {new.shape[-1]} from "
                 f"{guide.name!r}. Use the teacher of the training, {config.teacher_name_or_path!r}."
             )
-        old = layer.active_vectors
+        old = layer.active_vectors  # (classes, dim): they keep their rows, hence their labels
         layer.store(layer.active_adapters[0], [*stored, *class_names], torch.cat([old, new.to(old)]))
 
     def keep_classes(self, class_names: Sequence[str]) -> None:

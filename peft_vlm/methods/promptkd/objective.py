@@ -354,7 +354,7 @@ class PromptKDObjective(Objective):
             features = self.cache.read(batch["index"])
         # (batch, features of all teachers [, features of the student])
         columns = sum(classes.shape[-1] for classes in self.teachers.classes)
-        target = self.teachers.logits(features[:, :columns])
+        target = self.teachers.logits(features[:, :columns])  # (batch, classes)
         if self.student_cache == "views":
             image = projector_of(model).project(features[:, columns:])
         else:

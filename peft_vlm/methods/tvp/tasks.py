@@ -206,7 +206,7 @@ def set_eval_mode(model: nn.Module) -> None:
         model: Model with its adapter.
     """
     for module in model.modules():
-        module.training = _recomputes(module)
+        module.training = _recomputes(module)  # transformers recomputes in training mode alone
         if module.training and isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
 

@@ -12,7 +12,7 @@ from peft_vlm.data.feature_store import RowStore, ViewCache, check_views, should
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.errors import AdapterError, check_choice
 from peft_vlm.models.towers import Side, device_of, image_features, towers_of
-from peft_vlm.objective import Batch, ObjectiveOutput
+from peft_vlm.objective import Batch, ObjectiveOutput, prepared
 from peft_vlm.text.class_features import PromptObjective, encode_classes, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
 
@@ -161,11 +161,9 @@ class ClassificationObjective(PromptObjective):
         Raises:
             RuntimeError: If `prepare` was not called.
         """
-        if self._input_ids is None:
-            raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
-        towers, text = towers_of(model), self._text
+        ids, towers, text = prepared(self._input_ids), towers_of(model), self._text
         if text is None:
-            text = towers.finish_text(towers.embed_text(self._input_ids), self._input_ids, 0)  # (classes, dim)
+            text = towers.finish_text(towers.embed_text(ids), ids, 0)  # (classes, dim)
         logits = towers.similarity_logits(self._image_features(model, batch), text)
         return ObjectiveOutput(self.loss_terms(logits, text, batch["labels"]), logits, batch["labels"])
 

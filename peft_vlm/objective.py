@@ -25,7 +25,7 @@ Names of tensor axes, used in every annotation of the package:
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +38,9 @@ from peft_vlm.models.towers import unwrap
 
 if TYPE_CHECKING:
     import transformers
+
+
+T = TypeVar("T")
 
 
 class Batch(TypedDict, total=False):
@@ -107,6 +110,20 @@ class ObjectiveOutput:
     def loss(self) -> Float[Tensor, ""]:
         """Sum of the loss terms."""
         return torch.stack(list(self.loss_terms.values())).sum()
+
+
+def prepared(value: T | None) -> T:
+    """Return what `Objective.prepare` computes, for the steps that need it.
+
+    Args:
+        value: What was computed; None before.
+
+    Raises:
+        RuntimeError: If `prepare` was not called.
+    """
+    if value is None:
+        raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
+    return value
 
 
 def check_other_model(teacher: nn.Module, student: nn.Module) -> None:

@@ -16,7 +16,7 @@ from peft_vlm.data.streaming import ImageStream
 from peft_vlm.distributed import divided, num_processes, sum_over_processes
 from peft_vlm.errors import AdapterError, ClassNameError, check_choice, check_number, shown
 from peft_vlm.models.towers import device_of, image_features, text_features, towers_of
-from peft_vlm.objective import Batch, Objective, ObjectiveOutput, Paper
+from peft_vlm.objective import Batch, Objective, ObjectiveOutput, Paper, prepared
 from peft_vlm.registry import Preset, RunSize, sgd_training
 from peft_vlm.text.class_features import conditioned_scores, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts
@@ -268,10 +268,9 @@ class CPLObjective(ClassificationObjective):
         Args:
             labels: Index into the classes.
         """
-        assert self.mask is not None, "`adapt_to` comes first"
-        assert self.target is not None, "`prepare` comes first"
+        target, mask = prepared(self.target), prepared(self.mask)
         # (batch, dim): at the official momentum the search decides what is exchanged, the trained part how far
-        mixed = self.momentum * self.target[labels] + (1 - self.momentum) * self.mask[labels]
+        mixed = self.momentum * target[labels] + (1 - self.momentum) * mask[labels]
         return mixed.clamp(0.0, 1.0)
 
     def counterfactuals(
@@ -283,9 +282,9 @@ class CPLObjective(ClassificationObjective):
             features: Image features, not normalised.
             labels: Their classes.
         """
-        assert self.negatives is not None, "`prepare` comes first"
+        negatives = prepared(self.negatives)
         mask, unit = self.masks(labels), nn.functional.normalize(features.float(), dim=-1)
-        return nn.functional.normalize((1 - mask) * unit + mask * self.negatives[labels], dim=-1)
+        return nn.functional.normalize((1 - mask) * unit + mask * negatives[labels], dim=-1)
 
     def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
         """Compute the loss over all classes.
@@ -300,8 +299,7 @@ class CPLObjective(ClassificationObjective):
         Raises:
             RuntimeError: If `prepare` was not called.
         """
-        if self.negatives is None:
-            raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
+        prepared(self.negatives)
         features, labels = self._image_features(model, batch), batch["labels"]
         pair = torch.stack([features.float(), self.counterfactuals(features, labels)], dim=1)  # (batch, 2, dim)
         scores = conditioned_scores(model, self.prompts, features, pair)  # (batch, 2, classes)

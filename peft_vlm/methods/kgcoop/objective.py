@@ -12,7 +12,7 @@ from peft_vlm.classification import ClassificationObjective
 from peft_vlm.data.dataset import ImageClassificationDataset
 from peft_vlm.data.streaming import ImageStream
 from peft_vlm.errors import check_choice, check_number
-from peft_vlm.objective import Paper
+from peft_vlm.objective import Paper, prepared
 from peft_vlm.registry import Preset, RunSize, sgd_training
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import ClassPrompts
@@ -118,8 +118,7 @@ class KgCoOpObjective(ClassificationObjective):
         Returns:
             `cross_entropy`, a mean over the batch, and `knowledge`, a mean over the classes.
         """
-        assert self._anchors is not None, "`prepare` comes first"
-        cosines = nn.functional.cosine_similarity(text.float(), self._anchors, dim=-1)  # (classes,)
+        cosines = nn.functional.cosine_similarity(text.float(), prepared(self._anchors), dim=-1)  # (classes,)
         return {**super().loss_terms(logits, text, labels), "knowledge": self.weight * (1 - cosines.mean())}
 
 

@@ -20,7 +20,7 @@ from peft_vlm.methods.promptkd.classes import stored_classes
 from peft_vlm.methods.promptkd.model import Projector, store_classes
 from peft_vlm.methods.promptkd.teacher import Teacher, Teachers
 from peft_vlm.models.towers import Towers, image_features, towers_of, unwrap
-from peft_vlm.objective import Batch, Objective, ObjectiveOutput, Paper, check_other_model
+from peft_vlm.objective import Batch, Objective, ObjectiveOutput, Paper, check_other_model, prepared
 from peft_vlm.registry import Preset, RunSize, sgd_training
 from peft_vlm.text.class_features import evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts, readable
@@ -346,14 +346,13 @@ class PromptKDObjective(Objective):
         Raises:
             RuntimeError: If `prepare` was not called.
         """
-        if not self.teachers.classes:
-            raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
+        vectors = prepared(self.teachers.classes or None)
         if self.cache is None:
             features = self.teachers.features(batch["pixel_values"], self._transform)
         else:
             features = self.cache.read(batch["index"])
         # (batch, features of all teachers [, features of the student])
-        columns = sum(classes.shape[-1] for classes in self.teachers.classes)
+        columns = sum(classes.shape[-1] for classes in vectors)
         target = self.teachers.logits(features[:, :columns])  # (batch, classes)
         if self.student_cache == "views":
             image = projector_of(model).project(features[:, columns:])

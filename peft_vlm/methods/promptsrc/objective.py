@@ -16,7 +16,7 @@ from peft_vlm.distributed import divided
 from peft_vlm.errors import check_choice, check_number
 from peft_vlm.losses import distillation_loss, feature_distance
 from peft_vlm.models.towers import towers_of
-from peft_vlm.objective import Batch, ObjectiveOutput, Paper
+from peft_vlm.objective import Batch, ObjectiveOutput, Paper, prepared
 from peft_vlm.registry import Preset, RunSize, sgd_training
 from peft_vlm.text.class_features import PromptObjective, encode_classes, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
@@ -208,16 +208,14 @@ class PromptSRCObjective(PromptObjective):
         Raises:
             RuntimeError: If `prepare` was not called.
         """
-        if self._input_ids is None:
-            raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
-        towers = towers_of(model)
+        ids, towers = prepared(self._input_ids), towers_of(model)
         frozen = self._frozen_image_features(model, batch) if self._needs_frozen_images else None  # (batch, dim)
         image = frozen  # which, without prompts on the vision side, are the features of the prompted model too
         if self._trains_vision or image is None:
             image = towers.finish_image(towers.embed_image(batch["pixel_values"]), 0)
         text = self._fixed_text  # (classes, dim)
         if text is None:
-            text = towers.finish_text(towers.embed_text(self._input_ids), self._input_ids, 0)
+            text = towers.finish_text(towers.embed_text(ids), ids, 0)
         logits = towers.similarity_logits(image, text)
         terms = {"cross_entropy": nn.functional.cross_entropy(logits, batch["labels"])}
         if self.weights["text"] and self._frozen_text is not None:

@@ -31,7 +31,7 @@ from peft_vlm.losses import (
 )
 from peft_vlm.models.sharding import equal_chunks
 from peft_vlm.models.towers import Towers, side_of, towers_of
-from peft_vlm.objective import Batch, EpochBatchSampler, ObjectiveOutput, Paper, check_other_model
+from peft_vlm.objective import Batch, EpochBatchSampler, ObjectiveOutput, Paper, check_other_model, prepared
 from peft_vlm.registry import Preset, RunSize
 from peft_vlm.text.class_features import CompactPrompts, PromptObjective, encode_classes
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots
@@ -154,8 +154,7 @@ class _ZeroShotTeacher:
             images: What `image_features` gave.
             classes: Positions of the classes.
         """
-        assert self.classes is not None, "`prepare` comes first"
-        return towers_of(self.model).similarity_logits(images, self.classes.read(classes, images.device))
+        return towers_of(self.model).similarity_logits(images, prepared(self.classes).read(classes, images.device))
 
 
 class RPPObjective(PromptObjective):
@@ -325,8 +324,6 @@ class RPPObjective(PromptObjective):
         Raises:
             RuntimeError: If `prepare` was not called.
         """
-        if self._tokens is None:
-            raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
         labels, towers = batch["labels"], towers_of(model)
         negatives = self._draw(batch["index"]).to(labels.device)  # (sampled - 1,), the same for all images
         rejected = false_negatives(labels, negatives)  # (batch, sampled - 1): an image's own class among them
@@ -371,9 +368,9 @@ class RPPObjective(PromptObjective):
         """Features of some classes; several chunks keep one chunk's activations at a time."""
         if self._fixed_text is not None:
             return self._fixed_text.read(classes, classes.device)
-        assert self._tokens is not None
+        tokens = prepared(self._tokens)
         # By length, so that a chunk pads little; the order is restored at the end.
-        lengths = self._tokens.lengths[classes.cpu()]
+        lengths = tokens.lengths[classes.cpu()]
         order, size = lengths.argsort(stable=True), self.text_chunk_size
         if size is None:
             passes = math.ceil(towers.text_activation_bytes(int(lengths.sum())) / MAX_TEXT_BYTES)
@@ -385,7 +382,7 @@ class RPPObjective(PromptObjective):
 
         parts = []
         for chunk in chunks:
-            ids = self._tokens.rows(chunk).to(classes.device)
+            ids = tokens.rows(chunk).to(classes.device)
             # One chunk needs no second forward pass in the backward one.
             parts.append(encode(ids) if len(chunks) == 1 else checkpoint(encode, ids, use_reentrant=False))
         features = torch.cat(parts)

@@ -23,7 +23,7 @@ from peft_vlm.distributed import from_all, local_place, part_of, progress_bar
 from peft_vlm.errors import AdapterError, UnsupportedModelError, check_choice
 from peft_vlm.methods.skip_tuning.objective import PAPER
 from peft_vlm.models.language_layers import LanguageLayers, language_layers_of
-from peft_vlm.objective import Batch, ClassNames, Objective, ObjectiveOutput
+from peft_vlm.objective import Batch, ClassNames, Objective, ObjectiveOutput, prepared
 from peft_vlm.text.answers import Candidates, candidate_scores
 from peft_vlm.text.class_features import evaluation_mode
 
@@ -281,9 +281,7 @@ class SkipTuningAnswerObjective(Objective):
         Raises:
             RuntimeError: If `prepare` was not called.
         """
-        states = self._states
-        if states is None:
-            raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
+        states = prepared(self._states)
         if self.state_cache == "none":  # nothing below the tuned layers asks for a gradient, so autograd starts there
             logits, labels = answer_logits(model, model_inputs(batch), answers_of(batch))
         else:

@@ -22,7 +22,7 @@ from peft_vlm.errors import DataError, check_choice
 from peft_vlm.losses import num_top_classes, rank_classes, rank_keep_probability, selected_classes
 from peft_vlm.models.sharding import equal_chunks
 from peft_vlm.models.towers import Towers, device_of, side_of, towers_of
-from peft_vlm.objective import Batch, EpochBatchSampler, ObjectiveOutput, Paper
+from peft_vlm.objective import Batch, EpochBatchSampler, ObjectiveOutput, Paper, prepared
 from peft_vlm.registry import Preset, RunSize
 from peft_vlm.text.class_features import PromptObjective, evaluation_mode
 from peft_vlm.text.prompts import ClassPrompts
@@ -352,9 +352,7 @@ class SkipTuningObjective(PromptObjective):
         Raises:
             RuntimeError: If `prepare` was not called.
         """
-        if self._text is None:
-            raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
-        ids, text_hidden, prototypes = self._text
+        ids, text_hidden, prototypes = prepared(self._text)
         towers, labels = towers_of(model), batch["labels"]
         image = towers.finish_image(self._image_hidden(model, batch), self._starts[0])  # (batch, dim)
         # The choice of classes follows the image features of this step, but no gradient flows through it.

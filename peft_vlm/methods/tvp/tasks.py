@@ -28,6 +28,7 @@ from peft_vlm.errors import AdapterError, DataError
 from peft_vlm.methods.tvp.config import TVPConfig
 from peft_vlm.models.towers import towers_of, unwrap
 from peft_vlm.models.vision import encode_visual_tokens, input_size_of, record_visual_tokens
+from peft_vlm.objective import prepared
 from peft_vlm.text.answers import Candidates, candidate_scores
 from peft_vlm.text.class_features import ClassFeatureCache, encode_classes
 from peft_vlm.text.prompts import ClassPrompts, readable
@@ -169,10 +170,9 @@ class ClassTask:
         Raises:
             RuntimeError: If `prepare` was not called.
         """
-        if self._class_features is None:
-            raise RuntimeError("Expected `prepare(model, dataset)` before the first batch; the trainer calls it.")
+        classes = prepared(self._class_features)
         features, labels = self.encode(model, batch), batch["labels"]  # (batch, dim), one token per image
-        logits = towers_of(model).similarity_logits(features, self._class_features)
+        logits = towers_of(model).similarity_logits(features, classes)
         return TaskOutput(nn.functional.cross_entropy(logits, labels), logits, labels, features)
 
     def encode(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tensor, "tokens width"]:

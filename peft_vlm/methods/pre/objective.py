@@ -57,7 +57,7 @@ class PREObjective(ClassificationObjective):
 
         Args:
             model: `PeftModel` with the active adapter.
-            dataset: Not used; the classes come from the prompts.
+            dataset: Training images; the classes come from the prompts.
 
         Raises:
             ValueError: If the adapter has no network.

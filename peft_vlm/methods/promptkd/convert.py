@@ -89,7 +89,7 @@ def to_official(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> 
 
     Args:
         model: Model with the active adapter.
-        tokenizer: Not used; the file holds no texts.
+        tokenizer: The base model's; the file holds no texts.
 
     Raises:
         AdapterError: If the student has another projector than the official ones, or no visual tokens.

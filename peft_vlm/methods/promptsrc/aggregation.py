@@ -57,17 +57,7 @@ class PromptAggregation(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse settings under which the mean would be lost.
-
-        Args:
-            args: Settings of the run.
-            state: State of the trainer; a new run starts without a mean.
-            control: Not used.
-            **kwargs: Not used.
-
-        Raises:
-            ValueError: With `load_best_model_at_end`.
-        """
+        """Refuse `load_best_model_at_end`, under which the mean would be lost; a new run starts without one."""
         if args.load_best_model_at_end:
             raise ValueError(
                 "Expected `load_best_model_at_end`=False with Gaussian prompt aggregation, got True: the best "

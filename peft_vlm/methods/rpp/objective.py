@@ -284,7 +284,7 @@ class RPPObjective(PromptObjective):
 
         Args:
             model: `PeftModel` with the active adapter.
-            dataset: Not used; the classes come from the prompts.
+            dataset: Training images; the classes come from the prompts.
 
         Raises:
             UnsupportedModelError: If the model is no `CLIPModel`.

@@ -106,7 +106,7 @@ def to_official(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> 
 
     Args:
         model: Model with the active adapter.
-        tokenizer: Not used; the file holds no texts.
+        tokenizer: The base model's; the file holds no texts.
     """
     copies = {name.replace(f".{SkipTuningModel.prefix}", "."): t for name, t in adapter_tensors(model).items()}
     tensors = official_names(base_tensors(model) | copies)

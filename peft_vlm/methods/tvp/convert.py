@@ -81,7 +81,7 @@ def to_official(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None) -> 
 
     Args:
         model: Model with the active adapter.
-        tokenizer: Not used; the file holds no texts.
+        tokenizer: The base model's; the file holds no texts.
 
     Raises:
         AdapterError: If the adapter cuts prompted pixels to [0, 1], which the official code does not.

@@ -143,15 +143,54 @@ class PackedTexts:
         return table.flatten(0, 1) if self.is_full else table[self.rows, self.columns - self.num_shared]
 
 
-def reason_against(layers: Sequence[nn.Module]) -> str | None:
-    """Return why text layers must run as they are; None where the packed row gives the same.
+def run_packed(
+    layers: Sequence[nn.Module],
+    hidden: Float[Tensor, "prompts tokens width"],
+    input_ids: Int[Tensor, "prompts tokens"],
+    pooled_positions: Int[Tensor, " prompts"],
+    *,
+    embedding: nn.Module | None,
+) -> Float[Tensor, "prompts width"] | None:
+    """Return each prompt's pooled state after text layers; None where these must run as they are.
+
+    The last layer computes the pooled tokens only. `passes` counts both ways.
 
     Args:
-        layers: The layers that would run.
+        layers: The layers that are to run.
+        hidden: What enters the first of them.
+        input_ids: Token ids, slots reserved.
+        pooled_positions: Position of each prompt's pooled token.
+        embedding: The token embedding, or the layer around it, where `hidden` comes from there.
     """
-    for layer in layers:
-        while isinstance(layer, _EntersLayer):
-            layer = layer.base_layer
+    contexts = embedding if isinstance(embedding, OwnContexts) else None
+    reason = _reason_against(layers) if layers else "no layer is left"
+    if contexts is not None and contexts.contexts_differ:
+        reason = "each class has a context of its own"
+    if reason is None:
+        # With a context repeated, the prompts come several times: their layout is that of the first time.
+        count = len(input_ids) // (1 if contexts is None else contexts.num_repeats)
+        texts = PackedTexts.of(input_ids[:count], pooled_positions[:count])
+        if texts.num_shared >= _num_required(layers):
+            passes["packed"] += 1
+            packed = texts.pack(hidden)  # (repeats, packed, width)
+            for layer in layers[:-1]:
+                packed = _layer(layer, packed, texts, pooled_only=False)
+            return _layer(layers[-1], packed, texts, pooled_only=True).flatten(0, 1)
+        reason = "prompts differ where a layer is prompted"
+    passes[f"plain: {reason}"] += 1
+    return None
+
+
+def _unwrapped(layer: nn.Module) -> Any:
+    """The transformer layer inside wrappers that change what enters it."""
+    while isinstance(layer, _EntersLayer):
+        layer = layer.base_layer
+    return layer
+
+
+def _reason_against(layers: Sequence[nn.Module]) -> str | None:
+    """Why text layers must run as they are; None where the packed row gives the same."""
+    for layer in map(_unwrapped, layers):
         if not isinstance(layer, CLIPEncoderLayer):
             return f"a layer is a {type(layer).__name__}"
         # Layer and attention are not called as a whole, so their hooks would not run; those further inside do.
@@ -165,37 +204,16 @@ def reason_against(layers: Sequence[nn.Module]) -> str | None:
     return None
 
 
-def num_required(layers: Sequence[nn.Module]) -> int:
-    """Return how many leading tokens must be shared, so that what enters the layers is in their part of the row.
-
-    Args:
-        layers: The layers that will run.
-    """
+def _num_required(layers: Sequence[nn.Module]) -> int:
+    """How many leading tokens must be shared, so that what enters the layers is in their part of the row."""
     return 1 + max((layer.num_entering for layer in layers if isinstance(layer, _EntersLayer)), default=0)
-
-
-def run_packed(
-    layers: Sequence[nn.Module], hidden: Float[Tensor, "repeats packed width"], texts: PackedTexts
-) -> Float[Tensor, "rows width"]:
-    """Return each prompt's pooled state after the layers; the last layer computes the pooled tokens only.
-
-    Args:
-        layers: `CLIPEncoderLayer`, or wrappers that say how they enter one.
-        hidden: What enters the first of them.
-        texts: Layout of each row.
-    """
-    for layer in layers[:-1]:
-        hidden = _layer(layer, hidden, texts, pooled_only=False)
-    return _layer(layers[-1], hidden, texts, pooled_only=True).flatten(0, 1)
 
 
 def _layer(
     layer: Any, hidden: Float[Tensor, "repeats packed width"], texts: PackedTexts, *, pooled_only: bool
 ) -> Float[Tensor, "repeats positions width"]:
     """One layer, recomputed in the backward pass where the model's gradient checkpointing says so."""
-    inner = layer
-    while isinstance(inner, _EntersLayer):
-        inner = inner.base_layer
+    inner = _unwrapped(layer)
     if inner.training and torch.is_grad_enabled() and getattr(inner, "gradient_checkpointing", False):
         return checkpoint(_run_layer, layer, hidden, texts, pooled_only, use_reentrant=False)
     return _run_layer(layer, hidden, texts, pooled_only)

@@ -28,7 +28,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 
 from peft_vlm.errors import UnsupportedModelError
-from peft_vlm.models.packed_texts import OwnContexts, PackedTexts, num_required, passes, reason_against, run_packed
+from peft_vlm.models.packed_texts import run_packed
 
 LEAVES_OF_A_LAYER = (
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
@@ -303,21 +303,11 @@ class Towers:
         that must run as they are get whole, padded prompts.
         """
         layers, positions = list(self.text_layers[start:]), self.pooled_positions(input_ids)
-        reason = reason_against(layers) if layers else "no layer is left"
-        embedding = self.token_embedding
-        if start == 0 and isinstance(embedding, OwnContexts) and embedding.contexts_differ:
-            reason = "each class has a context of its own"
-        repeats = embedding.num_repeats if start == 0 and isinstance(embedding, OwnContexts) else 1
-        if reason is None:
-            count = len(input_ids) // repeats
-            texts = PackedTexts.of(input_ids[:count], positions[:count])
-            if texts.num_shared >= num_required(layers):
-                passes["packed"] += 1
-                pooled = run_packed(layers, texts.pack(hidden), texts)
-                return self.model.text_projection(self.model.text_model.final_layer_norm(pooled))
-            reason = "prompts differ where a layer is prompted"
-        passes[f"plain: {reason}"] += 1
-        return self.pool_text(self.run_text(hidden, start), input_ids)
+        embedding = self.token_embedding if start == 0 else None  # later layers get states, whatever they come from
+        pooled = run_packed(layers, hidden, input_ids, positions, embedding=embedding)  # (prompts, width)
+        if pooled is None:
+            return self.pool_text(self.run_text(hidden, start), input_ids)
+        return self.model.text_projection(self.model.text_model.final_layer_norm(pooled))
 
     def text_activation_bytes(self, num_tokens: int) -> int:
         """Return what the text layers keep in float32 for the backward pass of a trained context.

@@ -79,6 +79,21 @@ def choose_split(names: Iterable[str], split: str | None, *, where: str, advice:
     return same[0]
 
 
+def shards_of(root: Path, pattern: str, *, number: str = r"-\d+.*") -> dict[str, list[str]]:
+    """Files of each part of a dataset, in a folder and its folder `data`, sorted.
+
+    Args:
+        root: The folder.
+        pattern: Names of the files.
+        number: What follows the name of the part in that of a shard, such as `-00000-of-00002`.
+    """
+    files: dict[str, list[str]] = {}
+    found = [file for folder in (root, root / "data") for file in folder.glob(pattern)]
+    for file in sorted(filter(os.path.isfile, found)):
+        files.setdefault(re.sub(number, "", file.stem), []).append(str(file))
+    return files
+
+
 def read_files(
     path: Path, split: str | None, columns: Mapping[str, str], *, holdout: float = 0.0
 ) -> tuple[list[dict[str, str]], list[str], float]:

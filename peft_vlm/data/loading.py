@@ -1,6 +1,5 @@
 """Labelled images with class names from a folder, a table, or the Hub; what a source cannot answer is an error."""
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from peft_vlm.data.folders import (
     choose_split,
     in_split_order,
     read_files,
+    shards_of,
     split_of,
 )
 from peft_vlm.data.images import as_value_range
@@ -128,18 +128,9 @@ def _benchmark_split(split: str | None) -> str:
     return "val" if word == "validation" else word
 
 
-def _parquet_files(root: Path) -> dict[str, list[str]]:
-    """Parquet files of each split."""
-    files: dict[str, list[str]] = {}
-    found = [file for folder in (root, root / "data") for file in folder.glob("*.parquet")]
-    for file in sorted(filter(os.path.isfile, found)):
-        files.setdefault(re.sub(r"-\d+.*", "", file.stem), []).append(str(file))
-    return files
-
-
 def _holds_tables(root: Path) -> bool:
     is_saved = (root / "dataset_dict.json").is_file() or (root / "dataset_info.json").is_file()
-    return is_saved or bool(_parquet_files(root))
+    return is_saved or bool(shards_of(root, "*.parquet"))
 
 
 #: Opens all parts of a source in a fixed order, at least their label column.
@@ -153,7 +144,7 @@ def _open_table(
     opened: Any = source
     if path is not None and (path.is_dir() or path.suffix.lower() == ".parquet"):
         check_exists(path)
-        files = _parquet_files(path) if path.is_dir() else {_own_split(path.stem): [str(path)]}
+        files = shards_of(path, "*.parquet") if path.is_dir() else {_own_split(path.stem): [str(path)]}
         if files:
             return _open_parquet(path, files, split, label_column)
         opened = _open_saved(path)

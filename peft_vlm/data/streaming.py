@@ -4,8 +4,6 @@ import copy
 import hashlib
 import itertools
 import logging
-import os
-import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from torch.utils.data import get_worker_info
 
 from peft_vlm.data.class_names import ClassNames, match_labels, read_class_list, warn_of_codes
 from peft_vlm.data.dataset import Item, UnreadableImages, collate, is_hf_dataset
-from peft_vlm.data.folders import choose_split
+from peft_vlm.data.folders import choose_split, shards_of
 from peft_vlm.data.images import SAMPLE, as_value_range, check_value_range, read_image, top_of
 from peft_vlm.data.loading import check_own_split, load_from_hub
 from peft_vlm.data.transforms import ImageTransform
@@ -295,10 +293,7 @@ def _opened(source: Any, split: str | None, columns: list[str] | None) -> "datas
     if not folder.is_dir():
         return load_from_hub(str(source), split or "train", streaming=True)
     for builder, pattern in SHARDS.items():
-        shards: dict[str, list[str]] = {}
-        found = [file for place in (folder, folder / "data") for file in place.glob(pattern)]
-        for file in sorted(filter(os.path.isfile, found)):
-            shards.setdefault(re.sub(r"[-_.]?\d+.*", "", file.stem), []).append(str(file))
+        shards = shards_of(folder, pattern, number=r"[-_.]?\d+.*")
         if not shards:
             continue
         name = choose_split(shards, split, where=repr(str(folder)))

@@ -157,7 +157,7 @@ class ClassNames:
 
 
 @runtime_checkable
-class RecordsData(Protocol):
+class _RecordsData(Protocol):
     """What an adapter's configuration says about classes and images; those of this package have it."""
 
     class_names: Any
@@ -177,7 +177,7 @@ class _Preprocessing(Protocol):
     image_size: Any
 
 
-def record_data(config: RecordsData, prompts: Any, dataset: Any) -> None:
+def record_data(config: _RecordsData, prompts: Any, dataset: Any) -> None:
     """Write classes, template and preprocessing into a configuration.
 
     Args:
@@ -243,7 +243,7 @@ class Objective(ABC):
             dataset: Training images.
         """
         config = model.active_peft_config if isinstance(model, PeftModel) else None
-        if isinstance(config, RecordsData):  # PEFT's own types have no place for it
+        if isinstance(config, _RecordsData):  # PEFT's own types have no place for it
             record_data(config, self.prompts, dataset)
 
     def epoch_start(self, model: nn.Module, dataset: Dataset, epoch: int) -> None:  # noqa: B027 - an optional hook

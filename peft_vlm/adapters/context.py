@@ -195,7 +195,7 @@ def complete_context(config: TextContextConfig, model: Any) -> None:
         AdapterError: If the base model has no such tokens.
     """
     config.placeholder_id = towers_of(model).start_token_id
-    read_context_words(config, model)
+    _read_context_words(config, model)
     if isinstance(config, AttributeContextConfig):
         _complete_attributes(config, model)
     if config.context_init_ids is None:
@@ -256,7 +256,7 @@ def complete_whole_context(config: TextContextConfig, model: Any) -> None:
     Raises:
         ValueError: If the words are no token.
     """
-    read_context_words(config, model)
+    _read_context_words(config, model)
     if config.context_init_ids is not None:
         if not config.context_init_ids:
             raise ValueError(
@@ -267,13 +267,8 @@ def complete_whole_context(config: TextContextConfig, model: Any) -> None:
     complete_context(config, model)
 
 
-def read_context_words(config: TextContextConfig, model: Any) -> None:
-    """Fill in `context_init_ids` from the words, by the base model's tokenizer; nothing to do where they are given.
-
-    Args:
-        config: Configuration of a new or loaded adapter.
-        model: The base model.
-    """
+def _read_context_words(config: TextContextConfig, model: Any) -> None:
+    """Fill in `context_init_ids` from the words, by the base model's tokenizer, unless they are given."""
     if config.context_init_ids is None and config.context_init is not None:
         advice = ", or `context_init=None` for a random start"
         config.context_init_ids = _ids_of(config.context_init, config, model, name="context_init_ids", advice=advice)

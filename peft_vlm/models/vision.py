@@ -24,7 +24,7 @@ RGB = 3
 
 
 @dataclass(frozen=True)
-class PatchEmbedding:
+class _PatchEmbedding:
     """The module through which pixels enter.
 
     Args:
@@ -39,7 +39,7 @@ class PatchEmbedding:
     kind: str
 
 
-def patch_embedding_of(model: nn.Module) -> PatchEmbedding:
+def patch_embedding_of(model: nn.Module) -> _PatchEmbedding:
     """Find the patch embedding of a model by what it is, whatever it is called.
 
     Args:
@@ -66,7 +66,7 @@ def patch_embedding_of(model: nn.Module) -> PatchEmbedding:
     kind = "image"
     if isinstance(modules[name], nn.Conv3d):  # frames, rows and columns of packed patches
         kind, name = "packed", _owner_of_grid(modules, name)
-    return PatchEmbedding(_plain(name), base.get_submodule(_plain(name)), kind)
+    return _PatchEmbedding(_plain(name), base.get_submodule(_plain(name)), kind)
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int] | None:
@@ -103,7 +103,7 @@ def _owner_of_grid(modules: dict[str, nn.Module], name: str) -> str:
 _METHOD = "get_image_features"
 
 
-class RecordedTokens:
+class _RecordedTokens:
     """Visual tokens of the forward passes inside `record_visual_tokens`."""
 
     def __init__(self) -> None:
@@ -125,13 +125,13 @@ class RecordedTokens:
 
 
 @contextmanager
-def record_visual_tokens(model: nn.Module) -> Iterator[RecordedTokens]:
+def record_visual_tokens(model: nn.Module) -> Iterator[_RecordedTokens]:
     """Inside, every forward pass leaves the visual tokens it computed anyway, with their gradients.
 
     Args:
         model: Image-text-to-text model, with or without adapters.
     """
-    owner, recorded = _owner(model), RecordedTokens()
+    owner, recorded = _owner(model), _RecordedTokens()
     before = owner.__dict__.get(_METHOD)  # another recording may be going on around this one
     original = getattr(owner, _METHOD)
 

@@ -175,7 +175,7 @@ def _trainable_copy(parameter: torch.Tensor, *, init_weights: bool, dtype: torch
         dtype: dtype of the copy; None keeps the tensor's.
     """
     copy = parameter.detach().clone().to(dtype or parameter.dtype)
-    if not init_weights:
+    if not init_weights:  # 1 beside the mean, so that a bias of zeros changes too
         copy += 0.02 * (1.0 + copy.abs().mean()) * torch.randn_like(copy)
     return nn.Parameter(copy)
 
@@ -292,6 +292,7 @@ class LayerCopy(PromptLayer):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]!r} seems to be broken.")
         for key, tensor in tuned.items():
             parameter = getattr(self.base_layer, key)
+            # Kept, because base + (tuned - base) and back would round
             self._base_tensors[key] = parameter.data.clone()
             parameter.data.copy_(tensor.data)
         self.merged_adapters = names

@@ -193,6 +193,8 @@ class TextContext(LearnedTokens, _ContextLayer):
             return vectors
         words = self.base_layer(torch.tensor(ids, device=vectors.device)).detach().to(vectors.dtype)
         count = vectors.shape[-2]
+        # Rows of `vectors` are numbered first, those of `words` after them: the places before the context take from
+        # both in their order, and what is left of the vectors is the context.
         learned, fixed = itertools.count(), itertools.count(count)
         order = [next(learned if token is None else fixed) for token in before]
         order += range(before.count(None), count)
@@ -412,6 +414,7 @@ class VisionTokens(LearnedTokens):
         """Patch and class embeddings, then the learned tokens."""
         embedded = self.base_layer(*args, **kwargs)
         prompt = self.active_prompt(embedded)
+        # (batch, tokens, width) -> (batch, tokens + learned, width); `expand` copies nothing
         return embedded if prompt is None else torch.cat([embedded, prompt.expand(len(embedded), -1, -1)], dim=1)
 
 

@@ -371,6 +371,7 @@ def draw_prompt(
         limit = float(values[int(SHOWN_SHARE * (len(values) - 1))]) or 1.0
     if limit <= 0:
         raise ValueError(f"Expected `limit` above 0, got {limit!r}.")
+    # [-limit, limit] becomes [0, 1], so that zero is mid-grey
     shown = (0.5 + 0.5 * prompt * mask / limit).clamp(0, 1)
     image = Image.fromarray((255 * shown).round().to(torch.uint8).permute(1, 2, 0).numpy())
     factor = -(-side // image.width)  # rounded up
@@ -391,6 +392,8 @@ def show_prompted(model: nn.Module, images: Sequence[Image.Image], *, side: int 
     settings = replace(settings, image_mean=(0.0,) * 3, image_std=(1.0,) * 3, shrink=shrink)
     squares = [image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC) for image in images]
     plain = torch.stack([torch.from_numpy(np.array(square)).permute(2, 0, 1) for square in squares]).float() / 255
+    # (2, images, 3, side, side): plain above prompted
     rows = torch.stack([plain, prompted_images(plain, prompt_of(model), settings).clamp(0, 1)])
+    # (2, side, images, side, 3), of which the first two and the next two axes are the rows and columns of one sheet
     sheet = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     return Image.fromarray((255 * sheet).round().to(torch.uint8).numpy())

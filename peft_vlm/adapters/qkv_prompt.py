@@ -83,7 +83,7 @@ class SlotProjection(nn.Module):
         if prompt is None:
             return self.projection(normed)
         before, after = split_at_prompts(normed, len(prompt), side=owner.tower)
-        rows = prompt.expand(len(normed), -1, -1)
+        rows = prompt.expand(len(normed), -1, -1)  # (slots, width) -> (rows, slots, width)
         if not after.shape[1]:  # the slots are last: the rest is one slice, which needs no copy
             return torch.cat([self.projection(before), rows], dim=1)
         # Rows of slots are left out of the product, and its result is cut where they belong.
@@ -234,6 +234,7 @@ class ProjectionPrompts(DelegatingLayer):
         return {leaf: tensor for leaf, tensor in rows.items() if tensor is not None}
 
     def _project(self, part: str, prompt: Float[Tensor, "slots width"]) -> Float[Tensor, "slots width"]:
+        # What the layer makes of a token that is this prompt: its norm works on each token alone.
         leaf = getattr(attention_of(self.base_layer), PROJECTIONS[part])
         return leaf.projection(attention_norm_of(self.base_layer)(prompt))
 

@@ -239,6 +239,7 @@ class BalancedBatches(EpochBatchSampler):
 
     def __init__(self, labels: Sequence[int], *, batch_size: int, seed: int) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
+        # Positions sorted by class, cut where another class begins; classes without images have no part.
         order = np.argsort(np.asarray(labels), kind="stable")
         _, starts = np.unique(np.asarray(labels)[order], return_index=True)
         self._images = np.split(order, starts[1:])
@@ -250,6 +251,7 @@ class BalancedBatches(EpochBatchSampler):
         random = np.random.default_rng([self.seed, self.epoch])
         total, classes = sum(map(len, self._images)), len(self._images)
         rounds = math.ceil(total / classes)
+        # A row is a round, in which every class comes once; a column repeats the images of one class.
         columns = np.empty((rounds, classes), dtype=np.int64)
         for column, images in enumerate(self._images):
             passes = math.ceil(rounds / len(images))

@@ -148,6 +148,7 @@ class TrainTransform:
         image = _random_view(image, self.image_size, self, generator)
         if self.colour_jitter:
             image = _jitter(image, self.colour_jitter, generator)
+        # (rows, cols, channels) of bytes -> (channels, rows, cols)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() * self.rescale_factor
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
         return (pixels - mean) / std
@@ -230,6 +231,7 @@ def random_crop_box(
         Top, left, height and width in pixels.
     """
     rows, cols = size
+    # Drawn on a log scale, so that wide and high crops are equally likely.
     log_low, log_high = torch.log(torch.tensor(ratio)).tolist()
     for _ in range(10):
         area = rows * cols * torch.empty(1).uniform_(*scale, generator=generator).item()

@@ -216,7 +216,7 @@ def classify(logits: LogitsFn, dataset: ImageClassificationDataset, **options: i
         raise DataError("Expected images with labels, got images without; `predict_logits` needs none.")
     labels, predicted, confidence = [], [], []
     for batch_logits, batch_labels in iterate_logits(logits, dataset, **options):
-        best = batch_logits.softmax(dim=-1).max(dim=-1)
+        best = batch_logits.softmax(dim=-1).max(dim=-1)  # (batch,) values and indices; the logits are dropped
         labels.append(batch_labels)
         predicted.append(best.indices)
         confidence.append(best.values)

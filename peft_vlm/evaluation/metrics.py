@@ -30,6 +30,7 @@ def confusion_matrix(
         labels: True class ids below `num_classes`.
         num_classes: Number of classes; the result has its square of entries.
     """
+    # A pair of classes as one number: row times width plus column.
     counts = torch.bincount(labels.long() * num_classes + predicted.long(), minlength=num_classes**2)
     return counts.view(num_classes, num_classes)
 
@@ -93,6 +94,7 @@ def expected_calibration_error(
             f"Expected confidences in [0, 1], got {confidence.min().item()} to {confidence.max().item()}. "
             "Pass probabilities, not logits."
         )
+    # `bucketize` counts the edges below a value, so that a value on an edge falls into the bin below.
     inner_edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)[1:-1]
     bins = torch.bucketize(confidence, inner_edges)
     gaps = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, confidence - correct.cpu().double())

@@ -247,6 +247,7 @@ class Towers:
     ) -> Float[Tensor, "batch tokens width"]:
         """Hidden states that enter vision layer 0: patches and class token with positions, after CLIP's first norm."""
         vision = self.model.vision_model
+        # `pre_layrnorm` is spelled so in every checkpoint.
         return vision.pre_layrnorm(vision.embeddings(pixel_values))
 
     def run_text(
@@ -279,7 +280,7 @@ class Towers:
     ) -> Float[Tensor, "prompts dim"]:
         """Text features before normalisation: the end-of-text state after the final norm, projected."""
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        pooled = hidden[rows, self.pooled_positions(input_ids).to(hidden.device)]
+        pooled = hidden[rows, self.pooled_positions(input_ids).to(hidden.device)]  # (prompts, width)
         return self.model.text_projection(self.model.text_model.final_layer_norm(pooled))
 
     def pool_image(self, hidden: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch dim"]:
@@ -292,6 +293,7 @@ class Towers:
         if start >= len(layers) or not _is_plain(layers[-1]):
             return self.pool_image(self.run_vision(hidden, start))
         hidden = self.run_vision(hidden, start, len(layers) - 1)
+        # Nothing reads the patches after the last layer: there they give keys and values, and ask nothing.
         return self.pool_image(_one_query_layer(layers[-1], hidden, hidden[:, :1]))
 
     def finish_text(
@@ -328,7 +330,7 @@ class Towers:
             # Float32: half precision rounds cosines times 100 to steps that change the order of classes.
             image = nn.functional.normalize(image_features.float(), dim=-1)
             text = nn.functional.normalize(text_features.float(), dim=-1)
-            return self.model.logit_scale.float().exp() * (image @ text.mT)
+            return self.model.logit_scale.float().exp() * (image @ text.mT)  # the parameter is a logarithm
 
 
 class _SiglipTowers(Towers):

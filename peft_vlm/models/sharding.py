@@ -23,14 +23,15 @@ def shard_frozen_layers(model: nn.Module, device: torch.device) -> None:
     them from anywhere; it is the layer without what an adapter puts around it and takes off again.
 
     What stays whole in every process: trainable parameters (DDP averages their gradients), embeddings, norms outside
-    of layers, projections, CLIP's scalar `logit_scale`, and quantised weights of integers.
+    of layers, projections, and CLIP's scalar `logit_scale`.
 
     Args:
         model: Model with its adapter, on the CPU or on `device`.
         device: Where this process computes; the divided weights are put there.
 
     Raises:
-        UnsupportedModelError: If there is nothing to divide, or an earlier run has divided what is trained now.
+        UnsupportedModelError: If there is nothing to divide, weights are quantised, or an earlier run has divided what
+            is trained now.
     """
     trained = [name for name, p in model.named_parameters() if p.requires_grad and isinstance(p, DTensor)]
     if trained:
@@ -38,11 +39,17 @@ def shard_frozen_layers(model: nn.Module, device: torch.device) -> None:
             f"Expected whole trainable parameters, got {len(trained)} that an earlier run has divided, first "
             f"{trained[0]!r}. Load the base model again."
         )
+    quantised = [name for name, p in model.named_parameters() if not p.is_floating_point()]
+    if quantised:
+        raise UnsupportedModelError(
+            f"Expected weights of floating-point numbers to divide, got {len(quantised)} quantised ones, which stay "
+            f"whole, first {quantised[0]!r}. Train without `fsdp`, or load the base model unquantised."
+        )
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for layer in _transformer_layers(unwrap(model)):
         if isinstance(layer, FSDPModule):
             continue  # of an earlier run
-        whole = {p for p in layer.parameters() if p.requires_grad or not p.is_floating_point()}
+        whole = {p for p in layer.parameters() if p.requires_grad}
         if len(whole) < len(list(layer.parameters())):
             fully_shard(layer, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
     if not has_sharded_layers(model):

@@ -249,6 +249,11 @@ def what_is_refused() -> None:
         VLMTrainer(clip, args, train_dataset=data, objective=ClassificationObjective(prompts))
     with pytest.raises(ValueError, match="no `torch_compile` with `fsdp`"):
         VLMTrainingArguments("unused", torch_compile=True, **options)
+    quantised, _ = prompted("llava")
+    layer = next(m for m in quantised.modules() if isinstance(m, nn.Linear))
+    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match="got 1 quantised ones, which stay whole"):
+        shard_frozen_layers(quantised, torch.device("cpu"))
     model, inputs = prompted("llava")
     shard_frozen_layers(model, torch.device("cpu"))
     with pytest.raises(DataError, match="divide=False`"):

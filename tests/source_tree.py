@@ -3,6 +3,7 @@
 import ast
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,14 +37,16 @@ def tracked_files() -> list[str]:
 def python_modules(*folders: str) -> list[Module]:
     """Every Python file below the given folders, tracked or not."""
     paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-    modules = []
-    for path in paths:
-        relative = path.relative_to(ROOT)
-        parts = relative.with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        text = path.read_text(encoding="utf-8")
-        modules.append(Module(name, relative.as_posix(), ast.parse(text, filename=str(path)), text))
-    return modules
+    return [_parsed(path) for path in paths]
+
+
+@cache
+def _parsed(path: Path) -> Module:
+    relative = path.relative_to(ROOT)
+    parts = relative.with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    text = path.read_text(encoding="utf-8")
+    return Module(name, relative.as_posix(), ast.parse(text, filename=str(path)), text)
 
 
 def imported_names(module: Module) -> set[str]:

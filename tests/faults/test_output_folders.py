@@ -20,6 +20,8 @@ from peft_vlm.files import LOCK_NAME, locked_folder
 from tests import forked
 from tests.short_run import MEMORY, RUNS, train
 
+pytestmark = pytest.mark.plots
+
 RESULTS = {"adapter_config.json", "adapter_model.safetensors", "metrics.json", "training_summary.json", "README.md"}
 RESULTS |= {"training_curve.png"}
 

@@ -24,6 +24,8 @@ from tests.hub.conftest import connected
 from tests.hub.server import Fault
 from tests.tiny import noise_image
 
+pytestmark = pytest.mark.plots
+
 NAME = "me/adapter"
 
 

@@ -14,6 +14,8 @@ from tests.cases import base_model, logits_of
 from tests.hub.adapters import SKIP_TUNING, evaluate, put_base_model, trainer_for, write_images
 from tests.hub.server import Fault
 
+pytestmark = pytest.mark.plots
+
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "class_names.txt", "metrics.json"]
 FILES += ["report.json", "training_curve.png", "training_summary.json", "zero_shot.json"]
 

@@ -25,6 +25,8 @@ from tests.hub.server import TOKEN
 from tests.hub.storage import LFS_SUFFIXES, File, Repository
 from tests.source_tree import ROOT
 
+pytestmark = pytest.mark.plots
+
 METHODS = [case.method for case in CASES]
 
 

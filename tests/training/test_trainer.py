@@ -105,12 +105,14 @@ def test_a_run_that_never_leaves_its_warm_up_is_refused(tmp_path, length):
     assert VLMTrainingArguments(str(tmp_path), use_cpu=True).warmup_epochs == 0
 
 
+@pytest.mark.plots
 def test_a_short_run_has_a_training_curve(tmp_path):
     """With a line of log per 500 steps, the curve of most runs on few labelled images would be an empty image."""
     trainer = trainer_of(CoOpObjective(class_prompts()), tmp_path, arguments={"num_train_epochs": 3})
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == trainer.state.max_steps >= 3
+    assert (tmp_path / "training_curve.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ _with_axes = jaxtyping.jaxtyped
 
 
 def _may_name_a_shape(hint: Any) -> bool:
-    """True if a type, or a part of it, is an array with named axes; or a text, whose names may be there for pyright."""
+    """True if a type, or a part of it, is an array with named axes; or a text, which pyright alone may resolve."""
     if isinstance(hint, str) or (isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray)):
         return True
     return any(map(_may_name_a_shape, hint if isinstance(hint, list) else get_args(hint)))

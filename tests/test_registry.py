@@ -5,8 +5,6 @@ import dataclasses
 import importlib
 import json
 import pickle
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -91,22 +89,6 @@ def test_a_method_needs_a_registered_adapter_type():
     with pytest.raises(PeftVLMError, match=r"'coop' to train one of .*got 'cop'\. Register"):
         register_method(dataclasses.replace(METHODS["coop"], adapter="cop"))
     assert METHODS["coop"].adapter_type is ADAPTERS["coop"]
-
-
-def test_without_the_import_peft_does_not_know_the_type_but_a_pickle_brings_it(tmp_path):
-    """Why every card begins with `import peft_vlm`, while spawned data-loader workers need no such line."""
-    SkipTuningConfig().save_pretrained(tmp_path)
-    (tmp_path / "config.pkl").write_bytes(pickle.dumps(SkipTuningConfig(start_layer=2)))
-    code = (
-        "import pickle, sys\n"
-        "from peft import PeftConfig\n"
-        "try: PeftConfig.from_pretrained(sys.argv[1])\n"
-        "except KeyError as error: print(repr(error))\n"
-        "print(pickle.load(open(sys.argv[1] + '/config.pkl', 'rb')).start_layer)\n"
-        "print(type(PeftConfig.from_pretrained(sys.argv[1])).__name__)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert result.stdout.splitlines() == ["KeyError('SKIP_TUNING')", "2", "SkipTuningConfig"], result.stderr
 
 
 @pytest.fixture(params=ADAPTER_CASES, ids=lambda case: case.adapter)
@@ -277,18 +259,6 @@ def test_fp16_on_a_cpu_is_refused(tmp_path):
     """Accelerate ignores it there without a word."""
     with pytest.raises(ValueError, match="silently ignored"):
         peft_vlm.VLMTrainingArguments(output_dir=str(tmp_path), fp16=True, use_cpu=True)
-
-
-def test_the_package_imports_without_optional_dependencies():
-    """The plots' one is imported when a plot is drawn, if at all."""
-    code = (
-        "import sys\n"
-        "for name in ('tensorboard', 'torchvision', 'sklearn'): sys.modules[name] = None\n"
-        "import peft_vlm, peft_vlm.experiments.compare, peft_vlm.evaluation.run\n"
-        "assert 'matplotlib' not in sys.modules\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 def test_importing_twice_is_harmless():

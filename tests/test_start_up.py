@@ -5,11 +5,13 @@ Modules are counted, not seconds.
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
 import pytest
 
+from peft_vlm import SkipTuningConfig
 from peft_vlm.cli import main
 from peft_vlm.cli.convert import KINDS
 from peft_vlm.cli.export import FORMATS as EXPORT_FLAGS
@@ -125,6 +127,44 @@ assert "PeftModel" in inspect.getsource(peft)
 def test_peft_knows_the_methods_in_whatever_order_things_are_imported(first) -> None:
     """`import peft_vlm` loads nothing by itself; an adapter must load all the same."""
     assert "peft_vlm" in loaded(first + CHECK)
+
+
+@pytest.mark.parametrize(
+    "order", ["import peft_vlm, transformers.pipelines", "import transformers.pipelines, peft_vlm, peft"]
+)
+def test_the_order_of_imports_does_not_matter(order) -> None:
+    """By name, transformers loads an adapter without anybody importing a method."""
+    check = "import inspect, sys; p = sys.modules['transformers.pipelines']; assert inspect.getsource(p.pipeline)\n"
+    check += "assert p.load_model.__module__ == 'peft_vlm.hub.pipelines'"
+    subprocess.run([sys.executable, "-c", f"{order}\n{check}"], check=True)
+
+
+def test_without_the_import_peft_does_not_know_the_type_but_a_pickle_brings_it(tmp_path):
+    """Why every card begins with `import peft_vlm`, while spawned data-loader workers need no such line."""
+    SkipTuningConfig().save_pretrained(tmp_path)
+    (tmp_path / "config.pkl").write_bytes(pickle.dumps(SkipTuningConfig(start_layer=2)))
+    code = (
+        "import pickle, sys\n"
+        "from peft import PeftConfig\n"
+        "try: PeftConfig.from_pretrained(sys.argv[1])\n"
+        "except KeyError as error: print(repr(error))\n"
+        "print(pickle.load(open(sys.argv[1] + '/config.pkl', 'rb')).start_layer)\n"
+        "print(type(PeftConfig.from_pretrained(sys.argv[1])).__name__)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert result.stdout.splitlines() == ["KeyError('SKIP_TUNING')", "2", "SkipTuningConfig"], result.stderr
+
+
+def test_the_package_imports_without_optional_dependencies():
+    """The plots' one is imported when a plot is drawn, if at all."""
+    code = (
+        "import sys\n"
+        "for name in ('tensorboard', 'torchvision', 'sklearn'): sys.modules[name] = None\n"
+        "import peft_vlm, peft_vlm.experiments.compare, peft_vlm.evaluation.run\n"
+        "assert 'matplotlib' not in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_no_module_needs_what_windows_lacks() -> None:

@@ -18,7 +18,15 @@ from peft import get_peft_model
 
 import peft_vlm
 from peft_vlm.cli.console import add_console_flags, start_console
-from peft_vlm.experiments.compare import Experiment, TrainerLearner, ZeroShot, chosen_learners, load_task
+from peft_vlm.experiments.compare import (
+    Experiment,
+    TrainerLearner,
+    ZeroShot,
+    chosen_learners,
+    chosen_settings,
+    comparison_parser,
+    load_task,
+)
 from peft_vlm.experiments.report import show_results
 from peft_vlm.methods.promptsrc import OFFICIAL_TEMPLATES, preset_for
 from peft_vlm.text import ClassPrompts
@@ -44,43 +52,29 @@ DEMO = {
 
 def parse_arguments() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ASSETS / "clip_student"), help="CLIP: folder or Hub id")
-    parser.add_argument("--dataset", default=str(ASSETS / "icons"), help="folder, CSV or Hub id with image and label")
+    parser = comparison_parser(
+        __doc__,
+        model=ASSETS / "clip_student",
+        dataset=ASSETS / "icons",
+        presets=["demo", "base_to_new", "cross_dataset", "few_shot", "few_shot_late", "teacher"],
+        protocol=None,
+        output_dir="outputs/promptsrc",
+        template="{context} {}.",
+    )
     parser.add_argument("--context", default="a photo of a", help="words that the text context starts from")
-    parser.add_argument("--template", default="{context} {}.", help="text around a class name, with one {}")
-    presets = ["demo", "base_to_new", "cross_dataset", "few_shot", "few_shot_late", "teacher"]
-    parser.add_argument("--preset", choices=presets, default="demo")
-    parser.add_argument("--shots", type=int, default=16, help="images per class")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--depth", type=int, help="layers with prompts in both towers, instead of the preset's")
-    parser.add_argument("--epochs", type=int, help="instead of the preset's number")
     parser.add_argument("--methods", nargs="+", help="rows of the table; all three by default")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/promptsrc"))
     add_console_flags(parser)
     return parser.parse_args()
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Settings of the preset: for the adapter, the objective, the training and the augmentation."""
-    if args.preset == "demo":
-        settings: dict[str, Any] = {key: value for key, value in DEMO.items()}
-    else:
-        preset = preset_for(args.preset)
-        settings = {"config": preset.config, "objective": preset.objective, "training": preset.training}
-        settings["augmentation"] = {"scale": (0.08, 1.0), "flip_probability": 0.5}
-        settings["frozen_templates"] = OFFICIAL_TEMPLATES
-    settings["config"] = settings["config"] | {"context_init": args.context}
+    settings = chosen_settings(args, DEMO, None if args.preset == "demo" else preset_for(args.preset))
+    settings.setdefault("frozen_templates", OFFICIAL_TEMPLATES)
+    settings["config"]["context_init"] = args.context
     if args.depth is not None:
         settings["config"] |= {"text_depth": args.depth, "vision_depth": args.depth}
-    if args.epochs is not None:
-        settings["training"] = settings["training"] | {"num_train_epochs": args.epochs}
-    settings["training"] = settings["training"] | {
-        "use_cpu": args.use_cpu,
-        "dataloader_num_workers": args.num_workers,
-    }
     return settings
 
 
@@ -112,7 +106,7 @@ def main() -> None:
     experiment = Experiment.for_clip(
         args.model, augmentation=settings["augmentation"], output_dir=args.output_dir, use_cpu=args.use_cpu
     )
-    protocol = "few_shot" if args.preset.startswith("few_shot") else "base_to_new"
+    protocol = args.protocol or ("few_shot" if args.preset.startswith("few_shot") else "base_to_new")
     template = args.template.replace("{context}", args.context)
     task = load_task(args.dataset, protocol, template=template, shots=args.shots)
     learners = chosen_learners(learners_of(settings, experiment), args.methods)

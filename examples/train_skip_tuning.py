@@ -28,6 +28,8 @@ from peft_vlm.experiments.compare import (
     TrainerLearner,
     ZeroShot,
     chosen_learners,
+    chosen_settings,
+    comparison_parser,
     load_task,
 )
 from peft_vlm.experiments.report import show_results
@@ -59,38 +61,31 @@ DEMO = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ASSETS / "clip_student"), help="CLIP: folder or Hub id")
-    parser.add_argument("--dataset", help="folder, CSV or Hub id with image and label; the bundled sets by default")
-    parser.add_argument("--template", default="a {} icon", help="text around a class name, with one {}")
-    parser.add_argument("--preset", choices=["demo", "base_to_new", "cross_dataset", "few_shot"], default="demo")
-    parser.add_argument("--protocol", choices=["base_to_new", "few_shot"], help="for --dataset; default: see preset")
-    parser.add_argument("--shots", type=int, default=16, help="images per class")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    """Command line; without a dataset the bundled ones are taken."""
+    parser = comparison_parser(
+        __doc__,
+        model=ASSETS / "clip_student",
+        dataset=None,
+        presets=["demo", "base_to_new", "cross_dataset", "few_shot"],
+        protocol=None,
+        output_dir="outputs/demo",
+        template="a {} icon",
+    )
     parser.add_argument("--start_layer", type=int, help="first tuned layer of both towers, instead of the preset's")
-    parser.add_argument("--epochs", type=int, help="instead of the preset's number")
     parser.add_argument("--methods", nargs="+", help="rows of the table; all four by default")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images")
-    parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
     add_console_flags(parser)
     return parser.parse_args()
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Settings of the preset: for the adapter, the objective, the training and the augmentation."""
-    if args.preset == "demo":
-        settings = {key: dict(value) for key, value in DEMO.items()}
-    else:
-        preset = preset_for(args.preset, shots=args.shots)
-        settings = {"config": preset.config, "objective": preset.objective, "training": preset.training}
-        settings["augmentation"] = {"scale": (0.08, 1.0), "flip_probability": 0.5}
+    settings = chosen_settings(
+        args, DEMO, None if args.preset == "demo" else preset_for(args.preset, shots=args.shots)
+    )
     if args.start_layer is not None:
         settings["config"] = {"start_layer": args.start_layer}
     if args.epochs is not None:
-        settings["training"] |= {"num_train_epochs": args.epochs, "max_steps": -1}
-    settings["training"] |= {"use_cpu": args.use_cpu, "dataloader_num_workers": args.num_workers}
+        settings["training"]["max_steps"] = -1
     settings["objective"]["num_workers"] = args.num_workers
     return settings
 

@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -499,22 +500,30 @@ def _append(columns: dict[str, Any], row: dict[str, Any]) -> None:
 
 
 def comparison_parser(
-    description: str | None, *, model: Path, dataset: Path, presets: Sequence[str], protocol: str, output_dir: str
+    description: str | None,
+    *,
+    model: Path,
+    dataset: Path | None,
+    presets: Sequence[str],
+    protocol: str | None,
+    output_dir: str,
+    template: str = "a photo of a {}.",
 ) -> argparse.ArgumentParser:
     """The flags of a script that compares methods on one dataset; it adds its own.
 
     Args:
         description: Text of `--help`.
         model: Default of `--model`.
-        dataset: Default of `--dataset`.
+        dataset: Default of `--dataset`; None leaves it to the script.
         presets: Choices of `--preset`, the default first.
-        protocol: Default of `--protocol`.
+        protocol: Default of `--protocol`; None leaves it to the script.
         output_dir: Default of `--output_dir`.
+        template: Default of `--template`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(model), help="CLIP: folder or Hub id")
-    parser.add_argument("--dataset", default=str(dataset), help="folder, CSV or Hub id with image and label")
-    parser.add_argument("--template", default="a photo of a {}.", help="text around a class name, with one {}")
+    parser.add_argument("--dataset", default=dataset and str(dataset), help="folder, CSV or Hub id: image and label")
+    parser.add_argument("--template", default=template, help="text around a class name, with one {}")
     parser.add_argument("--preset", choices=presets, default=presets[0])
     parser.add_argument("--protocol", choices=["base_to_new", "few_shot"], default=protocol)
     parser.add_argument("--shots", type=int, default=16, help="images per class")
@@ -527,19 +536,19 @@ def comparison_parser(
 
 
 def chosen_settings(args: argparse.Namespace, own: Mapping[str, Any], official: Preset | None) -> dict[str, Any]:
-    """Settings of an adapter, a training and the augmentation: those of a script, or official ones.
+    """Settings of adapter, objective, training and augmentation: those of a script, or official ones.
 
     Args:
         args: Flags of `comparison_parser`; some replace settings of the training.
-        own: The script's `config`, `training` and `augmentation`.
+        own: The script's `config`, `objective`, `training` and `augmentation`.
         official: Official configuration; None for the script's own.
 
     Returns:
-        The three by name, and whatever else the script has.
+        These by name, and whatever else the script has.
     """
-    settings = {key: dict(value) for key, value in own.items()}
+    settings = deepcopy(dict(own))
     if official is not None:
-        settings = {"config": dict(official.config), "training": dict(official.training)}
+        settings = deepcopy({name: getattr(official, name) for name in ("config", "objective", "training")})
         settings["augmentation"] = {"scale": (0.08, 1.0), "flip_probability": 0.5}
     settings["training"] |= {"use_cpu": args.use_cpu, "dataloader_num_workers": args.num_workers}
     settings["training"] |= {} if args.epochs is None else {"num_train_epochs": args.epochs}

@@ -79,9 +79,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Settings of the preset: for the adapter, the objective, the training and the augmentation."""
-    settings = chosen_settings(
-        args, DEMO, None if args.preset == "demo" else preset_for(args.preset, shots=args.shots)
-    )
+    official = None if args.preset == "demo" else preset_for(args.preset, shots=args.shots)
+    settings = chosen_settings(args, DEMO, official)
     if args.start_layer is not None:
         settings["config"] = {"start_layer": args.start_layer}
     if args.epochs is not None:

@@ -197,8 +197,12 @@ class VLMTrainingArguments(TrainingArguments):
                 f"Expected `fsdp` to be True, got {shown(self.fsdp)}: frozen transformer layers are divided, and "
                 "nothing else can be chosen."
             )
-        if self.torch_compile:
-            raise ValueError("Expected no `torch_compile` with `fsdp`, where compiled steps were not tried, got True.")
+        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()  # of `dynamo_config` in a launcher's file
+        if self.torch_compile or backend != "no":
+            got = "True" if self.torch_compile else f"the backend {shown(backend)} of the launcher or an earlier run"
+            raise ValueError(
+                f"Expected no `torch_compile` with `fsdp`, where compiled steps were not tried, got {got}. Leave it out."
+            )
         for name, (allowed, advice) in FSDP_SETTINGS.items() if by_launcher else ():
             value = os.environ.get(name, allowed[0])
             if value.lower() not in allowed:

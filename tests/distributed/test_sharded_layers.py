@@ -276,6 +276,13 @@ def test_settings_of_the_launcher_that_nothing_reads_are_refused(
         VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
 
 
+def test_a_launcher_that_compiles_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dynamo_config` in its file reaches accelerate past the arguments."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ValueError, match="no `torch_compile` with `fsdp`.*got the backend 'inductor'"):
+        VLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, fsdp=True)
+
+
 def test_one_process_has_nobody_to_divide_with(tmp_path: Path) -> None:
     """It would train alone, with the whole model, and call it FSDP."""
     with pytest.raises(ValueError, match=r"Expected several processes.*fsdp2\.yaml"):

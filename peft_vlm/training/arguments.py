@@ -200,9 +200,8 @@ class VLMTrainingArguments(TrainingArguments):
         backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()  # of `dynamo_config` in a launcher's file
         if self.torch_compile or backend != "no":
             got = "True" if self.torch_compile else f"the backend {shown(backend)} of the launcher or an earlier run"
-            raise ValueError(
-                f"Expected no `torch_compile` with `fsdp`, where compiled steps were not tried, got {got}. Leave it out."
-            )
+            reason = "where compiled steps were not tried"
+            raise ValueError(f"Expected no `torch_compile` with `fsdp`, {reason}, got {got}. Leave it out.")
         for name, (allowed, advice) in FSDP_SETTINGS.items() if by_launcher else ():
             value = os.environ.get(name, allowed[0])
             if value.lower() not in allowed:

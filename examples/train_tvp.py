@@ -80,6 +80,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval_batch_size", type=int, default=32, help="images per batch of evaluation")
     parser.add_argument("--dtype", default="float32", help="dtype of the frozen models, such as bfloat16")
     parser.add_argument("--load_in_4bit", action="store_true", help="frozen models in 4 bits; needs bitsandbytes")
+    parser.add_argument("--device_map", help="'auto': parts of the models on all GPUs and in memory; one process")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations; saves memory")
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/tvp"))
@@ -88,8 +89,10 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_models(args: argparse.Namespace, clip_processor: Any) -> list[ImageTextModel]:
-    """All models, in 4 bits where asked for."""
+    """All models, in 4 bits and in several places where asked for."""
     options: dict[str, Any] = {"dtype": args.dtype, "clip_processor": clip_processor.image_processor}
+    if args.device_map is not None:
+        options["device_map"] = args.device_map
     if args.load_in_4bit:
         settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": args.dtype}
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **settings)

@@ -113,6 +113,13 @@ class RunSettings:
         default=None, metadata={"help": "Black and white of images with more than 8 bits, such as 0 4095."}
     )
 
+    device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "For models that write text: auto, to divide the frozen model over all GPUs and this computer's "
+            "memory, or JSON of its parts and their places."
+        },
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Train nothing: print memory by layer from the model's config.json, without its weights."},

@@ -308,7 +308,7 @@ def _count_step(model: PeftModel, run: Any, *, checkpointing: bool, has_sgd: boo
     recomputed = 0
     if checkpointing:
         recomputed = max((plain.rows[name].activations for name in plain.names.values()), default=0)
-        unwrap(model).gradient_checkpointing_enable()
+        unwrap(model).activation_checkpointing_enable()
         lean = _Counter(model)
         with lean.counting():
             run(model)

@@ -398,6 +398,8 @@ def _say_recommended(plan: RunPlan) -> None:
 
 def _classifier(plan: RunPlan) -> _Parts:
     """A run on a CLIP-like model."""
+    if plan.settings.device_map is not None:
+        raise PeftVLMError("Models with two towers fit on one GPU and take no `device_map`. Leave it out.")
     settings, args, pool = plan.settings, plan.args, plan.pool
     loaded = load_model(base_model=settings.model, device="cpu")
     augmentation = TrainTransform(loaded.image_processor, **named_values(settings.augmentation, "augmentation"))
@@ -452,7 +454,8 @@ def _answerer(plan: RunPlan) -> _Parts:
     if settings.protocol != "few_shot" or settings.transductive or (settings.teacher and guide is None):
         raise PeftVLMError("Models that write text are trained with `protocol=few_shot`, without `teacher`.")
     clip = None if settings.teacher is None else load_model(base_model=settings.teacher, device="cpu")
-    member = ImageTextModel.load(settings.model, clip_processor=clip and clip.image_processor)
+    places = {} if settings.device_map is None else {"device_map": settings.device_map}
+    member = ImageTextModel.load(settings.model, clip_processor=clip and clip.image_processor, **places)
     crop = RandomCrop(**named_values(settings.augmentation, "augmentation")) if settings.augmentation else None
 
     def questions(images: ImageClassificationDataset, augmentation: RandomCrop | None = None) -> ImageQuestionDataset:

@@ -1,12 +1,13 @@
 """Train a pixel prompt on one or some image-text models, several ways and seeds, and measure it on all of them."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
 
@@ -26,6 +27,7 @@ from peft_vlm.evaluation.transfer import (
 from peft_vlm.files import TRANSFER_NAME, write_json
 from peft_vlm.hub.card import write_card
 from peft_vlm.models.sharding import has_sharded_layers
+from peft_vlm.models.towers import device_of, is_placed
 from peft_vlm.objective import Objective
 from peft_vlm.serving.escape import markdown
 from peft_vlm.text.answers import Candidates
@@ -59,12 +61,27 @@ class ImageTextModel:
         Args:
             name_or_path: Folder or Hub id of an image-text-to-text model with its processor.
             clip_processor: Image processor of the CLIP of TSE, for models that a prompt is trained on.
-            **options: Passed to `from_pretrained` of the model, such as `dtype` or `quantization_config`.
+            **options: Passed to `from_pretrained` of the model, such as `dtype` or `quantization_config`; `device_map`
+                may be the JSON text of a map.
+
+        Raises:
+            ValueError: If that text is no JSON.
         """
+        if str(options.get("device_map", "")).startswith("{"):
+            options["device_map"] = _places(options["device_map"])
         model = AutoModelForImageTextToText.from_pretrained(name_or_path, **options)
         processor = AutoProcessor.from_pretrained(name_or_path)
         training = None if clip_processor is None else QuestionCollator(processor, clip_processor=clip_processor)
         return cls(Path(name_or_path).name, model, QuestionCollator(processor), training)
+
+
+def _places(text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"Expected `device_map` to be 'auto' or JSON of parts and their places, got {text!r}."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -171,7 +188,7 @@ class TransferExperiment:
         questions = self.train(seed).with_collator(first.training_collator or first.collator)
         candidates = first.collator.candidates(questions.class_names, include_end=self.include_end)
         objective = self.objective(variant, questions, candidates, others)
-        homes = [(member.model, next(member.model.parameters()).device) for member in (first, *others)]
+        homes = [(member.model, device_of(member.model)) for member in (first, *others)]
         model: Any = self.wrap(first)
         args = VLMTrainingArguments(
             output_dir=str(folder), seed=seed, disable_tqdm=True, save_strategy="no", **self.training
@@ -204,9 +221,9 @@ class TransferExperiment:
         effects = {}
         for name, member in self.models.items():
             questions = self.test.with_collator(member.collator)
-            home = next(member.model.parameters()).device
+            home = device_of(member.model)
             _move(member.model, self._device or home)
-            model = PeftModel.from_pretrained(member.model, folder).eval()
+            model = _with_adapter(member.model, folder).eval()
             if name not in self._baselines:
                 effects[name] = self._baselines[name] = evaluate_prompt(model, questions, score=self.score)
             else:
@@ -270,8 +287,17 @@ def _columns(reports: Sequence[TransferReport]) -> dict[str, Any]:
     }
 
 
+def _with_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """Put a saved adapter on a model; `from_pretrained` takes accelerate's hooks off one with parts in memory."""
+    if not is_placed(model):
+        return PeftModel.from_pretrained(model, folder)
+    wrapped: Any = get_peft_model(model, PeftConfig.from_pretrained(folder))
+    set_peft_model_state_dict(wrapped, load_peft_weights(str(folder), device="cpu"))
+    return wrapped
+
+
 def _move(model: nn.Module, device: torch.device) -> None:
-    """Move a model, unless it is there or divided: quantised ones may refuse to be moved at all."""
-    if next(model.parameters()).device != device and not has_sharded_layers(model):
+    """Move a model, unless it is there, divided or placed: quantised ones may refuse to be moved at all."""
+    if device_of(model) != device and not has_sharded_layers(model) and not is_placed(model):
         model.to(device)
         torch.cuda.empty_cache()  # does nothing without a GPU

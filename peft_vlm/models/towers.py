@@ -95,6 +95,15 @@ def missing_weights(model: nn.Module) -> list[str]:
     return [name for name, tensor in tensors if tensor.is_meta and not is_filled(name)]
 
 
+def is_placed(model: nn.Module) -> bool:
+    """Tell whether accelerate has put the parts of a model into several places (`device_map`), so that it stays there.
+
+    Args:
+        model: Model, with or without adapters.
+    """
+    return len(getattr(unwrap(model), "hf_device_map", ())) > 1
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device that takes a model's input.
 

@@ -30,7 +30,7 @@ from peft_vlm.distributed import num_processes, part_of, process_index
 from peft_vlm.errors import DataError, PeftVLMError, PeftVLMWarning
 from peft_vlm.files import make_folder
 from peft_vlm.models.repository import hub_options
-from peft_vlm.models.towers import FAMILIES, unwrap
+from peft_vlm.models.towers import FAMILIES, is_placed, unwrap
 from peft_vlm.objective import EpochBatchSampler, Objective
 from peft_vlm.registry import ADAPTERS, METHODS, TrainingMethod, adapter_type_of
 from peft_vlm.text.answers import tokenize_candidates
@@ -270,12 +270,7 @@ def check_training(model: nn.Module, objective: Objective, train_dataset: RunIma
             "Expected trainable parameters, got none. Load adapters for training with "
             "`PeftModel.from_pretrained(..., is_trainable=True)`."
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise PeftVLMError(
-            "Expected a model whose weights are on the device of the run, got one that is offloaded, which can be "
-            "evaluated and not trained. Load it without `device_map` or `cpu_offload`, in half precision or quantised "
-            "if it is large."
-        )
+    _check_places_of_weights(model)
     _check_adapter(model, objective)
     objective.adapt_to(model, train_dataset)
     own = adapter_settings(model.active_peft_config) if isinstance(model, PeftModel) else {}
@@ -287,6 +282,27 @@ def check_training(model: nn.Module, objective: Objective, train_dataset: RunIma
     train_dataset.check_pixels()
     if objective.labels_are_positions:
         _check_places(objective, train_dataset)
+
+
+def _check_places_of_weights(model: nn.Module) -> None:
+    """Refuse a model of which accelerate offloads what is trained, or that it has not placed by a map of devices."""
+    if is_placed(model) and num_processes() > 1:
+        raise PeftVLMError(
+            f"Expected one process for a model that was loaded with `device_map`, got {num_processes()}: each would "
+            "fill all GPUs. Start one, or leave `device_map` out; `fsdp` divides layers among processes."
+        )
+    offloaded = [(name, parameter) for name, parameter in model.named_parameters() if parameter.is_meta]
+    trained = [name for name, parameter in offloaded if parameter.requires_grad]
+    if trained:
+        raise PeftVLMError(
+            f"Expected trainable parameters in memory, got {len(trained)} that accelerate offloads with the weights "
+            f"beside them: {trained[0]!r}, ... Load the model without `device_map`, quantised or in half precision."
+        )
+    if offloaded and not is_placed(model):  # the trainer would move it as a whole
+        raise PeftVLMError(
+            "Expected a model in memory or one that was loaded with `device_map`, got one that is offloaded by hooks "
+            "alone, which can be evaluated and not trained. Load it with `device_map` or `dispatch_model`."
+        )
 
 
 def _check_adapter(model: nn.Module, objective: Objective) -> None:

@@ -39,6 +39,11 @@ class TrainingModule(nn.Module):
         """Configuration of the inner model, which transformers and DeepSpeed read."""
         return unwrap(self.model).config
 
+    @property
+    def hf_device_map(self) -> Any:
+        """Places of the base model's parts, where it was loaded with `device_map`: transformers then moves nothing."""
+        return unwrap(self.model).hf_device_map
+
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Run the objective on one batch; keyword arguments are its columns.
 

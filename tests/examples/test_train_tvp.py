@@ -14,6 +14,7 @@ from peft_vlm.evaluation.transfer import TransferReport
 from peft_vlm.methods.tvp import prompt_of
 from tests.scripts import run_script
 from tests.source_tree import ROOT
+from tests.training.test_offloaded_training import PLACES
 
 ASSETS = ROOT / "examples" / "assets"
 SMALL = ("--shots", "1", "--test_images", "12", "--seeds", "1", "--epochs", "1", "--use_cpu")
@@ -61,6 +62,18 @@ def test_each_run_leaves_a_prompt_that_other_models_load(output):
     assert tensor.abs().max() > 0
     other = AutoModelForImageTextToText.from_pretrained(ASSETS / "mllm_paligemma", dtype=torch.float32)
     assert torch.equal(prompt_of(PeftModel.from_pretrained(other, folder)), tensor)
+
+
+def test_models_in_several_places_give_the_same_prompt(output, tmp_path):
+    """What does not fit on one card is divided; it must not be moved as a whole between training and scoring."""
+    models = ("--models", str(ASSETS / "mllm_llava"), "--device_map", json.dumps(PLACES))
+    run(tmp_path, "--variants", "visual_prompting", "--gradient_checkpointing", *models)
+    first, second = (
+        load_file(folder / "visual_prompting" / "seed1" / "adapter_model.safetensors") for folder in (output, tmp_path)
+    )
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    scores = [json.loads((folder / "metrics.json").read_text()) for folder in (output, tmp_path)]
+    assert len({str(found["variants"]["visual_prompting"]["models"]["mllm_llava"]) for found in scores}) == 1
 
 
 def test_training_on_two_models(tmp_path):

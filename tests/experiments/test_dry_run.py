@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, TrainerCallback
 
 from peft_vlm import RPPObjective, SkipTuningObjective
 from peft_vlm.cli import main
@@ -93,7 +93,7 @@ def both(settings: RunSettings, folder: Path) -> tuple[DryRun, Measured]:
     return counted, measured
 
 
-NO_TSE = {"objective": ["tse_weight=0"]}
+NO_TSE: dict[str, object] = {"objective": ["tse_weight=0"]}
 TAUGHT: dict[str, object] = {"teacher": str(ASSETS / "clip_teacher")}
 CASES: list[tuple[str, str, dict[str, object]]] = [
     ("clip_student", "coop", {}),
@@ -144,6 +144,40 @@ def test_sampled_classes_and_chunks_of_them_are_counted_as_the_step_runs_them() 
     chosen = int((objective.tail_uniform < objective.keep_probability).sum())
     assert SkipTuningObjective.texts_per_step(300, batch_size=4, settings=skip) == chosen < 200
     assert SkipTuningObjective.texts_per_step(300, batch_size=64, settings=skip) == chosen + 14
+
+
+def llava(folder: Path, *, width: int, layers: int, intermediate: int) -> Path:
+    """The configuration of a LLaVA-1.5 in float16."""
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision |= {"image_size": 336, "patch_size": 14, "projection_dim": 768}
+    text = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": intermediate, "vocab_size": 32064}
+    text |= {"num_attention_heads": width // 128, "num_key_value_heads": width // 128}
+    parts = {"vision_config": CLIPVisionConfig(**vision), "text_config": LlamaConfig(**text)}
+    LlavaConfig(**parts, image_token_index=32000, dtype="float16").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("page", ["tvp", "skip_tuning"])
+def test_the_documented_commands_fit_on_the_cards_they_name(
+    page: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command of the docs that names a retired flag, or a card that is too small, is found out after a download."""
+    text = (ROOT / "docs" / "methods" / f"{page}.md").read_text().replace("\\\n", " ")
+    commands = [
+        line.split() for line in text.splitlines() if line.startswith("peft-vlm train") and "--dry-run" in line
+    ]
+    small = llava(tmp_path / "7b", width=4096, layers=32, intermediate=11008)
+    large = llava(tmp_path / "13b", width=5120, layers=40, intermediate=13824)
+    places = {"llava-hf/llava-1.5-7b-hf": str(small), "llava-hf/llava-1.5-13b-hf": str(large)}
+    places["<folder>"] = str(ASSETS / "icons")
+    found = []
+    for command in commands:
+        assert main([*(places.get(word, word) for word in command[1:]), "--json", *FLAGS]) == 0
+        found.append(json.loads(capsys.readouterr().out)["totals"]["peak"] / 1e9)
+    assert len(found) == 2
+    assert found[0] < 24
+    assert 24 < found[1] < 2 * 24
+    assert all(f"{peak:.1f} GB" in text for peak in found), found
 
 
 def test_recomputed_layers_keep_their_input_alone() -> None:

@@ -184,12 +184,12 @@ def trainer_with(model: torch.nn.Module, folder, objective: Callable[[], Objecti
     return VLMTrainer(model, arguments(folder), train_dataset=images(), objective=objective())
 
 
-def test_an_offloaded_model_is_not_trained(tmp_path) -> None:
+def test_a_model_that_is_offloaded_by_hooks_alone_is_not_trained(tmp_path) -> None:
     """torch would speak of meta tensors."""
     model = base_model()
     cpu_offload(model, torch.device("cpu"))
     model = get_peft_model(model, SkipTuningConfig(start_layer=1))
-    with pytest.raises(PeftVLMError, match="got one that is offloaded.*Load it without `device_map`"):
+    with pytest.raises(PeftVLMError, match="got one that is offloaded by hooks alone.*Load it with `device_map`"):
         VLMTrainer(model, arguments(tmp_path), train_dataset=images(), objective=SkipTuningObjective(class_prompts()))
 
 

@@ -19,7 +19,7 @@ from peft_vlm.losses import REDUCTIONS, TEACHER_WEIGHTINGS, distillation_loss
 from peft_vlm.methods.promptkd.classes import stored_classes
 from peft_vlm.methods.promptkd.model import Projector, store_classes
 from peft_vlm.methods.promptkd.teacher import Teacher, Teachers
-from peft_vlm.models.towers import Towers, image_features, towers_of, unwrap
+from peft_vlm.models.towers import Towers, device_of, image_features, towers_of, unwrap
 from peft_vlm.objective import Batch, Objective, ObjectiveOutput, Paper, check_other_model, prepared
 from peft_vlm.registry import Preset, RunSize, sgd_training
 from peft_vlm.text.class_features import evaluation_mode
@@ -240,7 +240,7 @@ class PromptKDObjective(Objective):
         for member in self.teachers.members:
             check_other_model(member.model, model)
             member.check_pixels(model)
-        self.teachers.prepare(self.prompts, next(model.parameters()).device)
+        self.teachers.prepare(self.prompts, device_of(model))
         _check_stored(model, self.prompts.class_names, self.teachers.members[0].name)
         if self.student_cache == "views" and any(
             p.requires_grad and _group_of(name) == "vision" for name, p in model.named_parameters()
@@ -292,7 +292,7 @@ class PromptKDObjective(Objective):
         self.agreement.start(epoch)
         if self.cache is None:
             return
-        device, with_student = next(model.parameters()).device, self.student_cache == "views" or not self._aligned
+        device, with_student = device_of(model), self.student_cache == "views" or not self._aligned
 
         def encode(pixels: Tensor) -> Tensor:
             features = self.teachers.features(pixels, self._transform)

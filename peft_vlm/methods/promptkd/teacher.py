@@ -12,7 +12,7 @@ from transformers import BaseImageProcessor
 from peft_vlm.data.transforms import mean_and_std_of
 from peft_vlm.errors import ClassNameError, DataError
 from peft_vlm.losses import average_teachers
-from peft_vlm.models.towers import towers_of, unwrap
+from peft_vlm.models.towers import device_of, towers_of, unwrap
 from peft_vlm.text.class_features import encode_classes
 from peft_vlm.text.prompts import ClassPrompts
 
@@ -185,7 +185,7 @@ class Teachers:
 
 def _own_precision(model: nn.Module) -> torch.autocast:
     """No autocast: a teacher runs in the type of its weights."""
-    return torch.autocast(next(model.parameters()).device.type, enabled=False)
+    return torch.autocast(device_of(model).type, enabled=False)
 
 
 def _name_of(model: nn.Module) -> str:

@@ -15,7 +15,7 @@ from peft_vlm.data.streaming import ImageStream
 from peft_vlm.distributed import divided
 from peft_vlm.errors import check_choice, check_number
 from peft_vlm.losses import distillation_loss, feature_distance
-from peft_vlm.models.towers import towers_of
+from peft_vlm.models.towers import device_of, towers_of
 from peft_vlm.objective import Batch, ObjectiveOutput, Paper, prepared
 from peft_vlm.registry import Preset, RunSize, sgd_training
 from peft_vlm.text.class_features import PromptObjective, encode_classes, evaluation_mode
@@ -53,7 +53,7 @@ def frozen_class_features(model: nn.Module, prompts: ClassPrompts) -> Float[Tens
         prompts: Plain class prompts, divided among the processes of the training, with any number of templates.
     """
     towers, num_classes = towers_of(model), len(prompts.class_names)
-    input_ids = prompts.input_ids.to(next(towers.model.parameters()).device)
+    input_ids = prompts.input_ids.to(device_of(towers.model))
 
     def features_of(rows: Int[Tensor, " rows"]) -> Tensor:
         ids = input_ids[rows]
@@ -178,7 +178,7 @@ class PromptSRCObjective(PromptObjective):
         trained = towers_of(model).trained_sides()
         self._trains_vision = "vision" in trained
         ids = reserve_slots(model, self.prompts).input_ids
-        self._input_ids = ids.to(next(model.parameters()).device)
+        self._input_ids = ids.to(device_of(model))
         self._fixed_text = None if "text" in trained else encode_classes(model, self.prompts, divide=True)
         self._frozen_text = self._frozen_images = None
         if self.weights["text"] or self.weights["logit"]:

@@ -30,7 +30,7 @@ from peft_vlm.losses import (
     soft_label_loss,
 )
 from peft_vlm.models.sharding import equal_chunks
-from peft_vlm.models.towers import Towers, side_of, towers_of
+from peft_vlm.models.towers import Towers, device_of, side_of, towers_of
 from peft_vlm.objective import Batch, EpochBatchSampler, ObjectiveOutput, Paper, check_other_model, prepared
 from peft_vlm.registry import Preset, RunSize
 from peft_vlm.text.class_features import CompactPrompts, PromptObjective, encode_classes
@@ -128,7 +128,7 @@ class _ZeroShotTeacher:
                 f"Expected a teacher for images of {sizes[0]} pixels, as the student's, got one for {sizes[1]}. Both "
                 "see the same pixel values; choose a teacher of the student's image size."
             )
-        device = next(student.parameters()).device
+        device = device_of(student)
         self.model.to(device).eval()
         if self.classes is None:
             options: dict[str, Any] = {"storage": self.storage, "chunk_size": self.chunk_size}

@@ -23,6 +23,7 @@ from peft_vlm.distributed import from_all, local_place, part_of, progress_bar
 from peft_vlm.errors import AdapterError, UnsupportedModelError, check_choice
 from peft_vlm.methods.skip_tuning.objective import PAPER
 from peft_vlm.models.language_layers import LanguageLayers, language_layers_of
+from peft_vlm.models.towers import device_of
 from peft_vlm.objective import Batch, ClassNames, Objective, ObjectiveOutput, prepared
 from peft_vlm.text.answers import Candidates, candidate_scores
 from peft_vlm.text.class_features import evaluation_mode
@@ -73,7 +74,7 @@ class AnswerStates:
             DataError: If all rows, as long as those of the first batch, would not fit into memory.
         """
         self.rows.clear()
-        device = next(model.parameters()).device
+        device = device_of(model)
         loader = divided_pass(dataset, batch_size=batch_size, num_workers=num_workers)
         for batch in progress_bar(
             loader, desc=f"Caching layers below {self.start}", leave=False, disable=len(loader) < 2
@@ -237,7 +238,7 @@ class SkipTuningAnswerObjective(Objective):
             ValueError: If the states cannot be stored: nothing lies below the tuned layers, or modules there train.
         """
         super().prepare(model, dataset)
-        device = next(model.parameters()).device
+        device = device_of(model)
         batch = {name: column.to(device) for name, column in dataset.collate([dataset[0]]).items()}
         answers_of(batch)
         check_image_tokens(model, batch)

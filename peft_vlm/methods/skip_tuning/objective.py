@@ -287,7 +287,7 @@ class SkipTuningObjective(PromptObjective):
         dataset.repeat_views(self.settings["num_views"])
         self._starts = model.active_peft_config.start_layers
         towers, start = towers_of(model), self._starts[1]
-        ids = self.prompts.input_ids.to(next(towers.model.parameters()).device)
+        ids = self.prompts.input_ids.to(device_of(towers.model))
         with evaluation_mode(model):
             hidden = _text_hidden_states(towers, ids, start=start)
             self._text = (ids, hidden, _initial_prototypes(model, towers, hidden, ids, start=start))

@@ -26,7 +26,7 @@ from peft_vlm.data.question_collator import (
 from peft_vlm.data.questions import ImageQuestionDataset
 from peft_vlm.errors import AdapterError, DataError
 from peft_vlm.methods.tvp.config import TVPConfig
-from peft_vlm.models.towers import towers_of, unwrap
+from peft_vlm.models.towers import device_of, towers_of, unwrap
 from peft_vlm.models.vision import encode_visual_tokens, input_size_of, record_visual_tokens
 from peft_vlm.objective import prepared
 from peft_vlm.text.answers import Candidates, candidate_scores
@@ -357,7 +357,7 @@ class ClipGuide:
             config = source.active_peft_config
             processor = CLIPImageProcessorPil(image_mean=list(config.image_mean), image_std=list(config.image_std))
         self._shared = share_once(self._shared, source, self.model, processor=processor)
-        self._shared.to(next(source.parameters()).device).eval()
+        self._shared.to(device_of(source)).eval()
         self.refresh()
 
     def refresh(self) -> None:

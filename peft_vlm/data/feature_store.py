@@ -1,6 +1,7 @@
 """A tensor row per image, in memory or in a memory-mapped file."""
 
 import logging
+import platform
 import shutil
 import tempfile
 import uuid
@@ -93,7 +94,8 @@ class RowStore:
         leads, parent = local_place()[0] == 0, Path(self.folder or tempfile.gettempdir())
         if self.storage == "ram" and _SHARED_MEMORY.is_dir():
             parent = _SHARED_MEMORY
-        folder = parent / f"peft_vlm_cache_{from_main(uuid.uuid4().hex)}"
+        # The name of the machine, because several may see one folder and each has a file of its own.
+        folder = parent / f"peft_vlm_cache_{from_main(uuid.uuid4().hex)}_{platform.node()}"
         path, problem = folder / f"{self.name.replace(' ', '_')}.bin", None
         if leads:
             try:

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peft_vlm.distributed import from_all
+from peft_vlm.distributed import from_all, local_place
 from peft_vlm.errors import UnsupportedModelError
 from peft_vlm.models.towers import unwrap
 
@@ -30,8 +30,8 @@ def shard_frozen_layers(model: nn.Module, device: torch.device) -> None:
         device: Where this process computes; the divided weights are put there.
 
     Raises:
-        UnsupportedModelError: If there is nothing to divide, weights are quantised, or an earlier run has divided what
-            is trained now.
+        UnsupportedModelError: If there is nothing to divide, weights are quantised, an earlier run has divided what
+            is trained now, or machines have different numbers of processes.
     """
     trained = [name for name, p in model.named_parameters() if p.requires_grad and isinstance(p, DTensor)]
     if trained:
@@ -44,6 +44,11 @@ def shard_frozen_layers(model: nn.Module, device: torch.device) -> None:
         raise UnsupportedModelError(
             f"Expected weights of floating-point numbers to divide, got {len(quantised)} quantised ones, which stay "
             f"whole, first {quantised[0]!r}. Train without `fsdp`, or load the base model unquantised."
+        )
+    per_machine = sorted(set(from_all(local_place()[1])))
+    if len(per_machine) > 1:  # caches are divided on each machine, into other numbers of passes
+        raise UnsupportedModelError(
+            f"Expected equally many processes on every machine to divide layers, got {per_machine!r}. Start as many."
         )
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     for layer in _transformer_layers(unwrap(model)):

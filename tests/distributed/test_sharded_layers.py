@@ -260,6 +260,20 @@ def what_is_refused() -> None:
         candidate_scores(model, inputs, ["a", "b"], tokenizer=tiny_mllm("llava").tokenizer, divide=True)
 
 
+def machines_of_different_size() -> None:
+    """Three processes, as a launcher would start two on one machine and one on another."""
+    distributed.init_process_group("gloo")
+    os.environ["LOCAL_WORLD_SIZE"] = "2" if distributed.get_rank() < 2 else "1"
+    with pytest.raises(UnsupportedModelError, match=r"equally many processes on every machine.*\[1, 2\]"):
+        shard_frozen_layers(tiny_clip().requires_grad_(False), torch.device("cpu"))
+    distributed.destroy_process_group()
+
+
+def test_machines_of_different_size_are_refused(tmp_path: Path) -> None:
+    """Each machine divides a cache among its own processes: some would wait for layers that nobody calls."""
+    forked.run_group(tmp_path, machines_of_different_size, processes=3)
+
+
 def test_what_cannot_be_divided_is_refused_with_the_reason(tmp_path: Path) -> None:
     """Full fine-tuning would hold the whole model, parts of candidates would wait for each other forever."""
     forked.run_group(tmp_path, what_is_refused)

@@ -142,14 +142,15 @@ def test_a_checkpoint_of_zero_2_holds_trained_tensors_and_resumes_exactly(tmp_pa
 @needs_deepspeed
 def test_accumulation_clipping_adam_and_bfloat16_are_those_of_ddp(tmp_path: Path) -> None:
     """DeepSpeed has settings of its own for each of them, and casts prompts to bfloat16 by itself."""
-    other = {"ddp": {}, "zero": {"deepspeed": zero(2)}}
-    for name, arguments in other.items():
+    runs = {"ddp": {}, "stage 1": {"deepspeed": zero(1)}, "stage 2": {"deepspeed": zero(2)}}
+    for name, arguments in runs.items():
         (tmp_path / name).mkdir()
         forked.run_group(tmp_path / name, train_otherwise, str(tmp_path / name), 4, **arguments)
     for run in ("accumulated", "clipped", "adam", "bfloat16"):
-        ddp, zero_2 = (load_file(tmp_path / name / run / "final-0.safetensors") for name in other)
-        assert {tensor.dtype for tensor in zero_2.values()} == {torch.float32}
-        assert_close(zero_2, ddp, rtol=1e-4, atol=2e-5, msg=lambda text, run=run: f"{run}: {text}")
+        ddp, *stages = (load_file(tmp_path / name / run / "final-0.safetensors") for name in runs)
+        for tensors in stages:
+            assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+            assert_close(tensors, ddp, rtol=1e-4, atol=2e-5, msg=lambda text, run=run: f"{run}: {text}")
 
 
 @needs_deepspeed

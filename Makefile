@@ -22,7 +22,7 @@ help:
 	@echo "make demo              train Skip Tuning on the bundled models and data; results in outputs/demo"
 	@echo "make app               the bundled adapters in the browser: your images, classes and templates"
 	@echo "make smoke             a first look at every method (under a minute)"
-	@echo "make test              fast tests (about 9 minutes on 2 cores)"
+	@echo "make test              fast tests (about 6 minutes on 2 cores)"
 	@echo "make test-newest       fast tests with the newest versions that pyproject.toml allows; test-oldest: the oldest"
 	@echo "make docs              the documentation site in build/site; warnings and dead links are errors"
 	@echo "make check             lint, format, types, docstrings, spelling"

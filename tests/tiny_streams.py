@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import datasets.config
 from datasets import ClassLabel, Dataset, Features, Image
 
 from peft_vlm.data import ImageStream, load_image_stream
@@ -10,6 +11,8 @@ from peft_vlm.data.transforms import EvalTransform
 from tests.tiny import COLOURS, clip_processor, colour_rows
 
 NAMES = list(COLOURS)
+# `datasets` waits five seconds at the end of every pass over several parquet files, for threads of Arrow to end.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1
 
 
 def table(per_class: int = 4) -> Dataset:

@@ -248,7 +248,9 @@ def test_an_onnx_file_whose_card_is_of_another_is_refused(sound, tmp_path, chang
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"\x08\x07", b"no onnx", os.urandom(1000)])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x08\x07", b"no onnx", os.urandom(1000)], ids=["empty", "two_bytes", "text", "noise"]
+)
 def test_a_file_that_is_no_onnx_is_one_line(tmp_path, data):
     """onnxruntime has a class of errors of its own."""
     (tmp_path / "x.onnx").write_bytes(data)

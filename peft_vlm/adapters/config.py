@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -162,7 +163,7 @@ class VLMConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
         """Read a configuration as PEFT does; the weights beside it are compared with it before a model is built.
 
@@ -173,7 +174,7 @@ class VLMConfig(PeftConfig):
         """
         known = ("revision", "token", "cache_dir", "local_files_only")
         options = {name: kwargs[name] for name in known if name in kwargs}
-        source = AdapterSource.find(pretrained_model_name_or_path, subfolder=subfolder, **options)
+        source = AdapterSource.find(str(pretrained_model_name_or_path), subfolder=subfolder, **options)
         config = config_of(source)
         check_weights(source, config)
         return config
@@ -197,7 +198,7 @@ class VLMConfig(PeftConfig):
         """
         return {}
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the configuration, and a long class list into a file of its own.
 
         Args:
@@ -208,11 +209,11 @@ class VLMConfig(PeftConfig):
         is_long = len(names or ()) > MAX_LISTED_CLASSES
         self.class_names_file, self.num_class_names = (CLASSES_NAME, len(names or ())) if is_long else (None, None)
         if self.class_names_file is None:
-            super().save_pretrained(save_directory, **kwargs)
+            super().save_pretrained(str(save_directory), **kwargs)
             return
         self.class_names = None
         try:
-            super().save_pretrained(save_directory, **kwargs)
+            super().save_pretrained(str(save_directory), **kwargs)
         finally:
             self.class_names = names
         write_class_names(Path(save_directory) / CLASSES_NAME, names or ())

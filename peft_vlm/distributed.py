@@ -222,9 +222,18 @@ def equal_passes(part: range, *, total: int, parts: int, size: int) -> list[Tens
     if parts == 1:
         return list(torch.arange(total).split(size))
     passes = -(-len(part_of(total, index=parts - 1, parts=parts)) // size)  # the last part is never the shorter one
-    items = torch.tensor(part or [0])
-    items = torch.cat([items, items[-1:].expand(max(0, passes - len(items)))])
-    return list(items.tensor_split(passes))
+    return in_passes(torch.tensor(part or [0]), passes)
+
+
+def in_passes(rows: Tensor, passes: int) -> list[Tensor]:
+    """Rows in so many chunks of about equal size, none of them empty: if there are too few, the last comes again.
+
+    Args:
+        rows: At least one.
+        passes: Number of chunks.
+    """
+    missing = max(0, passes - len(rows))
+    return list(torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]).tensor_split(passes))
 
 
 def part_of(total: int, *, index: int, parts: int) -> range:

@@ -413,8 +413,8 @@ def all_image_features(
         divide: Divide the images among the processes of the training, which must all call this; all get all features.
     """
     device = device_of(model)
-    part = part_of(len(dataset), index=process_index(), parts=num_processes()) if divide else range(len(dataset))
-    parts = num_processes() if divide else 1
+    index, parts = (process_index(), num_processes()) if divide else (0, 1)
+    part = part_of(len(dataset), index=index, parts=parts)
     passes = equal_passes(part, total=len(dataset), parts=parts, size=batch_size)
     loader = DataLoader(
         dataset, batch_sampler=[rows.tolist() for rows in passes], collate_fn=collate, num_workers=num_workers

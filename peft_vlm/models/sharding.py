@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from peft_vlm.distributed import from_all, local_place
+from peft_vlm.distributed import from_all, in_passes, local_place
 from peft_vlm.errors import UnsupportedModelError
 from peft_vlm.models.towers import unwrap
 
@@ -80,16 +80,6 @@ def has_sharded_layers(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def most_of_all(model: nn.Module, count: int) -> int:
-    """Return how often every process calls a model: as often as the one that calls it most, if layers are divided.
-
-    Args:
-        model: Any model.
-        count: Calls that this process needs.
-    """
-    return max(from_all(count)) if has_sharded_layers(model) else count
-
-
 def equal_chunks(model: nn.Module, rows: Tensor, size: int) -> list[Tensor]:
     """Return rows in chunks, as many on every process if layers are divided; whoever has too few repeats the last row.
 
@@ -100,9 +90,7 @@ def equal_chunks(model: nn.Module, rows: Tensor, size: int) -> list[Tensor]:
     """
     if not has_sharded_layers(model):
         return list(rows.split(size))
-    passes = most_of_all(model, math.ceil(len(rows) / size))
-    missing = max(0, passes - len(rows))
-    return list(torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]).tensor_split(passes))
+    return in_passes(rows, max(from_all(math.ceil(len(rows) / size))))
 
 
 def sharded_names(model: nn.Module) -> list[str]:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_vlm.distributed import divided, num_processes
 from peft_vlm.errors import AdapterError
-from peft_vlm.models.sharding import most_of_all
+from peft_vlm.models.sharding import equal_chunks
 from peft_vlm.models.towers import Towers, device_of, image_features, side_of, towers_of
 from peft_vlm.objective import Batch, Objective
 from peft_vlm.text.prompts import ClassPrompts, reserve_slots, slots_of
@@ -163,15 +163,12 @@ def conditioned_scores(
     shifts = layer.shifts(image_features)  # (one per image, or one for all; samples; width)
     scored = vectors.reshape(len(shifts), 1, -1, vectors.shape[-1]).expand(-1, shifts.shape[1], -1, -1)
     together = _shifts_per_pass(towers, parts[0].flatten(0, 1))
-    rows = [scored.flatten(0, 1), shifts.flatten(0, 1)]  # a row per image and sample
-    own = len(rows[0])
-    missing = most_of_all(model, own) - own
-    if missing:
-        rows = [torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) for part in rows]
-    passes = zip(*(part.split(together) for part in rows), strict=True)
+    rows = (scored.flatten(0, 1), shifts.flatten(0, 1))  # a row per image and sample
+    passes = zip(*(equal_chunks(model, part, together) for part in rows), strict=True)
     logits = torch.cat([torch.cat([scores(*inputs, part) for part in parts], dim=-1) for inputs in passes])
-    if missing:
-        logits = logits[:own] + 0.0 * logits[own:].sum()  # their backward pass gathers weights as that of the others
+    own = len(rows[0])
+    if len(logits) > own:  # repeated rows: their backward pass gathers weights as that of the others
+        logits = logits[:own] + 0.0 * logits[own:].sum()
     return mean_over_samples(logits.unflatten(0, shifts.shape[:2]).transpose(0, 1)).reshape(*vectors.shape[:2], -1)
 
 

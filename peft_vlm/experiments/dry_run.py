@@ -450,10 +450,7 @@ def _selected(prompts: ClassPrompts, count: int) -> ClassPrompts:
         return prompts
     ends = (prompts.input_ids != prompts.input_ids[:, -1:]).sum(dim=1)  # behind its end a prompt repeats one token
     order = ends.argsort(stable=True)
-    rows = order[torch.linspace(0, len(order) - 1, count).round().long()] if count > 1 else order[-1:]
-    names = tuple(prompts.class_names[row] for row in rows.tolist())
-    lengths = prompts.name_lengths and tuple(prompts.name_lengths[row] for row in rows.tolist())
-    return ClassPrompts(names, prompts.templates, prompts.input_ids[rows], lengths)
+    return prompts.select(order[torch.linspace(0, len(order) - 1, count).round().long()] if count > 1 else order[-1:])
 
 
 def _question_inputs(

@@ -179,6 +179,21 @@ class ClassPrompts:
             and torch.equal(self.input_ids, other.input_ids)
         )
 
+    def select(self, rows: Int[Tensor, " selected"]) -> "ClassPrompts":
+        """Return the prompts of some classes, in all templates.
+
+        Args:
+            rows: Positions of the classes.
+        """
+        templates = torch.arange(len(self.templates))[:, None] * len(self.class_names)
+        lengths = self.name_lengths
+        return dataclasses.replace(
+            self,
+            class_names=tuple(self.class_names[row] for row in rows.tolist()),
+            input_ids=self.input_ids[(templates + rows).flatten()],
+            name_lengths=None if lengths is None else tuple(lengths[row] for row in rows.tolist()),
+        )
+
     def check_one_template(self, advice: str) -> None:
         """Refuse an ensemble of templates.
 

@@ -4,7 +4,6 @@ Revisiting Prompt Pretraining of Vision-Language Models, 2024, arXiv 2409.06166;
 2304.04704.
 """
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,29 +71,11 @@ def _stream_class_features(model: nn.Module, prompts: ClassPrompts, *, storage: 
     index, parts = local_place()
     part = part_of(count, index=index, parts=parts)
     for rows in equal_passes(part, total=count, parts=parts, size=chunk_size):
-        features = encode_classes(model, _some_classes(prompts, rows), chunk_size=max(_FROZEN_CHUNK, chunk_size))
+        features = encode_classes(model, prompts.select(rows), chunk_size=max(_FROZEN_CHUNK, chunk_size))
         store.allocate((count, features.shape[-1]), torch.float32)
         store.write(rows, features)
     store.complete()
     return store
-
-
-def _some_classes(prompts: ClassPrompts, rows: Tensor) -> ClassPrompts:
-    """The prompts of some classes, in all templates.
-
-    Args:
-        prompts: Prompts of all classes.
-        rows: Positions of the classes.
-    """
-    count = len(prompts.class_names)
-    templates = torch.arange(len(prompts.templates))[:, None] * count
-    lengths = prompts.name_lengths
-    return dataclasses.replace(
-        prompts,
-        class_names=tuple(prompts.class_names[row] for row in rows.tolist()),
-        input_ids=prompts.input_ids[(templates + rows).flatten()],
-        name_lengths=None if lengths is None else tuple(lengths[row] for row in rows.tolist()),
-    )
 
 
 class _ZeroShotTeacher:

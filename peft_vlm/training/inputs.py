@@ -33,7 +33,6 @@ from peft_vlm.models.repository import hub_options
 from peft_vlm.models.towers import FAMILIES, is_placed, unwrap
 from peft_vlm.objective import EpochBatchSampler, Objective
 from peft_vlm.registry import ADAPTERS, METHODS, TrainingMethod, adapter_type_of
-from peft_vlm.text.answers import tokenize_candidates
 from peft_vlm.text.prompts import readable, tokenize_for_model, tokenizer_of
 from peft_vlm.training.arguments import VLMTrainingArguments
 
@@ -211,10 +210,7 @@ def default_objective(
                 f"`{type(unwrap(model)).__name__}`, got {method.title} and `{type(images).__name__}`. See "
                 "docs/families.md."
             )
-        options = {"answer_format": collator.answer_format, "include_end": True, "end_token": collator.end_token}
-        classes = (
-            tokenize_candidates(collator.tokenizer, images.class_names, **options) if images.class_names else None
-        )
+        classes = collator.candidates(images.class_names, include_end=True) if images.class_names else None
     assert target is not None, "`_method_of` takes methods that train such a model"
     missing = [
         p.name

@@ -6,6 +6,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -215,14 +216,17 @@ def training_settings(kind: str = "") -> list[str]:
     Args:
         kind: Part of the annotation of those that are wanted, such as `"bool"`; all by default.
     """
+    return [name for name, annotation in _training_fields() if kind in annotation]
+
+
+@cache
+def _training_fields() -> tuple[tuple[str, str], ...]:
+    """Names and annotations, read once: a command asks several times."""
     files = (Path(__file__).parent.parent / "training" / "arguments.py", _file_of("transformers", "training_args.py"))
-    known: list[str] = []
-    for file in files:
-        classes = [node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
-        fields = [node for found in classes for node in found.body if isinstance(node, ast.AnnAssign)]
-        fields = [field for field in fields if kind in ast.unparse(field.annotation)]
-        known += [field.target.id for field in fields if isinstance(field.target, ast.Name)]
-    return known
+    classes = [node for file in files for node in ast.parse(file.read_text("utf-8")).body]
+    lines = [node for found in classes if isinstance(found, ast.ClassDef) for node in found.body]
+    fields = [(node.target, node.annotation) for node in lines if isinstance(node, ast.AnnAssign)]
+    return tuple((name.id, ast.unparse(annotation)) for name, annotation in fields if isinstance(name, ast.Name))
 
 
 def _file_of(package: str, name: str) -> Path:

@@ -162,14 +162,13 @@ class TransferExperiment:
         for variant, seed in progress_bar(jobs, desc="prompts", unit="run"):
             folder = self.output_dir / variant.name / f"seed{seed}"
             settings = self.fit(variant, seed, folder)
-            report = None
             # Layers that are divided among the processes run on all of them together.
             if main or any(has_sharded_layers(member.model) for member in self.models.values()):
                 report = self.measure(variant, seed, folder, settings)
-            if main and report is not None:
-                report.save(folder / TRANSFER_NAME)
-                write_card(folder)
-                reports[variant.name].append(report)
+                if main:
+                    report.save(folder / TRANSFER_NAME)
+                    write_card(folder)
+                    reports[variant.name].append(report)
             wait_for_everyone()
         return reports
 

@@ -146,7 +146,7 @@ class AdapterFolder:
         finite: True if all of them are finite.
         prompt_image: The adapter as an image; None where there is nothing to see.
         summary: Training summary; None without one.
-        evaluation: _Evaluation results of these weights; None without any.
+        evaluation: Evaluation results of these weights; None without any.
         evaluated_others: True if the folder holds the evaluation of other weights, which says nothing about these.
     """
 
